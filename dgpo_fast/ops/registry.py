@@ -1,0 +1,195 @@
+"""The operators' registry: one schema each, several implementations, one choice per device.
+
+The torch dispatcher holds the registrations, so that a caller never asks what the machine has. The reference (eager
+torch) serves every device; the C++ library `_cpu` registers its kernels for CPU when it is loaded; Triton is registered
+for CUDA where this torch has CUDA. An operator `name` is defined in `dgpo_fast/ops/<stem>.py`, and its Triton launcher
+is `dgpo_fast.kernels.<stem>.<name>`: by that convention alone it is found.
+
+The environment variable DGPO_FAST_OPS forces one implementation. It is read once, when this module is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import torch
+
+from dgpo_fast.errors import UserError, suggest
+
+Choice = Literal["auto", "reference", "triton", "native"]
+
+NATIVE_CPU_LIBRARY = Path(__file__).resolve().parents[1] / "_cpu.so"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """Which implementation of an operator serves a device type ("cpu" or "cuda"), and why."""
+
+    operator: str
+    device: str
+    implementation: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Operator:
+    reference: Callable[..., Any]
+    triton: Callable[..., Any]
+    servings: tuple[Serving, ...]
+
+
+def requested_implementation(environ: Mapping[str, str]) -> Choice:
+    """The implementation that DGPO_FAST_OPS forces, "auto" where it is unset.
+
+    Raises:
+        UserError: DGPO_FAST_OPS names no implementation, or triton on a machine where no Triton kernel can run.
+    """
+    choice = environ.get("DGPO_FAST_OPS", "auto")
+    if choice not in get_args(Choice):
+        known = get_args(Choice)
+        raise UserError(f"DGPO_FAST_OPS: expected one of {', '.join(known)}, got {choice!r}{suggest(choice, known)}")
+    if choice == "triton" and not _triton_can_run():
+        raise UserError("DGPO_FAST_OPS=triton: Triton needs CUDA, or its interpreter: set TRITON_INTERPRET=1 as well")
+    return cast(Choice, choice)
+
+
+def load_native_library(path: Path, *, choice: Choice) -> str | None:
+    """Why the C++ kernels of `path` are absent; None once they are registered.
+
+    Raises:
+        UserError: they are absent although `choice` is "native".
+    """
+    if choice in ("reference", "triton"):
+        return f"not loaded: DGPO_FAST_OPS={choice}"
+    problem: str | None = None
+    if not path.exists():
+        problem = "the native library is not built"
+    else:
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:  # built for another machine, or against another torch
+            problem = f"the native library does not load: {error}"
+    if problem is not None and choice == "native":
+        raise UserError(f"DGPO_FAST_OPS=native: {problem}")
+    return problem
+
+
+def define(
+    schema: str, *, check: Callable[..., None], reference: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The torch operator of a schema such as "name(Tensor x) -> Tensor", as `dgpo_fast::name`, on every device.
+
+    Args:
+        schema: name and signature, in the dispatcher's language; the name is that of the Triton launcher as well.
+        check: takes the operator's arguments and raises ValueError for a bad one; runs before the reference and before
+            Triton (the C++ kernels check for themselves, since a wrong shape there is a wrong address).
+        reference: eager torch, any device.
+        fake: shapes and dtypes of the result, for tracing.
+    """
+    name = schema.partition("(")[0]
+    stem = reference.__module__.rpartition(".")[2]
+    _LIBRARY.define(schema)
+    checked_reference = _checked(check, reference)
+    triton = _checked(check, partial(_launch_triton, stem, name))
+    _LIBRARY.impl(name, checked_reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dgpo_fast::{name}", fake, lib=_LIBRARY)
+
+    servings = tuple(_serving(name, device) for device in ("cpu", *(("cuda",) if torch.version.cuda else ())))
+    for serving in servings:
+        if serving.implementation == "triton":
+            _LIBRARY.impl(name, triton, serving.device.upper())
+    _OPERATORS[name] = _Operator(reference=checked_reference, triton=triton, servings=servings)
+    return getattr(torch.ops.dgpo_fast, name).default  # type: ignore[no-any-return]
+
+
+def implementations(name: str) -> dict[str, Callable[..., Any]]:
+    """The implementations of an operator that can run here, called with the arguments of its schema, in their order."""
+    operator = _operator(name)
+    callables = {"reference": operator.reference}
+    if _triton_can_run():
+        callables["triton"] = operator.triton
+    if _has_native_cpu_kernel(name):
+        kernel = torch.library.get_kernel(f"dgpo_fast::{name}", "CPU")
+        callables["native"] = partial(kernel.call_boxed, torch._C.DispatchKeySet(torch._C.DispatchKey.CPU))
+    return callables
+
+
+def serving(name: str | None = None) -> tuple[Serving, ...]:
+    """What serves an operator on each device type of this torch, or, without a name, what serves every operator."""
+    operators = _OPERATORS.values() if name is None else (_operator(name),)
+    return tuple(serving for operator in operators for serving in operator.servings)
+
+
+def _operator(name: str) -> _Operator:
+    if name not in _OPERATORS:
+        raise ValueError(f"name: expected one of {', '.join(_OPERATORS)}, got {name!r}{suggest(name, _OPERATORS)}")
+    return _OPERATORS[name]
+
+
+def _checked(check: Callable[..., None], implementation: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(*arguments: Any) -> Any:
+        check(*arguments)
+        return implementation(*arguments)
+
+    return checked
+
+
+def _launch_triton(stem: str, name: str, *arguments: Any) -> Any:
+    # Imported at the first launch: a machine without CUDA has no use for Triton, and may not have it.
+    return getattr(importlib.import_module(f"dgpo_fast.kernels.{stem}"), name)(*arguments)
+
+
+def _triton_is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
+
+
+def _triton_can_run() -> bool:
+    return _triton_is_interpreted() or (find_spec("triton") is not None and torch.cuda.is_available())
+
+
+def _has_native_cpu_kernel(name: str) -> bool:
+    # Without the library, a Triton kernel that DGPO_FAST_OPS put on the CPU may hold this place.
+    return _NATIVE_MISSING is None and torch._C._dispatch_has_kernel_for_dispatch_key(f"dgpo_fast::{name}", "CPU")
+
+
+def _serving(name: str, device: str) -> Serving:
+    implementation, reason = _choice_for_cpu(name) if device == "cpu" else _choice_for_cuda()
+    return Serving(operator=name, device=device, implementation=implementation, reason=reason)
+
+
+def _choice_for_cpu(name: str) -> tuple[str, str]:
+    forced = f"forced by DGPO_FAST_OPS={_CHOICE}"
+    if _CHOICE == "triton" and _triton_is_interpreted():
+        return "triton", f"{forced}, in Triton's interpreter"
+    if _CHOICE == "triton":
+        return "reference", "Triton compiles for CUDA only"
+    if _CHOICE == "reference":
+        return "reference", forced
+    if _NATIVE_MISSING is not None:
+        return "reference", _NATIVE_MISSING
+    if not _has_native_cpu_kernel(name):
+        return "reference", "the native library has no kernel for it"
+    return "native", "C++, the fastest on a CPU" if _CHOICE == "auto" else forced
+
+
+def _choice_for_cuda() -> tuple[str, str]:
+    if _CHOICE == "reference":
+        return "reference", "forced by DGPO_FAST_OPS=reference"
+    if _CHOICE == "native":
+        return "reference", "no CUDA C++ kernel exists for it"
+    if find_spec("triton") is None:
+        return "reference", "triton is not installed"
+    return "triton", "the only fused kernel for it"
+
+
+_LIBRARY = torch.library.Library("dgpo_fast", "DEF")
+_OPERATORS: dict[str, _Operator] = {}
+_CHOICE = requested_implementation(os.environ)
+_NATIVE_MISSING = load_native_library(NATIVE_CPU_LIBRARY, choice=_CHOICE)

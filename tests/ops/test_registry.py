@@ -1,0 +1,77 @@
+"""Which implementation serves an operator, and how DGPO_FAST_OPS forces one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dgpo_fast import ops
+from dgpo_fast.errors import UserError
+from dgpo_fast.ops import registry
+
+
+def test_the_cpu_is_served_by_what_was_asked_for() -> None:
+    (serving,) = (serving for serving in ops.serving("solver_step") if serving.device == "cpu")
+    forced = os.environ.get("DGPO_FAST_OPS")
+    fastest = "native" if "native" in ops.implementations("solver_step") else "reference"
+    assert serving.implementation == (forced or fastest)
+    assert serving.reason
+
+
+def test_every_operator_is_listed() -> None:
+    listed = {serving.operator for serving in ops.serving()}
+    assert {"solver_step", "solver_step_"} <= listed
+    for name in listed:
+        assert "reference" in ops.implementations(name)
+
+
+def test_an_unknown_operator_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected one of .*solver_step.*got 'solver'"):
+        ops.implementations("solver")
+
+
+def test_an_unknown_implementation_is_refused() -> None:
+    with pytest.raises(UserError, match=r"DGPO_FAST_OPS: expected one of auto, reference, triton, native, got 'cuda'"):
+        registry.requested_implementation({"DGPO_FAST_OPS": "cuda"})
+
+
+def test_triton_without_cuda_asks_for_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match="TRITON_INTERPRET=1"):
+        registry.requested_implementation({"DGPO_FAST_OPS": "triton"})
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert registry.requested_implementation({"DGPO_FAST_OPS": "triton"}) == "triton"
+
+
+def test_an_absent_library_is_a_reason_and_an_error_only_where_forced(tmp_path: Path) -> None:
+    absent = tmp_path / "_cpu.so"
+    assert registry.load_native_library(absent, choice="auto") == "the native library is not built"
+    with pytest.raises(UserError, match=r"DGPO_FAST_OPS=native: the native library is not built"):
+        registry.load_native_library(absent, choice="native")
+
+
+def test_a_broken_library_is_a_reason(tmp_path: Path) -> None:
+    broken = tmp_path / "_cpu.so"
+    broken.write_text("not a library")
+    assert "does not load" in str(registry.load_native_library(broken, choice="auto"))
+
+
+def test_the_reference_serves_where_forced() -> None:
+    program = """
+import torch
+from dgpo_fast import ops
+assert [serving.implementation for serving in ops.serving()] == ["reference"] * len(ops.serving())
+assert set(ops.implementations("solver_step")) == {"reference"}
+euler = torch.tensor([[[1.0, -0.25, 0.0]]])
+state = ops.solver_step(torch.ones(1, 2, 3), torch.ones(2, 3), v_uncond=None, table=euler, row_B=torch.tensor([0, 0]))
+assert torch.equal(state, torch.full((1, 2, 3), 0.75))
+"""
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env={**environ, "DGPO_FAST_OPS": "reference"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
