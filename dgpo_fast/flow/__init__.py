@@ -1,0 +1,1 @@
+"""Noise schedules, ODE solvers and rollouts of rectified flows."""
