@@ -1,0 +1,36 @@
+"""What the trainer asks of an algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypeVar
+
+from dgpo_fast.models.policy import Policy
+from dgpo_fast.records import LossOutput, PromptBatch, Rollout, ScoredGroups
+
+BatchT = TypeVar("BatchT")
+WeightsT = TypeVar("WeightsT")
+
+
+class Algorithm(Protocol[BatchT, WeightsT]):
+    """Five methods, called in this order every iteration."""
+
+    def rollout(self, policy: Policy, prompts: PromptBatch) -> Rollout:
+        """Images of every prompt's group."""
+        ...
+
+    def batches(self, scored: ScoredGroups) -> Iterator[Sequence[BatchT]]:
+        """Micro-batches, in rounds: no group reaches beyond its round."""
+        ...
+
+    def group_weights(self, policy: Policy, batches: Sequence[BatchT]) -> Sequence[WeightsT] | None:
+        """What the losses of a round need to know of its whole groups; None where each group lies in one micro-batch."""
+        ...
+
+    def loss(self, policy: Policy, batch: BatchT, weights: WeightsT | None) -> LossOutput:
+        """The differentiable loss of a micro-batch."""
+        ...
+
+    def after_step(self, policy: Policy, step: int) -> None:
+        """Follows the optimizer's step number `step`, counted from 0."""
+        ...

@@ -1,0 +1,281 @@
+"""The command line `dgpo-fast`. Results go to stdout, everything else to stderr.
+
+Each command imports what it needs when it runs: help, the recipes and the refusal of a bad one come without torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dgpo_fast.config import Config, load_recipe, recipe_names
+from dgpo_fast.errors import UserError
+
+app = typer.Typer(
+    name="dgpo-fast",
+    help="Fine-tunes Stable Diffusion 3.5 with online reinforcement learning (DGPO).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+tiny = typer.Typer(help="The embedded pipeline.", no_args_is_help=True)
+app.add_typer(tiny, name="tiny")
+
+USER_ERROR = 2
+LIBRARIES = ("accelerate", "deepspeed", "diffusers", "peft", "torch", "transformers")
+# What the operator of a machine can mend, and no bug of ours causes: permissions, a full disk, a read-only one.
+MENDABLE = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+Recipe = Annotated[str, typer.Argument(help="A name that `dgpo-fast recipes` lists, or a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change a setting, such as optimizer.lr=1e-4.")]
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What `dgpo-fast train` wrote.")]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps; short for --set steps=N.")]
+Seed = Annotated[int | None, typer.Option(help="Short for --set seed=S.")]
+SaveEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints; short for --set checkpoints.every=K.")]
+Model = Annotated[str | None, typer.Option(help="A directory or a name; short for --set model.name=...")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits: 0 on success, 2 for a mistake of the user, 130 or 143 after a signal, else 1."""
+    _quiet_libraries()
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="dgpo-fast")
+    except UserError as error:
+        _refuse(str(error))
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        _refuse(f"{error.filename or 'output'}: {error.strerror}")
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    out: Annotated[Path | None, typer.Option(help="Run directory; runs/<recipe>-<time> where not given.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print the plan; load nothing.")
+    ] = False,
+    overrides: Overrides = None,
+    steps: Steps = None,
+    save_every: SaveEvery = None,
+    seed: Seed = None,
+    model: Model = None,
+) -> None:
+    """Fine-tune a model."""
+    shorthands = {"steps": steps, "checkpoints.every": save_every, "seed": seed, "model.name": model}
+    config = load_recipe(recipe, [*(overrides or []), *_as_overrides(shorthands)])
+    if dry_run:
+        from dgpo_fast import planning
+
+        Console().print(planning.render(planning.plan(config)))
+        return
+    out = _run_directory_to_write(out, config, resume=resume)
+
+    from dgpo_fast.trainer import Trainer
+
+    Trainer(config, out, resume=resume).train()
+    if _is_first_rank():
+        _print_outcome(out)
+
+
+@app.command("eval")
+def evaluate(
+    run_dir: RunDirectory,
+    split: Annotated[Literal["train", "test"], typer.Option(help="Which prompts.")] = "test",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Compare base and fine-tuned model on held-out prompts, from the same noise."""
+    from dgpo_fast.evaluate import evaluate_run
+
+    result: dict[str, Any] = evaluate_run(run_dir, split=split)
+    if not _is_first_rank():
+        return
+    if as_json:
+        print(json.dumps(result))
+    else:
+        title = f"{result['num_prompts']} prompts of {result['split']}"
+        Console().print(_score_table(title, base=result["base"], tuned=result["tuned"]))
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="`embedded`, a directory in diffusers' format, or a hub name.")],
+    prompt: Annotated[str, typer.Option(help="What to draw.")],
+    out: Annotated[Path, typer.Option(help="Directory for the images.")],
+    lora: Annotated[Path | None, typer.Option(help="A checkpoint's lora/ directory.")] = None,
+    num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Image i starts from the noise of seed + i.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps. [default: the run's, else 28]")] = None,
+    guidance: Annotated[float | None, typer.Option(min=1, help="[default: the run's, else 4.5]")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=16, help="Pixels. [default: the run's, else the model's]")
+    ] = None,
+) -> None:
+    """Draw images with diffusers' own pipeline. With --lora, settings not given are those of the adapter's run."""
+    from dgpo_fast.sampling import SampleOptions, draw
+
+    options = SampleOptions.of(model, lora=lora, steps=steps, guidance=guidance, resolution=resolution)
+    _check_writable(out)
+    for path in draw(options, prompt, out=out, num=num, seed=seed):
+        print(path)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with the package."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(style="dim")
+    for name in recipe_names():
+        table.add_row(name, load_recipe(name).description)
+    Console().print(table)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Show the machine, the versions, and which implementation serves each operator."""
+    from dgpo_fast.doctor import examine, render
+
+    findings = examine()
+    if as_json:
+        print(json.dumps(findings, indent=2))
+    else:
+        Console().print(render(findings))
+
+
+@app.command()
+def profile(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option(help="Directory for trace.json and stages.csv.")],
+    iterations: Annotated[int, typer.Option(min=1, help="Iterations to measure.")] = 3,
+    warmup: Annotated[int, typer.Option(min=0, help="Iterations before them.")] = 1,
+    trace: Annotated[bool, typer.Option(help="Write trace.json; not under Nsight.")] = True,
+    overrides: Overrides = None,
+    model: Model = None,
+) -> None:
+    """Measure where the time of an iteration goes."""
+    config = load_recipe(recipe, [*(overrides or []), *_as_overrides({"model.name": model})])
+    _check_writable(out)
+    from dgpo_fast.profile_run import profile_run, render
+
+    Console().print(render(profile_run(config, out, iterations=iterations, warmup=warmup, trace=trace)))
+
+
+@tiny.command("build")
+def tiny_build(
+    out: Annotated[Path, typer.Option(help="Directory for the pipeline.")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Train the embedded pipeline from nothing (an hour on two CPU cores)."""
+    _check_writable(out)
+    from rich.progress import Progress
+
+    from dgpo_fast.models.tiny.build import BuildOptions, build
+
+    with Progress(console=Console(stderr=True)) as progress:
+        tasks = {stage: progress.add_task(stage, total=None) for stage in ("vae", "flow")}
+
+        def report(stage: str, step: int, num_steps: int, loss: float) -> None:
+            progress.update(tasks[stage], completed=step, total=num_steps, description=f"{stage} loss {loss:.4f}")
+
+        record = build(out, BuildOptions(seed=seed), report)
+    print(f"{out}: trained in {record['duration_s']} s")
+
+
+@app.command()
+def report(run_dir: RunDirectory) -> None:
+    """Write report.html of a run again."""
+    _check_run_directory(run_dir)
+    from dgpo_fast.report import write_report
+
+    print(write_report(run_dir))
+
+
+def _as_overrides(settings: dict[str, int | str | None]) -> list[str]:
+    # Values as JSON, which is YAML too: a model name such as "3.5" stays a string.
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items() if value is not None]
+
+
+def _run_directory_to_write(out: Path | None, config: Config, *, resume: bool) -> Path:
+    """`out` or a new name, once it is sure that a run can be written there and none is overwritten."""
+    if out is None:
+        if resume:
+            raise UserError("--resume needs --out RUN_DIR, the run to go on with")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("several processes need --out RUN_DIR: each would pick a name of its own")
+        out = Path("runs") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    if _is_first_rank() and not resume:
+        if (out / "config.yaml").exists():
+            raise UserError(f"{out} already holds a run: give --resume to go on with it, or another --out")
+        _check_writable(out)
+    return out
+
+
+def _check_writable(directory: Path) -> None:
+    """Makes `directory` if need be, and writes a file there that vanishes at once."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror}") from None
+
+
+def _check_run_directory(run_dir: Path) -> None:
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _print_outcome(out: Path) -> None:
+    lines = (out / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
+    last = json.loads(lines[-1])
+    title = f"{last['num_prompts']} held-out prompts, step {last['step']}"
+    console = Console()
+    console.print(_score_table(title, base=last["base"], tuned=last["tuned"]))
+    console.print(f"report: {out / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+def _score_table(title: str, *, base: dict[str, float], tuned: dict[str, float]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    for column in ("base", "tuned", "change"):
+        table.add_column(column, justify="right")
+    for metric, before in base.items():
+        after = tuned[metric]
+        table.add_row(metric, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+    return table
+
+
+def _quiet_libraries() -> None:
+    """Keeps what libraries say at import and while loading off the terminal; their errors still show."""
+    for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(variable, "error")
+    # DeepSpeed sets its logger's level when it is imported, and has it write to stdout: only a filter outlasts that.
+    logging.getLogger("DeepSpeed").addFilter(_is_error)
+    warnings.filterwarnings("ignore", module=rf"({'|'.join(LIBRARIES)})(\.|$)")
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
+def _refuse(message: str) -> None:
+    Console(stderr=True).print(f"error: {' '.join(message.split())}", markup=False, highlight=False, soft_wrap=True)
+    raise SystemExit(USER_ERROR)

@@ -1,0 +1,383 @@
+"""The configuration of a run: typed sections, strict validation, recipes.
+
+A recipe is a YAML file. It may extend another by name; keys it does not set keep the defaults below, which are those of
+the published SD3.5-Medium recipes (DGPO, arXiv 2510.08425, and the code its authors published). No torch here: a bad
+recipe is refused before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dgpo_fast.errors import UserError, suggest
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+PUBLISHED_TARGETS = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """Which Stable Diffusion 3 to fine-tune, and in what precision and size."""
+
+    name: str = "stabilityai/stable-diffusion-3.5-medium"
+    """A hub name, a local directory in diffusers' format, `embedded`, or `random:sd35-medium` / `random:sd35-large`."""
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of the frozen base and of the compute copy of the adapters; adapters themselves are float32."""
+    resolution: Annotated[int, Field(ge=16, multiple_of=16)] = 512
+    """Side of the square images, in pixels."""
+    text_length: Count = 128
+    """Tokens of the T5 encoder; the 77 of CLIP come on top."""
+
+
+class AdapterConfig(Section):
+    """LoRA (arXiv 2106.09685) on the transformer."""
+
+    rank: Count = 64
+    alpha: Positive = 128
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    """Distribution of A; B starts at zero."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = PUBLISHED_TARGETS
+    """Ends of module names, as peft matches them."""
+
+
+class RolloutConfig(Section):
+    """How images are sampled for training."""
+
+    solver: Literal["euler", "dpm++2m", "ab2", "ab3", "ab4", "unipc", "heun"] = "dpm++2m"
+    schedule: Literal["dpm", "unipc", "flow_match"] = "dpm"
+    shift: Positive = 3.0
+    steps: Annotated[int, Field(ge=1, le=1000)] = 10
+    guidance: Annotated[float, Field(ge=1)] = 4.5
+    """Classifier-free guidance scale; 1 means none, and half the work."""
+    timesteps: Literal["float", "integer"] = "float"
+    """`integer` truncates the model's timestep as the published code does."""
+    switch_step: Annotated[int, Field(ge=0)] = 500
+    """Optimizer steps that sample from the current policy; later ones sample from the old policy."""
+    images_per_forward: Count = 16
+
+
+class GroupsConfig(Section):
+    """How many images an iteration samples."""
+
+    size: Annotated[int, Field(ge=2)] = 16
+    """Images per prompt."""
+    per_iteration: Count = 8
+    """Prompts per iteration, over all ranks."""
+
+
+class AdvantageConfig(Section):
+    """How the rewards of a group become advantages."""
+
+    std: Literal["group", "global"] = "group"
+    """Divide by the standard deviation of the group, or of the whole iteration."""
+    clamp: Positive = 5.0
+    epsilon: NonNegative = 1e-4
+    """Added to the standard deviation."""
+
+
+class DGPOConfig(Section):
+    """Direct Group Preference Optimization (arXiv 2510.08425, eq. 17) with clipping and a KL term."""
+
+    name: Literal["dgpo"] = "dgpo"
+    beta: Positive = 100.0
+    kl_coef: NonNegative = 0.02
+    kl_cfg: Annotated[float, Field(ge=1)] = 1.0
+    """Guidance scale of the reference's velocity, in the KL term and in the group score."""
+    clip: Positive | None = 1e-2
+    """Range of the likelihood ratio to the old policy outside which a sample gives no gradient; null does not clip."""
+    reference: Literal["base", "old"] = "base"
+    """Whose errors the group score compares with."""
+    trunc: Annotated[int, Field(ge=0)] = 4
+    """Training sigmas are drawn from the first trunc + 1 points of the rollout's schedule."""
+    train_timesteps: Count = 4
+    """Sigmas drawn per iteration, without replacement, the same for every group."""
+
+
+class OldPolicyConfig(Section):
+    """The moving average of the policy that clips, and later samples: decay = min(max_decay, rate * step)."""
+
+    max_decay: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    rate: NonNegative = 0.001
+
+
+class EvaluationEmaConfig(Section):
+    """The slow moving average that is evaluated and saved: decay = min(max_decay, (1 + step) / (10 + step))."""
+
+    max_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    every: Count = 8
+    """Applied where (step + 1) is a multiple of this."""
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    lr: Positive = 3e-4
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    weight_decay: NonNegative = 1e-4
+    eps: Positive = 1e-8
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    max_grad_norm: Positive = 1.0
+    images_per_micro_batch: Count = 16
+
+
+class RewardConfig(Section):
+    """One reward: a registered name, or `package.module:Class` of your own."""
+
+    name: str
+    metric: str | None = None
+    """Which of its metrics is trained on; null takes the first."""
+    weight: float = 1.0
+
+
+class RewardsConfig(Section):
+    """What the images are scored by: a weighted sum."""
+
+    terms: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
+    on_failure: Literal["stop", "skip"] = "stop"
+    """What happens when a reward raises or is not finite: end the run, or leave the sample out of its group and count it."""
+
+
+class PromptsConfig(Section):
+    """Where prompts come from: `shapes:train`, `shapes:test`, or a text file with a prompt on each line."""
+
+    train: str | None = None
+    test: str | None = None
+
+
+class EvaluationConfig(Section):
+    """Held-out evaluation of the evaluation EMA against the base, from fixed noise."""
+
+    every: Annotated[int, Field(ge=0)] = 60
+    """In optimizer steps; 0 evaluates only at the end."""
+    steps: Count = 14
+    num_prompts: Count = 64
+    images_per_prompt: Count = 4
+
+
+class CheckpointsConfig(Section):
+    every: Count = 60
+    """In optimizer steps; the last step is always saved."""
+    keep_last: Count = 2
+    """The best one is kept besides."""
+
+
+class LoggingConfig(Section):
+    samples_every: Annotated[int, Field(ge=0)] = 60
+    """Sample grids, in optimizer steps; 0 writes only the first and the last."""
+    num_samples: Count = 8
+    tensorboard: bool = True
+    wandb: bool = False
+
+
+class ParallelConfig(Section):
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+
+
+class Config(Section):
+    """Everything a run needs to know. `load_recipe` reads one, `dgpo-fast train --set a.b=c` changes single values."""
+
+    name: str
+    description: str = ""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    steps: Count = 1000
+    """Optimizer steps; one iteration of sampling each."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    groups: GroupsConfig = GroupsConfig()
+    advantages: AdvantageConfig = AdvantageConfig()
+    algorithm: DGPOConfig = DGPOConfig()
+    old_policy: OldPolicyConfig = OldPolicyConfig()
+    evaluation_ema: EvaluationEmaConfig = EvaluationEmaConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    rewards: RewardsConfig
+    prompts: PromptsConfig = PromptsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    logging: LoggingConfig = LoggingConfig()
+    parallel: ParallelConfig = ParallelConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Config:
+        trained, points = self.algorithm.trunc + 1, self.rollout.steps
+        if trained > points:
+            raise ValueError(
+                f"algorithm.trunc must be below rollout.steps ({points}), got {trained - 1}: it indexes the rollout's sigmas"
+            )
+        if self.algorithm.train_timesteps > trained:
+            raise ValueError(
+                f"algorithm.train_timesteps must be at most algorithm.trunc + 1 = {trained}, "
+                f"got {self.algorithm.train_timesteps}: they are drawn without replacement"
+            )
+        micro, size, images = self.optimizer.images_per_micro_batch, self.groups.size, self.images_per_iteration
+        if (micro % size and size % micro) or images % micro:
+            valid = [m for m in range(1, images + 1) if images % m == 0 and (m % size == 0 or size % m == 0)]
+            nearest = min(valid, key=lambda m: (abs(m - micro), m))
+            raise ValueError(
+                f"optimizer.images_per_micro_batch must hold whole groups or divide one (groups.size is {size}, "
+                f"{images} images per iteration), got {micro}; nearest that fits: {nearest}"
+            )
+        return self
+
+    @property
+    def images_per_iteration(self) -> int:
+        return self.groups.size * self.groups.per_iteration
+
+
+MAY_CHANGE_ON_RESUME = (
+    "name", "description", "steps", "device", "evaluation.every", "checkpoints.", "logging.", "parallel.",
+)  # fmt: skip
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a recipe, by name (see `recipe_names`) or from a YAML file, with `a.b=value` overrides applied.
+
+    Raises:
+        UserError: no such recipe, not YAML, an unknown key (the nearest is named), a wrong type, or values that disagree.
+    """
+    data = _read_recipe(str(name_or_path))
+    for override in overrides:
+        _apply(data, override)
+    return parse_config(data, source=str(name_or_path))
+
+
+def parse_config(data: Mapping[str, Any], *, source: str) -> Config:
+    """The validated configuration of plain data; `source` names it in errors."""
+    try:
+        # Strict JSON validation: "3" is no int, 1.5 is no int, true is no float; but a list is a tuple and 1 is a float.
+        return Config.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_explain(error)}") from None
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package, sorted."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML that `load_recipe` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def resume_conflicts(saved: Config, wanted: Config) -> list[str]:
+    """Keys in which `wanted` differs from `saved` and a resumed run must not: `key: saved -> wanted`."""
+    before, after = dict(_leaves(saved.model_dump(mode="json"))), dict(_leaves(wanted.model_dump(mode="json")))
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE_ON_RESUME)
+    ]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: PyYAML takes 3e-4 for a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read_recipe(name_or_path: str, extended_by: tuple[str, ...] = ()) -> dict[str, Any]:
+    is_file = name_or_path.endswith((".yaml", ".yml"))
+    path = Path(name_or_path) if is_file else RECIPES / f"{name_or_path}.yaml"
+    if not path.is_file():
+        known = recipe_names()
+        hint = "" if is_file else f"{suggest(name_or_path, known)} recipes: {', '.join(known)}"
+        raise UserError(f"no recipe {name_or_path!r}{hint}")
+    if name_or_path in extended_by:
+        raise UserError(f"recipes extend each other in a circle: {' -> '.join((*extended_by, name_or_path))}")
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections, got {type(data).__name__}")
+    data.setdefault("name", path.stem)
+    parent = data.pop("extends", None)
+    if parent is None:
+        return data
+    return _merge(_read_recipe(str(parent), (*extended_by, name_or_path)), data)
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, last = key.strip().split(".")
+    if not equals or not last:
+        raise UserError(f"--set takes key=value, such as optimizer.lr=1e-4, got {override!r}")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise UserError(f"--set {override}: {section!r} is a value, not a section")
+    try:
+        data[last] = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: {text!r} is not a YAML value") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """The first thing wrong, in one line."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        *sections, name = (str(part) for part in first["loc"])
+        return f"unknown key {key!r}{suggest(name, _keys_of(sections))}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return message
+    if first["type"] == "missing":
+        return f"{key} is required"
+    return f"{key}: {message[0].lower()}{message[1:]}, got {first['input']!r}"
+
+
+def _keys_of(sections: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for section in sections:
+        annotation = model.model_fields[section].annotation if section in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return list(RewardConfig.model_fields)
+        model = annotation
+    return list(model.model_fields)
+
+
+def _leaves(data: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(data, dict):
+        for name, value in data.items():
+            yield from _leaves(value, f"{key}.{name}" if key else name)
+    else:
+        yield key, data

@@ -1,0 +1,54 @@
+"""What a run ran on: machine, versions, command line."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import sys
+
+import torch
+
+PACKAGES = (
+    "dgpo-fast", "torch", "triton", "diffusers", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "numpy",
+)  # fmt: skip
+
+
+def describe_environment() -> dict[str, object]:
+    """{"versions": {package: version}, "machine": str, "command": str}."""
+    return {"versions": package_versions(), "machine": machine_name(), "command": " ".join(sys.argv)}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that matter to results; what is not installed is left out."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def machine_name() -> str:
+    """The device in words: the GPU's name, or the processor's with its cores."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
+    return f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak of what torch allocated on a GPU, or of the process's resident memory, in GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()

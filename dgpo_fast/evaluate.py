@@ -1,0 +1,90 @@
+"""Held-out evaluation: base and fine-tuned on the same prompts from the same noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dgpo_fast import rng
+from dgpo_fast.checkpoint import last_checkpoint, load_checkpoint
+from dgpo_fast.config import Config, load_recipe
+from dgpo_fast.errors import UserError
+from dgpo_fast.flow.rollout import Sampler, sample_latents
+from dgpo_fast.models.policy import Policy, View
+from dgpo_fast.models.sd3 import load_model
+from dgpo_fast.parallel.world import World
+from dgpo_fast.profiling import stage
+from dgpo_fast.prompts import load_prompts
+from dgpo_fast.rewards import Scorer
+
+Metrics = dict[str, float]
+
+
+def draw_images(
+    policy: Policy, view: View, prompts: list[str], config: Config, *, images_per_prompt: int, first_prompt: int = 0
+) -> Tensor:
+    """Images float32 [prompts x images_per_prompt, 3, pixels, pixels] in [0, 1], drawn with the evaluation's number of steps.
+
+    The noise of an image is named by the seed, the prompt's number (`first_prompt` + its place) and the image's: every view
+    and every number of ranks starts from the same.
+    """
+    model, per_forward = policy.model, config.rollout.images_per_forward
+    names = [
+        rng.stream(config.seed, stage="evaluation", group=first_prompt + prompt, sample=sample)
+        for prompt in range(len(prompts))
+        for sample in range(images_per_prompt)
+    ]
+    conditioning = model.encode(prompts)
+    of_prompt_B = torch.arange(len(prompts), device=model.device).repeat_interleave(images_per_prompt)
+    x0_BCHW = sample_latents(
+        policy, view, Sampler.from_config(config.rollout, steps=config.evaluation.steps),
+        rng.normal(names, model.latent_shape, device=model.device), conditioning[of_prompt_B],
+        model.encode([""]) if config.rollout.guidance > 1 else None, images_per_forward=per_forward,
+    )  # fmt: skip
+    return model.decode(x0_BCHW, images_per_forward=per_forward)
+
+
+def evaluate_view(
+    policy: Policy, view: View, prompts: list[str], config: Config, scorer: Scorer, world: World
+) -> Metrics:
+    """Mean of every metric over the images of `prompts`, which the ranks share out among themselves."""
+    images_per_prompt = config.evaluation.images_per_prompt
+    first, last = (len(prompts) * rank // world.size for rank in (world.rank, world.rank + 1))
+    with stage("evaluate"):
+        mine = prompts[first:last]
+        images = draw_images(policy, view, mine, config, images_per_prompt=images_per_prompt, first_prompt=first)
+        scores = scorer(images, [prompt for prompt in mine for _ in range(images_per_prompt)])
+        sums = torch.stack([values.double().nansum() for values in scores.metrics.values()])
+        counts = torch.stack([values.isfinite().double().sum() for values in scores.metrics.values()])
+        means = world.sum(sums.to(world.device)) / world.sum(counts.to(world.device))
+    return dict(zip(scores.metrics, means.tolist(), strict=True))
+
+
+def headline(metrics: Metrics, config: Config) -> float:
+    """The one number that decides which checkpoint is the best: `strict` where there is one, else the reward's metric."""
+    chosen = config.rewards.terms[0].metric or next(iter(metrics))
+    return metrics["strict"] if "strict" in metrics else metrics[chosen]
+
+
+def evaluate_run(run_dir: Path, *, split: Literal["train", "test"] = "test") -> dict[str, object]:
+    """What `dgpo-fast eval` prints: {"split", "num_prompts", "base": metrics, "tuned": metrics} of the newest checkpoint.
+
+    Raises:
+        UserError: `run_dir` is no run, has no checkpoint, or has no prompts of that split.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
+    config = load_recipe(run_dir / "config.yaml")
+    state = load_checkpoint(last_checkpoint(run_dir))
+    source = config.prompts.test if split == "test" else config.prompts.train
+    prompts = load_prompts(source, key=f"prompts.{split}")[: config.evaluation.num_prompts]
+    world = World.from_environment(config)
+    policy = Policy(load_model(config.model, device=world.device), config.adapter, seed=config.seed)
+    policy.set_weights("ema", state.tensors["ema"].to(world.device))
+    policy.check_adapters_act()
+    scorer = Scorer(config.rewards)
+    base, tuned = (evaluate_view(policy, view, prompts, config, scorer, world) for view in ("ref", "ema"))
+    return {"split": split, "num_prompts": len(prompts), "base": base, "tuned": tuned}

@@ -1,0 +1,49 @@
+"""SIGINT and SIGTERM as a request to save and leave, on which all ranks agree."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+
+from dgpo_fast.parallel.world import World
+
+
+class Interrupted(Exception):
+    """Every rank was asked to stop; `status` is the exit status that tells why, 128 + the signal's number."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+class Interruption:
+    """While entered, the first SIGINT or SIGTERM is remembered; a second one has its usual effect at once."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.received: int | None = None
+        self._usual: dict[int, object] = {}
+
+    def __enter__(self) -> Interruption:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._usual[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def check(self) -> None:
+        """Raises `Interrupted` on every rank once any has received a signal. All ranks must call it at the same places."""
+        code = self.world.highest(self.received or 0)
+        if code:
+            raise Interrupted(128 + code)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._usual.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]

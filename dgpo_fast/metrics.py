@@ -1,0 +1,198 @@
+"""What a run writes down while it trains: metrics.jsonl, evaluations.jsonl, TensorBoard, Weights & Biases.
+
+The two .jsonl files are the record: a line each, in a fixed key order, on disk as soon as it is written. The others are
+copies for looking at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from dgpo_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from dgpo_fast.records import StepReport
+
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+
+SECTIONS = {
+    "reward": ("reward_mean", "reward_std", "zero_std_groups", "clamped_advantages", "failed_samples"),
+    "loss": ("loss", "dgpo_loss", "surrogate_loss", "kl", "clip_fraction", "group_weight_mean"),
+    "optimizer": ("grad_norm", "lr"),
+    "speed": ("images_seen", "wall_s", "rollout_s", "reward_s", "train_s", "images_per_s", "peak_memory_gb"),
+}
+"""Under which heading TensorBoard and Weights & Biases show a metric."""
+
+
+class MetricsLog:
+    """The logs of one run, open for writing. One process writes them: rank 0.
+
+    A resumed run goes on after `resume_step`: what an earlier process wrote beyond that step, or left half written when
+    it was killed, is cut off, so that metrics.jsonl ends equal to that of a run that was never interrupted.
+
+    Args:
+        run_dir: the run directory; it exists.
+        tensorboard: also write events.out.* there.
+        wandb: also write to Weights & Biases.
+        resume_step: optimizer steps that the checkpoint to continue from has seen; None for a new run.
+
+    Raises:
+        UserError: wandb is not installed or refuses; a log to continue is no JSON.
+    """
+
+    def __init__(self, run_dir: Path, *, tensorboard: bool, wandb: bool, resume_step: int | None) -> None:
+        self._wandb = _wandb_run(run_dir) if wandb else None
+        mode = "w" if resume_step is None else "a"
+        if resume_step is not None:
+            for name in (METRICS, EVALUATIONS):
+                _cut(run_dir / name, resume_step)
+        self._metrics = (run_dir / METRICS).open(mode, encoding="utf-8")
+        self._evaluations = (run_dir / EVALUATIONS).open(mode, encoding="utf-8")
+        self._tensorboard = _summary_writer(run_dir, resume_step) if tensorboard else None
+
+    def write(self, report: StepReport) -> None:
+        """Adds one optimizer step."""
+        values = dataclasses.asdict(report)
+        self._metrics.write(json.dumps(values) + "\n")
+        self._metrics.flush()
+        self._plot({f"{name}/{key}": values[key] for name, keys in SECTIONS.items() for key in keys}, report.step)
+
+    def write_evaluation(
+        self,
+        step: int,
+        *,
+        split: str,
+        num_prompts: int,
+        images_per_prompt: int,
+        base: Mapping[str, float],
+        tuned: Mapping[str, float],
+    ) -> None:
+        """Adds one held-out evaluation: metrics of the base model and of the evaluation EMA after `step` steps."""
+        line = {
+            "step": step,
+            "split": split,
+            "num_prompts": num_prompts,
+            "images_per_prompt": images_per_prompt,
+            "base": dict(base),
+            "tuned": dict(tuned),
+        }
+        self._evaluations.write(json.dumps(line) + "\n")
+        self._evaluations.flush()
+        self._plot({f"evaluation/{name}": value for name, value in tuned.items()}, step)
+
+    def write_samples(self, step: int, *, grid: Path) -> None:
+        """Shows a sample grid, a PNG, in TensorBoard and Weights & Biases."""
+        if self._tensorboard is not None:
+            import numpy as np
+            from PIL import Image
+
+            with Image.open(grid) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            self._tensorboard.add_image("samples", pixels, step, dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.log({"samples": importlib.import_module("wandb").Image(str(grid))}, step=step)
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._evaluations.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _plot(self, values: Mapping[str, float], step: int) -> None:
+        if self._tensorboard is not None:
+            for tag, value in values.items():
+                self._tensorboard.add_scalar(tag, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, oldest first; empty where there is none. A half-written last line is left out.
+
+    Raises:
+        UserError: a line is no JSON.
+    """
+    return _read(run_dir / METRICS)
+
+
+def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of evaluations.jsonl, as `read_metrics` reads those of metrics.jsonl."""
+    return _read(run_dir / EVALUATIONS)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    # What follows the last line break is empty, or a line still being written.
+    *lines, _ = path.read_bytes().split(b"\n")
+    return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def _cut(path: Path, step: int) -> None:
+    """Shortens a log to its whole lines up to `step`."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        kept = 0
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n") or _parse(line, f"{path}:{number}")["step"] > step:
+                break
+            kept += len(line)
+        file.truncate(kept)
+
+
+def _parse(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(line)
+    except ValueError:
+        raise UserError(f"{place}: no JSON: {line[:60]!r}; the file was changed or damaged after it was written") from None
+    return values
+
+
+def _summary_writer(run_dir: Path, resume_step: int | None) -> SummaryWriter:
+    from torch.utils.tensorboard import SummaryWriter
+
+    # TensorBoard then drops what earlier event files hold from that step on.
+    purge_step = None if resume_step is None else resume_step + 1
+    return SummaryWriter(str(run_dir), purge_step=purge_step)  # type: ignore[no-untyped-call]
+
+
+def _wandb_run(run_dir: Path) -> Any:
+    """An open Weights & Biases run: a new one, or the one that `run_dir` began.
+
+    Steps that a resumed run repeats reach Weights & Biases twice; it keeps the first, and both are equal.
+    """
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError:
+        raise UserError(
+            "logging.wandb is true, but wandb is not installed: pip install wandb, or set logging.wandb=false"
+        ) from None
+    id_file = run_dir / "wandb.id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4))
+    config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    try:
+        return wandb.init(
+            project="dgpo-fast",
+            name=run_dir.resolve().name,
+            id=id_file.read_text(),
+            resume="allow",
+            dir=str(run_dir),
+            config=config,
+        )
+    except wandb.Error as error:
+        raise UserError(f"wandb: {error} (or set logging.wandb=false)") from None

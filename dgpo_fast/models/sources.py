@@ -1,0 +1,118 @@
+"""Where a model comes from: a recipe's name for it, resolved and checked without torch, network or weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dgpo_fast.errors import UserError, suggest
+from dgpo_fast.models.architectures import SD35_SHAPES, TransformerShape, VAEShape
+
+EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "tiny-sd3"
+PIPELINE_CLASS = "StableDiffusion3Pipeline"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+RANDOM_PREFIX = "random:"
+RANDOM_NAMES = tuple(f"{RANDOM_PREFIX}{name}" for name in SD35_SHAPES)
+KNOWN_HUB_NAMES = {f"stabilityai/stable-diffusion-3.5-{name.removeprefix('sd35-')}": name for name in SD35_SHAPES}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """A model's weights, wherever they are."""
+
+    kind: Literal["embedded", "random", "directory", "hub"]
+    location: str
+    """A directory, a hub name, or a name of `SD35_SHAPES` where weights are random."""
+
+
+def find_model(name: str, *, revision: str | None = None) -> ModelSource:
+    """The source that `name` means: `embedded`, `random:sd35-medium`, a directory in diffusers' format, or a hub name.
+
+    Raises:
+        UserError: the name means none of these, or what it names is no Stable Diffusion 3 pipeline.
+    """
+    if name == "embedded":
+        _check_directory(EMBEDDED)
+        return ModelSource(kind="embedded", location=str(EMBEDDED))
+    if name.startswith(RANDOM_PREFIX):
+        if name not in RANDOM_NAMES:
+            hint = suggest(name, RANDOM_NAMES)
+            raise UserError(f"no model {name!r}{hint}; random weights exist for {' and '.join(RANDOM_NAMES)}")
+        return ModelSource(kind="random", location=name.removeprefix(RANDOM_PREFIX))
+    if Path(name).is_dir():
+        _check_directory(Path(name))
+        return ModelSource(kind="directory", location=name)
+    if Path(name).exists():
+        raise UserError(f"model {name!r} is a file; expected a directory in diffusers' format")
+    if not HUB_NAME.fullmatch(name):
+        known = ("embedded", *RANDOM_NAMES, *KNOWN_HUB_NAMES)
+        raise UserError(
+            f"no model {name!r}{suggest(name, known)}; expected embedded, {', '.join(RANDOM_NAMES)}, an existing "
+            "directory or a hub name such as stabilityai/stable-diffusion-3.5-medium"
+        )
+    source = ModelSource(kind="hub", location=name)
+    index = cached_file(source, "model_index.json", revision=revision)
+    if index is not None:
+        _check_index(index, name)
+    return source
+
+
+def transformer_shape(source: ModelSource, *, revision: str | None = None) -> TransformerShape | None:
+    """The shape of the transformer; None for a hub model that is neither known nor in the local cache."""
+    if source.kind == "random":
+        return SD35_SHAPES[source.location]
+    config = _config(source, "transformer", revision)
+    if config is not None:
+        return TransformerShape.from_config(config)
+    return SD35_SHAPES.get(KNOWN_HUB_NAMES.get(source.location, ""))
+
+
+def vae_shape(source: ModelSource, *, revision: str | None = None) -> VAEShape:
+    """The shape of the VAE; Stable Diffusion 3's own where nothing else is known."""
+    config = None if source.kind == "random" else _config(source, "vae", revision)
+    return VAEShape() if config is None else VAEShape.from_config(config)
+
+
+def cached_file(source: ModelSource, filename: str, *, revision: str | None = None) -> Path | None:
+    """A file of the model on this machine, in its directory or in the hub's local cache; None where there is none."""
+    if source.kind in ("embedded", "directory"):
+        path = Path(source.location) / filename
+        return path if path.is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(source.location, filename, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _config(source: ModelSource, module: str, revision: str | None) -> dict[str, Any] | None:
+    path = cached_file(source, f"{module}/config.json", revision=revision)
+    return None if path is None else _read_json(path)
+
+
+def _check_directory(directory: Path) -> None:
+    index = directory / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"model {str(directory)!r} is no diffusers pipeline: it has no model_index.json")
+    _check_index(index, str(directory))
+    for module in ("transformer", "vae"):
+        if not (directory / module / "config.json").is_file():
+            raise UserError(f"model {str(directory)!r} has no {module}/config.json")
+
+
+def _check_index(index: Path, name: str) -> None:
+    found = _read_json(index).get("_class_name")
+    if found != PIPELINE_CLASS:
+        raise UserError(f"model {name!r} is a {found}, expected a {PIPELINE_CLASS}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data

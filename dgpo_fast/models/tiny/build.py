@@ -1,0 +1,217 @@
+"""Trains the embedded pipeline from nothing: tokenizers, VAE, then transformer and text encoders together.
+
+The captions are wrong for a share of the training images, so that the base model is honestly imperfect: without guidance
+it draws what a caption says about as often as captions say what is drawn. That is what reinforcement learning can mend.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from torch import Tensor, nn
+
+from dgpo_fast.models.tiny.architecture import make_clip, make_scheduler, make_t5, make_transformer, make_vae
+from dgpo_fast.models.tiny.architecture import CLIP_WIDTHS, T5_WIDTH
+from dgpo_fast.models.tiny.tokenizers import MAX_TOKENS, train_clip_tokenizer, train_t5_tokenizer
+from dgpo_fast.shapes.captions import Caption, all_captions, split_captions
+from dgpo_fast.shapes.render import corrupt, render
+
+Report = Callable[[str, int, int, float], None]
+"""Called as report(stage, step, num_steps, loss) while training."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOptions:
+    """What `dgpo-fast tiny build` does by default; the shipped pipeline was made with these values."""
+
+    seed: int = 0
+    num_images: int = 24_000
+    wrong_captions: float = 0.3
+    dropped_captions: float = 0.1
+    vae_steps: int = 1000
+    vae_batch: int = 32
+    vae_lr: float = 2e-3
+    kl_weight: float = 1e-5
+    flow_steps: int = 6000
+    flow_batch: int = 64
+    flow_lr: float = 1e-3
+    flow_shift: float = 3.0
+    ema_decay: float = 0.999
+
+
+def build(out: Path, options: BuildOptions, report: Report) -> dict[str, object]:
+    """Trains the pipeline, saves it to `out` in diffusers' format (float16), and returns the record saved as build.json."""
+    start = time.perf_counter()
+    torch.manual_seed(options.seed)
+    rng = np.random.default_rng(options.seed)
+    pipeline = untrained_pipeline()
+    images, texts = draw_dataset(options, rng)
+    losses = {"vae": train_vae(pipeline.vae, images, options, report)}
+    latents = encode_dataset(pipeline.vae, images)
+    losses["flow"] = train_flow(pipeline, latents, texts, options, report)
+    pipeline.to(dtype=torch.float16)
+    pipeline.save_pretrained(out)
+    record: dict[str, object] = {
+        "command": f"dgpo-fast tiny build --seed {options.seed} --out DIR",
+        "options": asdict(options),
+        "duration_s": round(time.perf_counter() - start, 1),
+        "losses": losses,
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__},
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+    }
+    (out / "build.json").write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def untrained_pipeline() -> StableDiffusion3Pipeline:
+    """The pipeline with trained tokenizers and modules of random weights, float32, on the CPU."""
+    texts = sorted(str(caption) for caption in all_captions())
+    tokenizer = train_clip_tokenizer(texts, pad_token="<|endoftext|>")
+    tokenizer_2 = train_clip_tokenizer(texts, pad_token="!")
+    tokenizer_3 = train_t5_tokenizer(texts)
+    return StableDiffusion3Pipeline(
+        transformer=make_transformer(),
+        scheduler=make_scheduler(),
+        vae=make_vae(),
+        text_encoder=make_clip(tokenizer, CLIP_WIDTHS[0]),
+        tokenizer=tokenizer,
+        text_encoder_2=make_clip(tokenizer_2, CLIP_WIDTHS[1]),
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=make_t5(tokenizer_3),
+        tokenizer_3=tokenizer_3,
+    )
+
+
+def draw_dataset(options: BuildOptions, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
+    """Images [num_images, 3, H, W] in [-1, 1] and their captions, a share of them wrong; nothing held out is in either."""
+    captions = split_captions("train")
+    images: list[np.ndarray] = []
+    texts: list[str] = []
+    for index in range(options.num_images):
+        caption = captions[index % len(captions)]
+        images.append(render(caption, rng))
+        text = str(wrong(caption, rng) if rng.random() < options.wrong_captions else caption)
+        texts.append("" if rng.random() < options.dropped_captions else text)
+    return torch.from_numpy(np.stack(images)).mul_(2).sub_(1), texts
+
+
+def wrong(caption: Caption, rng: np.random.Generator) -> Caption:
+    """A wrong caption that is not held out either."""
+    while (candidate := corrupt(caption, rng)).held_out:
+        pass
+    return candidate
+
+
+def train_vae(vae: AutoencoderKL, images: Tensor, options: BuildOptions, report: Report) -> list[float]:
+    """Trains `vae` to reconstruct (L1 + a little KL), then sets its shift and scaling so that latents have unit variance."""
+
+    def loss_of(index: Tensor) -> Tensor:
+        x = images[index]
+        posterior = vae.encode(x).latent_dist
+        reconstruction = vae.decode(posterior.sample()).sample
+        return F.l1_loss(reconstruction, x) + options.kl_weight * posterior.kl().mean()
+
+    vae.train()
+    losses = train("vae", vae.parameters(), loss_of, len(images), options.vae_steps, options.vae_batch, options.vae_lr, report)
+    vae.eval().requires_grad_(False)
+    sample = vae.encode(images[:1024]).latent_dist.mean
+    vae.register_to_config(shift_factor=sample.mean().item(), scaling_factor=1.0 / sample.std().item())
+    return losses
+
+
+@torch.no_grad()
+def encode_dataset(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """The latents of `images` as the transformer sees them: shifted and scaled."""
+    means = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in images.split(256)])
+    return (means - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def train_flow(
+    pipeline: StableDiffusion3Pipeline, latents: Tensor, texts: Sequence[str], options: BuildOptions, report: Report
+) -> list[float]:
+    """Trains transformer and text encoders on the flow-matching loss; their moving average is what stays in `pipeline`."""
+    learned = nn.ModuleList(
+        [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
+    ).train()
+    tokens = [
+        tokenizer(list(texts), padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
+        for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3)
+    ]
+    average = torch.optim.swa_utils.AveragedModel(
+        learned, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(options.ema_decay)
+    )
+
+    def loss_of(index: Tensor) -> Tensor:
+        x0, noise = latents[index], torch.randn_like(latents[index])
+        u = torch.rand(len(index))
+        sigma = options.flow_shift * u / (1 + (options.flow_shift - 1) * u)
+        x_t = torch.lerp(x0, noise, sigma[:, None, None, None])
+        text, pooled = encode_tokens(pipeline, [ids[index] for ids in tokens])
+        velocity = pipeline.transformer(x_t, text, pooled, 1000 * sigma).sample
+        return F.mse_loss(velocity, noise - x0)
+
+    losses = train(
+        "flow", learned.parameters(), loss_of, len(latents), options.flow_steps, options.flow_batch, options.flow_lr, report,
+        after_step=lambda: average.update_parameters(learned),
+    )  # fmt: skip
+    learned.load_state_dict(average.module.state_dict())
+    learned.eval().requires_grad_(False)
+    return losses
+
+
+def encode_tokens(pipeline: StableDiffusion3Pipeline, ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Text embedding [B, 2 MAX_TOKENS, T5_WIDTH] and pooled embedding [B, sum(CLIP_WIDTHS)], as the pipeline's encode_prompt
+    makes them, but with gradients."""
+    clips = [
+        encoder(tokens, output_hidden_states=True)
+        for encoder, tokens in zip((pipeline.text_encoder, pipeline.text_encoder_2), ids[:2], strict=True)
+    ]
+    clip_text = torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1)
+    clip_text = F.pad(clip_text, (0, T5_WIDTH - clip_text.shape[-1]))
+    t5_text = pipeline.text_encoder_3(ids[2])[0]
+    return torch.cat([clip_text, t5_text], dim=1), torch.cat([clip.text_embeds for clip in clips], dim=-1)
+
+
+def train(
+    stage: str,
+    parameters: Iterator[nn.Parameter],
+    loss_of: Callable[[Tensor], Tensor],
+    num_examples: int,
+    num_steps: int,
+    batch: int,
+    lr: float,
+    report: Report,
+    after_step: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """Minimises `loss_of(indices)` with AdamW under a warm-up and a cosine; returns the mean loss of each twentieth."""
+    weights = list(parameters)
+    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    warmup = max(1, num_steps // 50)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / num_steps))
+    )
+    history: list[float] = []
+    for step in range(num_steps):
+        loss = loss_of(torch.randint(num_examples, (batch,)))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        after_step()
+        history.append(loss.item())
+        report(stage, step + 1, num_steps, history[-1])
+    every = max(1, num_steps // 20)
+    return [round(sum(history[i : i + every]) / len(history[i : i + every]), 5) for i in range(0, num_steps, every)]

@@ -1,0 +1,1 @@
+"""Everything that knows of other processes: the only user of torch.distributed."""

@@ -1,0 +1,81 @@
+"""The ranks of a run and what they exchange."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dgpo_fast.config import Config
+from dgpo_fast.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """This process among its peers; alone where no launcher started it."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def from_environment(cls, config: Config) -> World:
+        """Joins the process group that torchrun or DeepSpeed's launcher describes in the environment, if any.
+
+        Raises:
+            UserError: `device: cuda` without CUDA, or groups that do not divide among the ranks.
+        """
+        size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("device: cuda was asked for, but torch sees no CUDA device")
+        on_cuda = config.device != "cpu" and torch.cuda.is_available()
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_cuda else torch.device("cpu")
+        if config.groups.per_iteration % size:
+            raise UserError(
+                f"groups.per_iteration must divide among the ranks, got {config.groups.per_iteration} for {size}; "
+                f"nearest that does: {max(1, round(config.groups.per_iteration / size)) * size}"
+            )
+        if size > 1 and not dist.is_initialized():
+            backend = config.parallel.backend
+            dist.init_process_group(("nccl" if on_cuda else "gloo") if backend == "auto" else backend)
+        if on_cuda:
+            torch.cuda.set_device(device)
+        return cls(rank=rank, size=size, device=device)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor` summed over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def highest(self, value: int) -> int:
+        """The largest of the ranks' values: a one-element all-reduce."""
+        if self.size == 1:
+            return value
+        largest = torch.tensor([value], device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest.item())
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The ranks' tensors of equal shape, concatenated in the order of ranks."""
+        if self.size == 1:
+            return tensor
+        pieces = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(pieces, tensor.contiguous())
+        return torch.cat(pieces)
+
+    def wait(self) -> None:
+        """Until every rank has come here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def leave(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()

@@ -1,0 +1,341 @@
+"""What a run will do, before it does anything: images, model evaluations, FLOPs, memory, time. No torch, no weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from dgpo_fast.config import Config
+from dgpo_fast.flow.schedules import schedule_sigmas
+from dgpo_fast.models.architectures import SD3_TEXT_ENCODERS, Flops, TransformerShape, VAEShape, text_flops
+from dgpo_fast.models.sources import ModelSource, cached_file, find_model, transformer_shape, vae_shape
+from dgpo_fast.throughput import Throughput, expected_throughputs
+
+CLIP_TOKENS = 77
+GB = 1e9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A stage of an iteration: model evaluations per image, and FLOPs of the iteration over all ranks."""
+
+    name: str
+    evaluations: int
+    flops: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """How groups lie in micro-batches, the letter being that of CONTRIBUTING.md."""
+
+    case: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What only the model's shape can tell."""
+
+    parameters: int
+    trained_parameters: int
+    trained_tensors: int
+    stages: tuple[Stage, ...]
+    memory_bytes: dict[str, float]
+    """By purpose, on each rank."""
+    peak_bytes: float
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of one iteration."""
+        return sum(stage.flops for stage in self.stages)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A run, foreseen."""
+
+    config: Config
+    num_ranks: int
+    model: str
+    placement: Placement
+    micro_batches: int
+    """Backward passes of each rank per iteration."""
+    sigmas: tuple[float, ...]
+    """Those that training draws from."""
+    cost: Cost | None
+    """None where the model's shape is not known before it is downloaded."""
+    throughputs: tuple[Throughput, ...]
+    warnings: tuple[str, ...]
+    """What would keep the run from starting as things stand."""
+
+
+def plan(config: Config) -> Plan:
+    """The plan of a run of `config` on this machine, with as many ranks as the launcher's environment says.
+
+    Raises:
+        UserError: the model, a reward or a prompt file cannot be what the recipe says.
+    """
+    source = find_model(config.model.name, revision=config.model.revision)
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    shape = transformer_shape(source, revision=config.model.revision)
+    vae = vae_shape(source, revision=config.model.revision)
+    model, model_warnings = _describe_model(source, config)
+    sigmas = schedule_sigmas(config.rollout.schedule, config.rollout.steps, shift=config.rollout.shift)
+    images_per_rank = config.images_per_iteration // num_ranks
+    return Plan(
+        config=config,
+        num_ranks=num_ranks,
+        model=model,
+        placement=placement(config),
+        micro_batches=images_per_rank // config.optimizer.images_per_micro_batch * config.algorithm.train_timesteps,
+        sigmas=tuple(sigmas[: config.algorithm.trunc + 1].tolist()),
+        cost=None if shape is None else cost(config, source, shape, vae),
+        throughputs=tuple(expected_throughputs(config, num_ranks=num_ranks)),
+        warnings=(*model_warnings, *_missing_rewards(config), *_missing_prompts(config)),
+    )
+
+
+def placement(config: Config) -> Placement:
+    """Whether a group's samples meet in one micro-batch."""
+    micro, size = config.optimizer.images_per_micro_batch, config.groups.size
+    if micro % size == 0:
+        return Placement(case="a", why=f"{micro // size} whole groups in each micro-batch: no extra work")
+    return Placement(
+        case="c",
+        why=f"a group is cut over {size // micro} micro-batches of its rank: their errors first, once more forward",
+    )
+
+
+def evaluations(config: Config) -> dict[str, int]:
+    """Transformer forwards per image of each stage; a guided velocity takes two. A backward follows the policy's."""
+    rollout, algorithm = config.rollout, config.algorithm
+    solver_evaluations = 2 * rollout.steps - 1 if rollout.solver == "heun" else rollout.steps
+    uses_base = algorithm.reference == "base" or algorithm.kl_coef > 0
+    uses_old = algorithm.reference == "old" or algorithm.clip is not None
+    trained = algorithm.train_timesteps
+    return {
+        "rollout": solver_evaluations * _per_velocity(rollout.guidance),
+        "reference": trained * _per_velocity(algorithm.kl_cfg) * uses_base,
+        "old policy": trained * uses_old,
+        "group weights": trained * (placement(config).case == "c"),
+        "policy": trained,
+    }
+
+
+def cost(config: Config, source: ModelSource, shape: TransformerShape, vae: VAEShape) -> Cost:
+    """Parameters, FLOPs and memory of a run with a model of this shape."""
+    targets, rank = config.adapter.targets, config.adapter.rank
+    trained = shape.adapter_parameters(targets, rank=rank)
+    memory = _memory(config, source, shape, vae, trained)
+    passing = ("saved activations", "VAE decoding")
+    resident = sum(value for purpose, value in memory.items() if purpose not in passing)
+    return Cost(
+        parameters=shape.parameters,
+        trained_parameters=trained,
+        trained_tensors=2 * len(shape.adapted(targets)),
+        stages=tuple(_stages(config, source, shape, vae)),
+        memory_bytes=memory,
+        peak_bytes=resident + max(memory[purpose] for purpose in passing),
+    )
+
+
+def _stages(config: Config, source: ModelSource, shape: TransformerShape, vae: VAEShape) -> Iterator[Stage]:
+    targets, rank = config.adapter.targets, config.adapter.rank
+    tokens = shape.tokens(config.model.resolution, CLIP_TOKENS + config.model.text_length, vae_factor=vae.factor)
+    base = shape.forward_flops(tokens)
+    adapted = base + shape.adapter_flops(tokens, targets, rank=rank)
+    backward = shape.backward_flops(tokens, targets, rank=rank)
+    images = config.images_per_iteration
+    for name, count in evaluations(config).items():
+        each: Flops = {"reference": base, "policy": adapted + backward}.get(name, adapted)
+        yield Stage(name=name, evaluations=count, flops=images * count * each.total)
+    yield Stage(name="VAE", evaluations=0, flops=images * vae.decode_flops(config.model.resolution).total)
+    if _has_real_text_encoders(source, shape):
+        flops = config.groups.per_iteration * text_flops(config.model.text_length)
+        yield Stage(name="text", evaluations=0, flops=flops)
+
+
+# Values that eager PyTorch saves for the backward pass of an adapted block, in widths: per token, and per image token
+# of a second attention.
+SAVED_WIDTHS = 24.0
+SAVED_WIDTHS_DUAL = 10.0
+
+TRAINING_BYTES = {"float32": 24, "bfloat16": 32}
+"""Per trained parameter: float32 masters of policy, old policy and evaluation average, a gradient and two Adam states;
+in bfloat16 also the compute copies of the three and their gradient."""
+
+
+def _memory(
+    config: Config, source: ModelSource, shape: TransformerShape, vae: VAEShape, trained: int
+) -> dict[str, float]:
+    size = 4 if config.model.dtype == "float32" else 2
+    tokens = shape.tokens(config.model.resolution, CLIP_TOKENS + config.model.text_length, vae_factor=vae.factor)
+    saved = shape.layers * SAVED_WIDTHS * (tokens.image + tokens.text)
+    saved += len(shape.dual_attention_layers) * SAVED_WIDTHS_DUAL * tokens.image
+    pixels = config.model.resolution**2
+    # The widest tensors of the decoder stand at full resolution: the input, the output and the copy of a convolution.
+    decoding = 3 * vae.block_channels[min(1, len(vae.block_channels) - 1)] * pixels
+    images_per_rank = config.images_per_iteration // int(os.environ.get("WORLD_SIZE", "1"))
+    memory = {
+        "transformer": float(size * (shape.parameters + shape.position_values)),
+        "VAE": float(size * vae.parameters),
+        "adapters, averages, AdamW": float(TRAINING_BYTES[config.model.dtype] * trained),
+        "images": 4.0 * 3 * pixels * images_per_rank,
+        "saved activations": size * saved * shape.width * config.optimizer.images_per_micro_batch,
+        "VAE decoding": float(size * decoding * config.rollout.images_per_forward),
+    }
+    if _has_real_text_encoders(source, shape):
+        memory["text encoders"] = size * sum(encoder.parameters for encoder in SD3_TEXT_ENCODERS.values())
+    return memory
+
+
+def _has_real_text_encoders(source: ModelSource, shape: TransformerShape) -> bool:
+    """Those of random and of small models are too small to count."""
+    return source.kind != "random" and shape.joint_attention_dim == 4096
+
+
+def _per_velocity(guidance: float) -> int:
+    return 2 if guidance > 1 else 1
+
+
+def _describe_model(source: ModelSource, config: Config) -> tuple[str, list[str]]:
+    """Where the weights come from, and what stands in the way of having them."""
+    if source.kind == "embedded":
+        return f"embedded, in {source.location}", []
+    if source.kind == "random":
+        return (
+            f"random weights in the shape of {source.location}: nothing is downloaded, nothing it draws means anything",
+            [],
+        )
+    if source.kind == "directory":
+        return f"local directory {source.location}", []
+    if cached_file(source, "model_index.json", revision=config.model.revision) is not None:
+        return f"{source.location}, in the local Hugging Face cache", []
+    from huggingface_hub import get_token
+
+    warning = (
+        f"{source.location} is not in the local cache: `hf download {source.location}` or the first run fetches it"
+    )
+    if get_token() is None:
+        warning += (
+            "; no Hugging Face token found: if it is gated, accept its licence at "
+            f"https://huggingface.co/{source.location} and run `hf auth login`"
+        )
+    return f"{source.location}, from the Hugging Face hub", [warning]
+
+
+REWARDS_TO_COME = ("geneval", "ocr", "pickscore")
+"""Of the published recipes; not part of this version."""
+
+
+def _missing_rewards(config: Config) -> Iterator[str]:
+    from dgpo_fast.rewards import known_rewards, load_reward
+
+    for term in config.rewards.terms:
+        if term.name in REWARDS_TO_COME and term.name not in known_rewards():
+            yield f"reward {term.name!r} is not part of this version: register one of that name, or set rewards.terms"
+        else:
+            load_reward(term.name)
+
+
+def _missing_prompts(config: Config) -> Iterator[str]:
+    from dgpo_fast.prompts import load_prompts
+
+    for key, source in (("prompts.train", config.prompts.train), ("prompts.test", config.prompts.test)):
+        if source is None:
+            yield f"{key} is not set: give --set {key}=FILE, a text file with a prompt on each line"
+        else:
+            load_prompts(source, key=key)
+
+
+def render(plan: Plan) -> RenderableType:
+    """The plan for a terminal."""
+    parts: list[RenderableType] = [_summary(plan)]
+    if plan.cost is not None:
+        parts += [_stage_table(plan.cost), _memory_table(plan.cost)]
+    parts += [f"[yellow]warning:[/] {warning}" for warning in plan.warnings]
+    return Group(*parts)
+
+
+def _summary(plan: Plan) -> Table:
+    table = Table(title=f"Plan of {plan.config.name}", title_justify="left", show_header=False, box=None)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _facts(plan):
+        table.add_row(name, value)
+    return table
+
+
+def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
+    config, cost, evaluation = plan.config, plan.cost, plan.config.evaluation
+    groups, images = config.groups, config.images_per_iteration
+    yield "model", plan.model
+    yield "parameters", _parameters(cost) if cost else "known once the model is there; so are FLOPs, memory and time"
+    yield "iteration", f"{groups.per_iteration} prompts x {groups.size} images = {images}, on {plan.num_ranks} rank(s)"
+    yield "groups", f"case ({plan.placement.case}): {plan.placement.why}"
+    yield "backwards", f"{plan.micro_batches} of {config.optimizer.images_per_micro_batch} images, on each rank"
+    sigmas = " ".join(f"{sigma:.4f}" for sigma in plan.sigmas)
+    yield "sigmas", f"{config.algorithm.train_timesteps} trained in an iteration, out of {sigmas}"
+    when = f"every {evaluation.every} steps" if evaluation.every else "at the end"
+    drawn = f"{evaluation.num_prompts} x {evaluation.images_per_prompt} images of {evaluation.steps} solver steps"
+    yield "evaluation", f"{drawn} {when}, not in the figures below"
+    if cost is not None:
+        for throughput in plan.throughputs:
+            each = cost.flops / throughput.flops_per_s
+            total = f"{_duration(config.steps * each)} for {config.steps}"
+            yield "time", f"{_duration(each)} an iteration, {total}: {throughput.source}"
+
+
+def _parameters(cost: Cost) -> str:
+    share = cost.trained_parameters / cost.parameters
+    return (
+        f"{_count(cost.parameters)} in the transformer, {_count(cost.trained_parameters)} trained in "
+        f"{cost.trained_tensors} tensors ({share:.1%})"
+    )
+
+
+def _stage_table(cost: Cost) -> Table:
+    table = Table(title="Work of one iteration", title_justify="left")
+    for column in ("stage", "forwards per image", "FLOPs", "share"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for stage in cost.stages:
+        if stage.flops:
+            forwards = str(stage.evaluations) if stage.evaluations else ""
+            table.add_row(stage.name, forwards, _scaled(stage.flops, "FLOP"), f"{stage.flops / cost.flops:.1%}")
+    table.add_section()
+    table.add_row("all (policy with backward)", "", _scaled(cost.flops, "FLOP"), "")
+    return table
+
+
+def _memory_table(cost: Cost) -> Table:
+    table = Table(title="Memory of one rank (estimate)", title_justify="left")
+    table.add_column("for")
+    table.add_column("GB", justify="right")
+    for purpose, value in cost.memory_bytes.items():
+        table.add_row(purpose, f"{value / GB:.2f}")
+    table.add_section()
+    table.add_row("peak (the larger of activations and decoding)", f"{cost.peak_bytes / GB:.2f}")
+    return table
+
+
+def _count(number: float) -> str:
+    return _scaled(number, "").replace("G", "B").replace("k", " thousand")
+
+
+def _scaled(number: float, unit: str) -> str:
+    """Three or four digits and a metric prefix."""
+    for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.2f} {prefix}{unit}".rstrip()
+    return f"{number:.0f} {unit}".rstrip()
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"

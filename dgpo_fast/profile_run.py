@@ -1,0 +1,149 @@
+"""Where the time of an iteration goes: what `dgpo-fast profile` does."""
+
+from __future__ import annotations
+
+import csv
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import nvtx
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from torch.profiler import ProfilerActivity
+
+from dgpo_fast.config import Config
+from dgpo_fast.trainer import Trainer
+
+WINDOW = "window"
+"""NVTX range of the measured iterations, in the domain dgpo_fast."""
+
+StagePath = tuple[str, ...]
+
+SHARES: dict[str, tuple[StagePath, ...]] = {
+    "transformer, sampling": (("rollout", "transformer"),),
+    "transformer, training": tuple(("train", name) for name in ("reference", "old", "weights", "policy", "backward")),
+    "VAE": (("rollout", "vae"),),
+    "reward": (("reward",),),
+}
+"""What an iteration is for. The rest is text encoding, solver, loss, optimizer, averages and Python."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """Measured iterations."""
+
+    iterations: int
+    wall_s: float
+    """Of all of them."""
+    seconds: Mapping[StagePath, float]
+    """Per path of stages, those inside included."""
+    calls: Mapping[StagePath, int]
+    trace: Path | None
+    stages: Path
+
+    def shares(self) -> dict[str, float]:
+        """Share of the wall time by purpose; the last, "everything else", makes them one."""
+        shares = {
+            purpose: sum(self.seconds.get(path, 0.0) for path in paths) / self.wall_s
+            for purpose, paths in SHARES.items()
+        }
+        return {**shares, "everything else": 1 - sum(shares.values())}
+
+
+def profile_run(config: Config, out: Path, *, iterations: int, warmup: int, trace: bool) -> Profile:
+    """Runs `warmup` iterations, measures `iterations` more, and writes stages.csv to `out`.
+
+    With `trace`, one more runs under torch.profiler, apart since that slows it, and is written to trace.json.
+    No checkpoints, evaluations or logs are written, and nothing of the training is kept.
+    """
+    trainer = Trainer(config, out)
+    if trainer.world.device.type == "cuda":
+        trainer.clock.synchronize = torch.cuda.synchronize
+    for _ in range(warmup):
+        trainer.run_iteration()
+    trainer.clock.reset()
+    with nvtx.annotate(WINDOW, domain="dgpo_fast"):
+        start = time.perf_counter()
+        for _ in range(iterations):
+            trainer.run_iteration()
+        wall_s = time.perf_counter() - start
+    profile = Profile(
+        iterations=iterations,
+        wall_s=wall_s,
+        seconds=dict(trainer.clock.seconds),
+        calls=dict(trainer.clock.calls),
+        trace=out / "trace.json" if trace else None,
+        stages=out / "stages.csv",
+    )
+    _write_stages(profile)
+    if profile.trace is not None:
+        _trace(trainer, profile.trace)
+    return profile
+
+
+def _trace(trainer: Trainer, path: Path) -> None:
+    on_cuda = trainer.world.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    with torch.profiler.profile(activities=activities) as profiler:
+        trainer.run_iteration()
+    profiler.export_chrome_trace(str(path))
+
+
+def _write_stages(profile: Profile) -> None:
+    with profile.stages.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["stage", "calls_per_iteration", "ms_per_iteration", "share"])
+        for path, seconds in sorted(profile.seconds.items()):
+            each_ms = 1000 * seconds / profile.iterations
+            calls = profile.calls[path] / profile.iterations
+            writer.writerow(["/".join(path), f"{calls:g}", f"{each_ms:.3f}", f"{seconds / profile.wall_s:.4f}"])
+
+
+def render(profile: Profile) -> RenderableType:
+    """The profile for a terminal, with the command lines for Nsight."""
+    purposes = Table(title=f"Mean of {profile.iterations} iterations", title_justify="left")
+    purposes.add_column("purpose")
+    for column in ("ms", "share"):
+        purposes.add_column(column, justify="right")
+    each_ms = 1000 * profile.wall_s / profile.iterations
+    for purpose, share in profile.shares().items():
+        purposes.add_row(purpose, f"{share * each_ms:.1f}", f"{share:.1%}")
+    purposes.add_section()
+    purposes.add_row("iteration", f"{each_ms:.1f}", "")
+
+    stages = Table(title="Stages", title_justify="left")
+    stages.add_column("stage")
+    for column in ("calls", "ms", "share"):
+        stages.add_column(column, justify="right")
+    for path, seconds in sorted(profile.seconds.items()):
+        stages.add_row(
+            "  " * (len(path) - 1) + path[-1],
+            f"{profile.calls[path] / profile.iterations:g}",
+            f"{1000 * seconds / profile.iterations:.1f}",
+            f"{seconds / profile.wall_s:.1%}",
+        )
+    written = [str(path) for path in (profile.stages, profile.trace) if path is not None]
+    return Group(purposes, stages, f"written: {', '.join(written)}", *nsight_commands(profile.stages.parent))
+
+
+def nsight_commands(out: Path) -> list[str]:
+    """Command lines for Nsight Systems (the same iterations) and Nsight Compute (kernels of the policy's forward).
+
+    Without torch's trace: it and Nsight want the same hardware counters.
+    """
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--trace", "--no-trace")]
+    command = shlex.join(["python", "-m", "dgpo_fast", *arguments, "--no-trace"])
+    systems = (
+        f"nsys profile --trace=cuda,nvtx --capture-range=nvtx --nvtx-capture={WINDOW}@dgpo_fast "
+        f"--env-var=NSYS_NVTX_PROFILER_REGISTER_ONLY=0 --output={shlex.quote(str(out / 'nsys'))} {command}"
+    )
+    compute = (
+        "ncu --nvtx --nvtx-include='dgpo_fast@policy/' --launch-count=500 "
+        f"--export={shlex.quote(str(out / 'ncu'))} {command}"
+    )
+    return [systems, compute]

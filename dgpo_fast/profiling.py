@@ -1,0 +1,60 @@
+"""Named stages of an iteration: NVTX ranges for Nsight, and wall-clock seconds for people.
+
+Stages nest: "rollout" holds "transformer", "solver" and "vae". A `StageClock` counts each stage's own seconds and those
+of its children apart, so a table of them adds up to the whole.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import nvtx
+
+
+@dataclass(slots=True)
+class StageClock:
+    """Seconds per path of stages, such as ("train", "transformer"), the time of inner stages included."""
+
+    synchronize: Callable[[], None] = lambda: None
+    """Called at both ends of a stage: a device's own synchronisation where exact stages are wanted, else nothing."""
+    seconds: defaultdict[tuple[str, ...], float] = field(default_factory=lambda: defaultdict(float))
+    calls: defaultdict[tuple[str, ...], int] = field(default_factory=lambda: defaultdict(int))
+    path: tuple[str, ...] = ()
+
+    def total(self, name: str) -> float:
+        """Seconds spent in every stage of that name, wherever it stands."""
+        return sum(seconds for path, seconds in self.seconds.items() if path[-1] == name)
+
+    def reset(self) -> None:
+        self.seconds.clear()
+        self.calls.clear()
+
+
+_clock = StageClock()
+
+
+def use_clock(clock: StageClock) -> None:
+    """Makes `clock` the one that `stage` counts on."""
+    global _clock
+    _clock = clock
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """A named stretch of work: an NVTX range, counted on the clock in use."""
+    clock, outer = _clock, _clock.path
+    clock.path = (*outer, name)
+    with nvtx.annotate(name, domain="dgpo_fast"):
+        clock.synchronize()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            clock.synchronize()
+            clock.seconds[clock.path] += time.perf_counter() - start
+            clock.calls[clock.path] += 1
+            clock.path = outer

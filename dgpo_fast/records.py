@@ -1,0 +1,126 @@
+"""The frozen records that pass between the rooms of one iteration, in order.
+
+    PromptBatch -> Rollout -> ScoredGroups -> DGPOBatch -> LossOutput -> StepReport
+
+Shapes: B samples of this rank, ordered by group; G its groups; M samples of a micro-batch; C H W latents; N text tokens,
+D their width. Example: 8 groups of 16 images at 512 px give B = 128 and latents [128, 16, 64, 64].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditioning:
+    """What the transformer knows of the text, in the model's dtype."""
+
+    text_BND: Tensor
+    pooled_BD: Tensor
+
+    def __getitem__(self, index: Tensor | slice) -> Conditioning:
+        return Conditioning(text_BND=self.text_BND[index], pooled_BD=self.pooled_BD[index])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptBatch:
+    """The prompts of one iteration on this rank, one per group."""
+
+    iteration: int
+    prompts: tuple[str, ...]  # [G]
+    group_ids: tuple[int, ...]  # [G], the groups' numbers over all ranks: randomness is named by them
+    group_size: int
+    conditioning: Conditioning  # a row per group: [G, N, D], [G, D]
+    unconditional: Conditioning | None  # the empty prompt: [1, N, D], [1, D]; None where no guidance needs it
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def group_B(self) -> Tensor:
+        """Each sample's group, counted on this rank: int64 [B]."""
+        return torch.arange(self.num_samples, device=self.conditioning.text_BND.device) // self.group_size
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.prompts) * self.group_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """Sampled images and the latents they were decoded from."""
+
+    prompts: PromptBatch
+    x0_BCHW: Tensor  # float32
+    images_BCHW: Tensor  # float32 in [0, 1], C = 3, pixels
+    sigmas: NDArray[np.float64]  # [steps + 1], the schedule the rollout followed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredGroups:
+    """A rollout with its rewards and advantages."""
+
+    rollout: Rollout
+    reward_B: Tensor  # float32; NaN where the reward failed
+    valid_B: Tensor  # bool; False keeps a sample's place in every batch, with weight zero
+    advantage_B: Tensor  # float32; 0 where not valid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DGPOBatch:
+    """One micro-batch at one training sigma: whole groups, or a piece of one."""
+
+    x_t_MCHW: Tensor  # float32
+    target_MCHW: Tensor  # float32, v* = noise - x_0
+    timestep_M: Tensor  # float32, what the model is told: 1000 sigma
+    conditioning: Conditioning  # a row per sample
+    unconditional: Conditioning | None
+    advantage_M: Tensor  # float32
+    valid_M: Tensor  # bool
+    group_M: Tensor  # int64, numbered from 0 within the round of micro-batches
+    group_size_G: Tensor  # float32, valid samples of each group of the round
+    group_share: float  # weight of one group in the loss: 1 / (groups of all ranks x training sigmas)
+    sample_share: float  # weight of one sample in the KL term: 1 / (samples of all ranks x training sigmas)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossOutput:
+    """A micro-batch's part of the iteration's loss, and its part of each metric: parts add up to the metric."""
+
+    loss: Tensor  # float32 scalar, differentiable
+    metrics: Mapping[str, Tensor]  # float32 scalars, detached
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One line of metrics.jsonl. Times in seconds."""
+
+    step: int
+    iteration: int
+    images_seen: int
+    wall_s: float
+    reward_mean: float
+    reward_std: float
+    zero_std_groups: int
+    clamped_advantages: int
+    failed_samples: int
+    loss: float
+    dgpo_loss: float
+    surrogate_loss: float
+    kl: float
+    clip_fraction: float
+    group_weight_mean: float
+    grad_norm: float
+    lr: float
+    rollout_s: float
+    reward_s: float
+    train_s: float
+    images_per_s: float
+    peak_memory_gb: float

@@ -1,0 +1,102 @@
+"""The run directory: everything a run writes besides its checkpoints. Rank 0 writes, the others are silent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from dgpo_fast.config import Config, dump_config, load_recipe, resume_conflicts
+from dgpo_fast.environment import describe_environment
+from dgpo_fast.errors import UserError
+from dgpo_fast.metrics import MetricsLog
+from dgpo_fast.profiling import StageClock, stage
+from dgpo_fast.progress import TrainingProgress
+from dgpo_fast.records import StepReport
+from dgpo_fast.report import write_report
+from dgpo_fast.samples import save_grid
+
+
+class RunDirectory:
+    """An open run directory; entered by the trainer, and left with an up-to-date report.html.
+
+    Args:
+        out: created where it does not exist.
+        config: written to config.yaml.
+        start_step: steps made before this process; logs are cut back to it.
+        is_first: whether this process is rank 0.
+
+    Raises:
+        UserError: `out` cannot be written.
+    """
+
+    def __init__(self, out: Path, config: Config, *, start_step: int, is_first: bool) -> None:
+        self.out, self.config, self.is_first = out, config, is_first
+        self.progress = TrainingProgress(config.steps, start_step, enabled=is_first)
+        if not is_first:
+            return
+        try:
+            (out / "samples").mkdir(parents=True, exist_ok=True)
+            (out / "config.yaml").write_text(dump_config(config))
+            (out / "environment.json").write_text(json.dumps(describe_environment(), indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write the run directory {out}: {error.strerror}") from None
+        logging = config.logging
+        self._log = MetricsLog(
+            out, tensorboard=logging.tensorboard, wandb=logging.wandb, resume_step=start_step or None
+        )
+
+    def __enter__(self) -> RunDirectory:
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.__exit__(None, None, None)
+        if self.is_first:
+            self._log.close()
+            write_report(self.out)
+
+    def log_step(self, report: StepReport, clock: StageClock) -> None:
+        """A line of metrics.jsonl, the progress display, and the seconds of all stages so far."""
+        if self.is_first:
+            with stage("logging"):
+                self._log.write(report)
+                self.progress.update(report)
+                seconds = {"/".join(path): round(value, 3) for path, value in sorted(clock.seconds.items())}
+                (self.out / "stages.json").write_text(json.dumps(seconds, indent=2) + "\n")
+
+    def log_evaluation(self, step: int, *, num_prompts: int, base: dict[str, float], tuned: dict[str, float]) -> None:
+        """A line of evaluations.jsonl."""
+        if self.is_first:
+            self._log.write_evaluation(
+                step, split="test", num_prompts=num_prompts,
+                images_per_prompt=self.config.evaluation.images_per_prompt, base=base, tuned=tuned,
+            )  # fmt: skip
+            self.progress.evaluated({"strict": tuned["strict"]} if "strict" in tuned else tuned)
+
+    def save_samples(self, step: int, images_BCHW: Tensor, prompts: list[str]) -> None:
+        """samples/step-NNNNNN.png."""
+        if self.is_first:
+            with stage("logging"):
+                path = self.out / "samples" / f"step-{step:06d}.png"
+                save_grid(images_BCHW, prompts, path)
+                self._log.write_samples(step, grid=path)
+
+    def say(self, line: str) -> None:
+        """A line for the person who watches."""
+        if self.is_first:
+            self.progress.print(line)
+
+
+def refuse_conflicts(out: Path, wanted: Config) -> None:
+    """Makes sure that a run may go on as `wanted`.
+
+    Raises:
+        UserError: `out` is no run, or a setting differs that would make it another run; every such key is named.
+    """
+    if not (out / "config.yaml").is_file():
+        raise UserError(f"nothing to resume in {out}: it has no config.yaml")
+    conflicts = resume_conflicts(load_recipe(out / "config.yaml"), wanted)
+    if conflicts:
+        raise UserError(f"--resume cannot change {'; '.join(conflicts)}. Start a new run with another --out")

@@ -1,0 +1,137 @@
+"""Sample grids: images with their prompts, as one PNG that people look at and `read_grid` takes apart again.
+
+Shapes: B images, C = 3 channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+
+from dgpo_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MIN_TILE = 192
+"""Smaller images are enlarged by a whole number until their side reaches this many pixels."""
+MAX_CAPTION_LINES = 3
+BACKGROUND = (255, 255, 255)
+INK = (60, 60, 66)
+
+METADATA_KEY = "dgpo_fast.tiles"
+
+
+class Tile(NamedTuple):
+    """One image of a grid, with its prompt."""
+
+    prompt: str
+    image: Image.Image
+
+
+def save_grid(images_BCHW: Tensor, prompts: Sequence[str], path: Path) -> None:
+    """Writes images and their prompts to `path` as a PNG grid, completely or not at all.
+
+    The PNG carries the prompts and the place of each image as text, for `read_grid`.
+
+    Args:
+        images_BCHW: float in [0, 1], on any device; values outside are clamped.
+        prompts: one per image.
+    """
+    images = [_to_image(pixels, _enlargement(images_BCHW)) for pixels in _to_bytes(images_BCHW)]
+    side = images[0].width
+    gap, font = side // 12, ImageFont.load_default(size=side // 14)
+    captions = [_wrap(prompt, font, side) for prompt in prompts]
+    line_height = math.ceil(font.size * 1.3)
+    caption_height = line_height * max(caption.count("\n") + 1 for caption in captions)
+    columns = _columns(len(images))
+    rows = math.ceil(len(images) / columns)
+    step_x, step_y = side + gap, images[0].height + gap // 3 + caption_height + gap
+    grid = Image.new("RGB", (gap + columns * step_x, gap + rows * step_y), BACKGROUND)
+    draw = ImageDraw.Draw(grid)
+    tiles = []
+    for index, (image, prompt, caption) in enumerate(zip(images, prompts, captions, strict=True)):
+        x, y = gap + index % columns * step_x, gap + index // columns * step_y
+        grid.paste(image, (x, y))
+        draw.text((x, y + image.height + gap // 3), caption, INK, font, spacing=line_height - font.size)
+        tiles.append({"prompt": prompt, "box": [x, y, x + image.width, y + image.height]})
+    metadata = PngImagePlugin.PngInfo()
+    metadata.add_text(METADATA_KEY, json.dumps(tiles))
+    buffer = io.BytesIO()
+    grid.save(buffer, "PNG", pnginfo=metadata, optimize=True)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_grid(path: Path) -> list[Tile]:
+    """The prompts and images that `save_grid` wrote, in their order; small images come back enlarged.
+
+    Raises:
+        UserError: `path` is no PNG, or none of `save_grid`.
+    """
+    try:
+        with Image.open(path) as grid:
+            tiles = json.loads(grid.info[METADATA_KEY])
+            return [Tile(tile["prompt"], grid.crop(tile["box"])) for tile in tiles]
+    except (KeyError, OSError, UnidentifiedImageError):
+        raise UserError(f"{path}: not a sample grid of dgpo-fast") from None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces `path` by `content`: a reader, or a crash, meets the old file or the new one and nothing between."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _to_bytes(images_BCHW: Tensor) -> Tensor:
+    """uint8 [B, H, W, C] on the CPU."""
+    return images_BCHW.detach().float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu()
+
+
+def _enlargement(images_BCHW: Tensor) -> int:
+    return max(1, math.ceil(MIN_TILE / images_BCHW.shape[-1]))
+
+
+def _to_image(pixels_HWC: Tensor, enlargement: int) -> Image.Image:
+    image = Image.fromarray(pixels_HWC.numpy())
+    size = (image.width * enlargement, image.height * enlargement)
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _columns(num_images: int) -> int:
+    """Columns of a grid that is wider than high, and whose last row has the fewest gaps."""
+    square = math.ceil(math.sqrt(num_images))
+    widest = min(num_images, 2 * square)
+    return min(range(square, widest + 1), key=lambda columns: (-num_images % columns, columns))
+
+
+def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+    """`text` in lines no longer than `width` pixels, `MAX_CAPTION_LINES` at most."""
+    lines = [""]
+    for word in text.split():
+        candidate = f"{lines[-1]} {word}".strip()
+        if font.getlength(candidate) <= width or not lines[-1]:
+            lines[-1] = candidate
+        else:
+            lines.append(word)
+    shown = [_shorten(line, font, width) for line in lines[:MAX_CAPTION_LINES]]
+    if len(lines) > MAX_CAPTION_LINES:
+        shown[-1] = _shorten(f"{shown[-1]} …", font, width)
+    return "\n".join(shown)
+
+
+def _shorten(line: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+    """`line`, its end replaced by an ellipsis where it would be wider than `width` pixels."""
+    if font.getlength(line) <= width:
+        return line
+    kept = line
+    while kept and font.getlength(f"{kept}…") > width:
+        kept = kept[:-1]
+    return f"{kept.rstrip(' …')}…"

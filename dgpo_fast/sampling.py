@@ -1,0 +1,95 @@
+"""Images drawn by diffusers' own StableDiffusion3Pipeline, with or without an adapter: what `dgpo-fast sample` does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dgpo_fast.config import Config, ModelConfig, load_recipe
+from dgpo_fast.errors import UserError
+from dgpo_fast.models.sd3 import load_model
+from dgpo_fast.models.sources import find_model, transformer_shape, vae_shape
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+DEFAULT_STEPS = 28
+DEFAULT_GUIDANCE = 4.5
+DEFAULT_TEXT_LENGTH = 256
+"""T5 tokens, where the tokenizer takes as many."""
+DEFAULT_RESOLUTION = 1024
+"""Of models whose own is not known before they are loaded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleOptions:
+    """Everything that decides what is drawn for a prompt and a seed."""
+
+    model: ModelConfig
+    text_length: int | None
+    """None: `DEFAULT_TEXT_LENGTH`, or what the tokenizer takes if that is less."""
+    steps: int
+    guidance: float
+    lora: Path | None
+
+    @classmethod
+    def of(
+        cls, name: str, *, lora: Path | None, steps: int | None, guidance: float | None, resolution: int | None
+    ) -> SampleOptions:
+        """The options of a model; what is None is taken from the run that made `lora`, if it lies in one.
+
+        Raises:
+            UserError: no such model, or no adapter in `lora`.
+        """
+        if lora is not None and not (lora / LORA_FILE).is_file():
+            raise UserError(f"--lora {lora}: no {LORA_FILE} there; expected a checkpoint's lora/ directory")
+        run = None if lora is None else _run_of(lora)
+        model = ModelConfig(
+            name=name,
+            revision=run.model.revision if run else None,
+            dtype=run.model.dtype if run else ("bfloat16" if torch.cuda.is_available() else "float32"),
+            resolution=resolution or (run.model.resolution if run else _own_resolution(name)),
+        )
+        return cls(
+            model=model,
+            text_length=run.model.text_length if run else None,
+            steps=steps or (run.evaluation.steps if run else DEFAULT_STEPS),
+            guidance=guidance or (run.rollout.guidance if run else DEFAULT_GUIDANCE),
+            lora=lora,
+        )
+
+
+def draw(options: SampleOptions, prompt: str, *, out: Path, num: int, seed: int) -> Iterator[Path]:
+    """Writes `num` images to `out`, yielding the path of each; image i starts from torch.Generator seed + i."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = load_model(options.model, device=device).pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    if options.lora is not None:
+        pipeline.load_lora_weights(options.lora)
+    text_length = options.text_length or min(DEFAULT_TEXT_LENGTH, pipeline.tokenizer_3.model_max_length)
+    for index in range(num):
+        image = pipeline(
+            prompt,
+            height=options.model.resolution,
+            width=options.model.resolution,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            max_sequence_length=text_length,
+            generator=torch.Generator("cpu").manual_seed(seed + index),
+        ).images[0]
+        path = out / f"{index:04d}.png"
+        image.save(path)
+        yield path
+
+
+def _run_of(lora: Path) -> Config | None:
+    """The configuration of the run that holds `RUN/checkpoints/step-NNNNNN/lora`."""
+    config = lora.resolve().parents[2] / "config.yaml"
+    return load_recipe(config) if config.is_file() else None
+
+
+def _own_resolution(name: str) -> int:
+    source = find_model(name)
+    shape = transformer_shape(source)
+    return DEFAULT_RESOLUTION if shape is None else shape.sample_size * vae_shape(source).factor

@@ -1,0 +1,76 @@
+"""How fast an iteration can be expected to run: a table of GPUs, or a matrix product measured on this CPU. No torch."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from dgpo_fast.config import Config
+
+GPU_PEAKS = {
+    # bfloat16. Hopper: measured, an 8192^3 product. Ampere: NVIDIA's data sheet.
+    "H200": 798e12,
+    "H100": 798e12,
+    "A100": 312e12,
+}
+GPU_SHARE = 0.35
+"""Of the peak that an eager bfloat16 iteration is expected to reach, estimated from its counted bytes and FLOPs."""
+CPU_SHARE = 0.3
+"""Of a measured matrix product that an iteration reaches on a CPU."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Throughput:
+    """FLOPs per second that all ranks together are expected to reach, and where that number comes from."""
+
+    flops_per_s: float
+    source: str
+
+
+def expected_throughputs(config: Config, *, num_ranks: int) -> Iterator[Throughput]:
+    """That of this machine; where it has no GPU and the recipe is for one, that of an H100 as well."""
+    gpu = None if config.device == "cpu" else _gpu_name()
+    model = next((name for name in GPU_PEAKS if gpu and name in gpu), None)
+    if model is not None:
+        yield _gpu_throughput(model, num_ranks)
+        return
+    rate = measured_gemm()
+    yield Throughput(
+        flops_per_s=CPU_SHARE * rate,
+        source=f"this machine's CPU, {CPU_SHARE:.0%} of the {rate / 1e9:.0f} GFLOP/s just measured (float32 product)"
+        + (f"; {gpu} is not in the table" if gpu else ""),
+    )
+    if config.model.dtype == "bfloat16":
+        yield _gpu_throughput("H100", num_ranks)
+
+
+def _gpu_throughput(model: str, num_ranks: int) -> Throughput:
+    peak = GPU_PEAKS[model]
+    return Throughput(
+        flops_per_s=num_ranks * GPU_SHARE * peak,
+        source=f"{num_ranks} x {model}, {GPU_SHARE:.0%} of {peak / 1e12:.0f} TFLOP/s each (estimated, not measured)",
+    )
+
+
+def _gpu_name() -> str | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.splitlines()[0] if result.returncode == 0 and result.stdout else None
+
+
+def measured_gemm(*, seconds: float = 0.3, size: int = 768) -> float:
+    """FLOPs per second of a float32 matrix product on this machine's CPU: the best of those that fit in `seconds`."""
+    a = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
+    a @ a
+    best, end = 0.0, time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end:
+        a @ a
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best

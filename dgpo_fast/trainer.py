@@ -1,0 +1,226 @@
+"""The training loop: prompts, rollout, scores, advantages, gradients, one optimizer step; checkpoints and evaluations.
+
+An iteration is a pure function of (configuration, weights, iteration number): every random draw is named by them. So a
+run that resumes from a checkpoint ends where an uninterrupted one ends, to the bit.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dgpo_fast.algorithms.base import Algorithm
+from dgpo_fast.algorithms.dgpo import DGPO
+from dgpo_fast.checkpoint import State, last_checkpoint, load_checkpoint, save_checkpoint
+from dgpo_fast.config import Config
+from dgpo_fast.environment import peak_memory_gb
+from dgpo_fast.errors import UserError
+from dgpo_fast.evaluate import Metrics, draw_images, evaluate_view, headline
+from dgpo_fast.interruption import Interrupted, Interruption
+from dgpo_fast.models.policy import TRAINED, Policy
+from dgpo_fast.models.sd3 import load_model
+from dgpo_fast.ops.group_advantages import group_advantages
+from dgpo_fast.parallel.world import World
+from dgpo_fast.profiling import StageClock, stage, use_clock
+from dgpo_fast.prompts import PromptSampler, load_prompts
+from dgpo_fast.records import LossOutput, PromptBatch, Rollout, ScoredGroups, StepReport
+from dgpo_fast.rewards import Scorer
+from dgpo_fast.run_directory import RunDirectory, refuse_conflicts
+
+
+class Trainer:
+    """Fine-tunes the model of a recipe and writes the run directory `out`.
+
+    Raises:
+        UserError: whatever is wrong with the recipe, the model, the prompts, the rewards or the checkpoint to resume from.
+    """
+
+    def __init__(self, config: Config, out: Path, *, resume: bool = False) -> None:
+        self.config, self.out = config, out
+        if resume:
+            refuse_conflicts(out, config)
+        saved = load_checkpoint(last_checkpoint(out)) if resume else None
+        self.world = World.from_environment(config)
+        self.scorer = Scorer(config.rewards)
+        self.test_prompts = load_prompts(config.prompts.test, key="prompts.test")[: config.evaluation.num_prompts]
+        train_prompts = load_prompts(config.prompts.train, key="prompts.train")
+        self.prompts = PromptSampler(train_prompts, per_iteration=config.groups.per_iteration, seed=config.seed)
+        self.clock = StageClock()
+        use_clock(self.clock)
+        self.interruption = Interruption(self.world)
+        self.algorithm: Algorithm = DGPO(config)  # type: ignore[type-arg]
+        self.policy = Policy(load_model(config.model, device=self.world.device), config.adapter, seed=config.seed)
+        settings = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            [self.policy.trainable], lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay,
+            eps=settings.eps, fused=True,
+        )  # fmt: skip
+        self.step = 0
+        self.wall_s = 0.0
+        self.base_metrics: Metrics | None = None
+        self.score: tuple[int, float] | None = None
+        if saved is not None:
+            self._restore(saved)
+        self.policy.check_adapters_act()
+        self.unconditional = self.policy.model.encode([""])
+
+    def train(self) -> None:
+        """Runs until `steps` optimizer steps are done. On SIGINT or SIGTERM it saves and raises SystemExit(130 or 143)."""
+        run = RunDirectory(self.out, self.config, start_step=self.step, is_first=self.world.is_first)
+        with run, self.interruption:
+            try:
+                if self.base_metrics is None:
+                    self._evaluate(run)
+                    self._save_samples(run)
+                while self.step < self.config.steps:
+                    run.log_step(self.run_iteration(), self.clock)
+                    self._look_up_from_work(run)
+            except Interrupted as interrupted:
+                self._save_checkpoint()
+                run.say(f"stopped after step {self.step} of {self.config.steps}, saved; --resume goes on from here")
+                raise SystemExit(interrupted.status) from None
+
+    def run_iteration(self) -> StepReport:
+        """One iteration: sample groups, score them, learn from them. `step` is one higher afterwards."""
+        start, before = time.perf_counter(), dict(self.clock.seconds)
+        with stage("rollout"):
+            rollout = self.algorithm.rollout(self.policy, self._next_prompts())
+        self.interruption.check()
+        with stage("reward"):
+            scored, reward_metrics = self._score(rollout)
+        with stage("train"):
+            train_metrics = self._learn(scored)
+        elapsed = time.perf_counter() - start
+        self.wall_s += elapsed
+        spent = {name: self.clock.seconds[name,] - before.get((name,), 0.0) for name in ("rollout", "reward", "train")}
+        images = self.config.images_per_iteration
+        return StepReport(
+            step=self.step, iteration=self.step - 1, images_seen=self.step * images, wall_s=self.wall_s,
+            **reward_metrics, **train_metrics, rollout_s=spent["rollout"], reward_s=spent["reward"],
+            train_s=spent["train"], images_per_s=images / elapsed, peak_memory_gb=peak_memory_gb(self.world.device),
+        )  # type: ignore[arg-type]  # fmt: skip
+
+    def _next_prompts(self) -> PromptBatch:
+        """This rank's share of the iteration's prompts."""
+        share = self.config.groups.per_iteration // self.world.size
+        mine = range(self.world.rank * share, (self.world.rank + 1) * share)
+        prompts = self.prompts.draw(self.step)[mine.start : mine.stop]
+        return PromptBatch(
+            iteration=self.step, prompts=prompts, group_ids=tuple(mine), group_size=self.config.groups.size,
+            conditioning=self.policy.model.encode(prompts), unconditional=self.unconditional,
+        )  # fmt: skip
+
+    def _score(self, rollout: Rollout) -> tuple[ScoredGroups, dict[str, float]]:
+        """Rewards and advantages; those of all ranks are normalised together, since the deviation may be global."""
+        prompts, rule = rollout.prompts, self.config.advantages
+        scores = self.scorer(rollout.images_BCHW, [p for p in prompts.prompts for _ in range(prompts.group_size)])
+        reward_B = self.world.gather(scores.reward_B.to(self.world.device))
+        valid_B = reward_B.isfinite()
+        if not valid_B.any():
+            raise UserError("rewards: no image of the iteration has a valid reward")
+        advantages = group_advantages(
+            reward_B, valid_B, group_size=prompts.group_size, std=rule.std, epsilon=rule.epsilon, clamp=rule.clamp
+        )
+        first = self.world.rank * prompts.num_samples
+        mine, counted = slice(first, first + prompts.num_samples), reward_B[valid_B]
+        scored = ScoredGroups(
+            rollout=rollout, reward_B=reward_B[mine], valid_B=valid_B[mine], advantage_B=advantages.advantage_B[mine]
+        )
+        return scored, {
+            "reward_mean": counted.mean().item(),
+            "reward_std": counted.std(correction=0).item(),
+            "zero_std_groups": int((advantages.std_G == 0).sum()),
+            "clamped_advantages": int(advantages.clamped_B.sum()),
+            "failed_samples": int((~valid_B).sum()),
+        }
+
+    def _learn(self, scored: ScoredGroups) -> dict[str, float]:
+        """The gradient of all micro-batches on all ranks, then one optimizer step."""
+        outputs: list[LossOutput] = []
+        for batches in self.algorithm.batches(scored):
+            weights = self.algorithm.group_weights(self.policy, batches) or [None] * len(batches)
+            for batch, weight in zip(batches, weights, strict=True):
+                outputs.append(self.algorithm.loss(self.policy, batch, weight))
+                with stage("backward"):
+                    outputs[-1].loss.backward()  # type: ignore[no-untyped-call]
+                    self.policy.collect_gradient()
+            self.interruption.check()
+        with stage("optimizer"):
+            grad_norm, lr = self._step_optimizer()
+        names = list(outputs[0].metrics)
+        parts = torch.stack([torch.stack([output.metrics[name] for output in outputs]).sum() for name in names])
+        return {**dict(zip(names, self.world.sum(parts).tolist(), strict=True)), "grad_norm": grad_norm, "lr": lr}
+
+    def _step_optimizer(self) -> tuple[float, float]:
+        """Clips, steps, and updates the averages; returns the gradient's norm before clipping, and the learning rate."""
+        settings, average, trainable = self.config.optimizer, self.config.evaluation_ema, self.policy.trainable
+        assert trainable.grad is not None
+        self.world.sum(trainable.grad)
+        norm = nn.utils.clip_grad_norm_([trainable], settings.max_grad_norm).item()
+        if not norm < float("inf"):
+            raise UserError(f"the gradient of step {self.step + 1} is not finite: no step made, checkpoints are intact")
+        lr = settings.lr * min(1.0, (self.step + 1) / (settings.warmup_steps + 1))
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        trainable.grad.zero_()
+        self.policy.refresh()
+        self.algorithm.after_step(self.policy, self.step)
+        if (self.step + 1) % average.every == 0:
+            self.policy.average_into("ema", decay=min(average.max_decay, (1 + self.step) / (10 + self.step)))
+        self.step += 1
+        return norm, lr
+
+    def _look_up_from_work(self, run: RunDirectory) -> None:
+        """What is due between iterations: evaluation, samples, checkpoint."""
+        config, is_last = self.config, self.step == self.config.steps
+        due = [is_last or (every > 0 and self.step % every == 0)
+               for every in (config.evaluation.every, config.logging.samples_every, config.checkpoints.every)]  # fmt: skip
+        if due[0]:
+            self._evaluate(run)
+        if due[1]:
+            self._save_samples(run)
+        if due[2]:
+            self._save_checkpoint()
+        self.interruption.check()
+
+    def _evaluate(self, run: RunDirectory) -> None:
+        """Held-out metrics of the evaluation EMA, and once of the base; before the first step the two are the same."""
+        arguments = (self.test_prompts, self.config, self.scorer, self.world)
+        tuned = evaluate_view(self.policy, "ema" if self.step else "ref", *arguments)
+        self.base_metrics = self.base_metrics or tuned
+        self.score = (self.step, headline(tuned, self.config))
+        run.log_evaluation(self.step, num_prompts=len(self.test_prompts), base=self.base_metrics, tuned=tuned)
+
+    def _save_samples(self, run: RunDirectory) -> None:
+        prompts = self.test_prompts[: self.config.logging.num_samples]
+        with stage("evaluate"):
+            images = draw_images(self.policy, "ema", prompts, self.config, images_per_prompt=1)
+        run.save_samples(self.step, images, prompts)
+
+    def _save_checkpoint(self) -> None:
+        with stage("checkpoint"):
+            if self.world.is_first:
+                moments = self.optimizer.state[self.policy.trainable]
+                tensors = {view: self.policy.views[view].master for view in TRAINED} | {
+                    f"adam.{name}": value for name, value in moments.items()
+                }
+                score = self.score[1] if self.score and self.score[0] == self.step else None
+                values = {"wall_s": self.wall_s, "score": score, "base_metrics": self.base_metrics}
+                state = State(step=self.step, tensors=tensors, values=values)
+                save_checkpoint(
+                    self.out, state, save_lora=self.policy.save_lora, keep_last=self.config.checkpoints.keep_last
+                )
+            self.world.wait()
+
+    def _restore(self, saved: State) -> None:
+        device, trainable = self.world.device, self.policy.trainable
+        for view in TRAINED:
+            self.policy.set_weights(view, saved.tensors[view].to(device))
+        moments = {name.removeprefix("adam."): value for name, value in saved.tensors.items() if name.startswith("adam.")}
+        self.optimizer.state[trainable] = {
+            name: value if name == "step" else value.to(device) for name, value in moments.items()
+        }
+        self.step, self.wall_s, self.base_metrics = saved.step, saved.values["wall_s"], saved.values["base_metrics"]
