@@ -1,9 +1,9 @@
 """Checkpoints: written whole or not at all, verified when read, rotated.
 
-    checkpoints/step-000020/lora/           the evaluation EMA in diffusers' LoRA format
-    checkpoints/step-000020/state/          tensors.safetensors and state.json: everything that resuming needs
-    checkpoints/step-000020/manifest.json   size and SHA-256 of every file
-    checkpoints/best                        a link to the one with the highest score
+checkpoints/step-000020/lora/           the evaluation EMA in diffusers' LoRA format
+checkpoints/step-000020/state/          tensors.safetensors and state.json: everything that resuming needs
+checkpoints/step-000020/manifest.json   size and SHA-256 of every file
+checkpoints/best                        a link to the one with the highest score
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,12 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _score_of(checkpoint: Path) -> float:
-    """The held-out score saved with a checkpoint; one that was never evaluated is below every other."""
+    """The held-out score saved with a checkpoint; one without (or NaN: no image had one) is below all others."""
     try:
         score = json.loads((checkpoint / "state" / "state.json").read_text())["score"]
     except (OSError, ValueError, KeyError):
         return float("-inf")
-    return float("-inf") if score is None else float(score)
+    return float("-inf") if score is None or isnan(score) else float(score)
 
 
 def _write_manifest(directory: Path) -> None:

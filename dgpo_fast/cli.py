@@ -136,12 +136,10 @@ def sample(
 @app.command()
 def recipes() -> None:
     """List the recipes that come with the package."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(style="dim")
-    for name in recipe_names():
-        table.add_row(name, load_recipe(name).description)
-    Console().print(table)
+    names = recipe_names()
+    width = max(len(name) for name in names)
+    for name in names:
+        print(f"{name:<{width}}  {load_recipe(name).description}")
 
 
 @app.command()

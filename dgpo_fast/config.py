@@ -159,7 +159,7 @@ class RewardsConfig(Section):
 
     terms: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
     on_failure: Literal["stop", "skip"] = "stop"
-    """What happens when a reward raises or is not finite: end the run, or leave the sample out of its group and count it."""
+    """Where a reward raises or is not finite: end the run, or leave the sample out of its group and count it."""
 
 
 class PromptsConfig(Section):
@@ -228,7 +228,7 @@ class Config(Section):
         trained, points = self.algorithm.trunc + 1, self.rollout.steps
         if trained > points:
             raise ValueError(
-                f"algorithm.trunc must be below rollout.steps ({points}), got {trained - 1}: it indexes the rollout's sigmas"
+                f"algorithm.trunc must be below rollout.steps ({points}), got {trained - 1}: it indexes their sigmas"
             )
         if self.algorithm.train_timesteps > trained:
             raise ValueError(
@@ -256,10 +256,10 @@ MAY_CHANGE_ON_RESUME = (
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a recipe, by name (see `recipe_names`) or from a YAML file, with `a.b=value` overrides applied.
+    """The configuration of a recipe, by name (see `recipe_names`) or from a YAML file, with `a.b=value` overrides.
 
     Raises:
-        UserError: no such recipe, not YAML, an unknown key (the nearest is named), a wrong type, or values that disagree.
+        UserError: no such recipe, not YAML, an unknown key (the nearest is named), a wrong type, values that disagree.
     """
     data = _read_recipe(str(name_or_path))
     for override in overrides:
@@ -270,7 +270,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
 def parse_config(data: Mapping[str, Any], *, source: str) -> Config:
     """The validated configuration of plain data; `source` names it in errors."""
     try:
-        # Strict JSON validation: "3" is no int, 1.5 is no int, true is no float; but a list is a tuple and 1 is a float.
+        # Strict JSON validation: "3" and 1.5 are no int, true is no float; but a list is a tuple and 1 is a float.
         return Config.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         raise UserError(f"{source}: {_explain(error)}") from None

@@ -11,7 +11,8 @@ import sys
 import torch
 
 PACKAGES = (
-    "dgpo-fast", "torch", "triton", "diffusers", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "numpy",
+    "dgpo-fast", "torch", "triton", "diffusers", "transformers", "peft", "accelerate", "deepspeed", "safetensors",
+    "numpy",
 )  # fmt: skip
 
 

@@ -26,10 +26,10 @@ Metrics = dict[str, float]
 def draw_images(
     policy: Policy, view: View, prompts: list[str], config: Config, *, images_per_prompt: int, first_prompt: int = 0
 ) -> Tensor:
-    """Images float32 [prompts x images_per_prompt, 3, pixels, pixels] in [0, 1], drawn with the evaluation's number of steps.
+    """Images float32 [prompts x images_per_prompt, 3, pixels, pixels] in [0, 1], drawn with the evaluation's steps.
 
-    The noise of an image is named by the seed, the prompt's number (`first_prompt` + its place) and the image's: every view
-    and every number of ranks starts from the same.
+    The noise of an image is named by the seed, the prompt's number (`first_prompt` + its place) and the image's: every
+    view and every number of ranks starts from the same.
     """
     model, per_forward = policy.model, config.rollout.images_per_forward
     names = [
@@ -50,27 +50,36 @@ def draw_images(
 def evaluate_view(
     policy: Policy, view: View, prompts: list[str], config: Config, scorer: Scorer, world: World
 ) -> Metrics:
-    """Mean of every metric over the images of `prompts`, which the ranks share out among themselves."""
+    """Mean of every metric over the images of `prompts`, which the ranks share out among themselves.
+
+    Raises:
+        UserError: fewer prompts than ranks, or a reward fails and the recipe says `on_failure: stop`.
+    """
+    if len(prompts) < world.size:
+        raise UserError(
+            f"evaluation.num_prompts: {len(prompts)} held-out prompts for {world.size} ranks; each needs at least one"
+        )
     images_per_prompt = config.evaluation.images_per_prompt
     first, last = (len(prompts) * rank // world.size for rank in (world.rank, world.rank + 1))
     with stage("evaluate"):
         mine = prompts[first:last]
         images = draw_images(policy, view, mine, config, images_per_prompt=images_per_prompt, first_prompt=first)
         scores = scorer(images, [prompt for prompt in mine for _ in range(images_per_prompt)])
-        sums = torch.stack([values.double().nansum() for values in scores.metrics.values()])
-        counts = torch.stack([values.isfinite().double().sum() for values in scores.metrics.values()])
+        scored = [values[values.isfinite()].double() for values in scores.metrics.values()]
+        sums = torch.stack([values.sum() for values in scored])
+        counts = sums.new_tensor([len(values) for values in scored])
         means = world.sum(sums.to(world.device)) / world.sum(counts.to(world.device))
     return dict(zip(scores.metrics, means.tolist(), strict=True))
 
 
 def headline(metrics: Metrics, config: Config) -> float:
-    """The one number that decides which checkpoint is the best: `strict` where there is one, else the reward's metric."""
+    """The number that decides which checkpoint is the best: `strict` where there is one, else the reward's metric."""
     chosen = config.rewards.terms[0].metric or next(iter(metrics))
     return metrics["strict"] if "strict" in metrics else metrics[chosen]
 
 
 def evaluate_run(run_dir: Path, *, split: Literal["train", "test"] = "test") -> dict[str, object]:
-    """What `dgpo-fast eval` prints: {"split", "num_prompts", "base": metrics, "tuned": metrics} of the newest checkpoint.
+    """{"split", "num_prompts", "base": metrics, "tuned": metrics} of the newest checkpoint: `dgpo-fast eval`.
 
     Raises:
         UserError: `run_dir` is no run, has no checkpoint, or has no prompts of that split.

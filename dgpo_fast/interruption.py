@@ -35,7 +35,7 @@ class Interruption:
         self._restore()
 
     def check(self) -> None:
-        """Raises `Interrupted` on every rank once any has received a signal. All ranks must call it at the same places."""
+        """Raises `Interrupted` on every rank once any has received a signal; all must call it at the same places."""
         code = self.world.highest(self.received or 0)
         if code:
             raise Interrupted(128 + code)

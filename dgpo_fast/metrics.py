@@ -158,7 +158,7 @@ def _parse(line: bytes, place: str) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(line)
     except ValueError:
-        raise UserError(f"{place}: no JSON: {line[:60]!r}; the file was changed or damaged after it was written") from None
+        raise UserError(f"{place}: no JSON: {line[:60]!r}; the file is damaged") from None
     return values
 
 
@@ -167,7 +167,7 @@ def _summary_writer(run_dir: Path, resume_step: int | None) -> SummaryWriter:
 
     # TensorBoard then drops what earlier event files hold from that step on.
     purge_step = None if resume_step is None else resume_step + 1
-    return SummaryWriter(str(run_dir), purge_step=purge_step)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(run_dir), purge_step=purge_step)
 
 
 def _wandb_run(run_dir: Path) -> Any:

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from dgpo_fast.config import Config
+from dgpo_fast.errors import UserError
 from dgpo_fast.flow.schedules import schedule_sigmas
 from dgpo_fast.models.architectures import SD3_TEXT_ENCODERS, Flops, TransformerShape, VAEShape, text_flops
 from dgpo_fast.models.sources import ModelSource, cached_file, find_model, transformer_shape, vae_shape
@@ -80,7 +81,7 @@ def plan(config: Config) -> Plan:
         UserError: the model, a reward or a prompt file cannot be what the recipe says.
     """
     source = find_model(config.model.name, revision=config.model.revision)
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    num_ranks = _num_ranks(config)
     shape = transformer_shape(source, revision=config.model.revision)
     vae = vae_shape(source, revision=config.model.revision)
     model, model_warnings = _describe_model(source, config)
@@ -99,11 +100,20 @@ def plan(config: Config) -> Plan:
     )
 
 
+def _num_ranks(config: Config) -> int:
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.groups.per_iteration % num_ranks:
+        raise UserError(
+            f"groups.per_iteration must divide among the ranks, got {config.groups.per_iteration} for {num_ranks}"
+        )
+    return num_ranks
+
+
 def placement(config: Config) -> Placement:
     """Whether a group's samples meet in one micro-batch."""
     micro, size = config.optimizer.images_per_micro_batch, config.groups.size
     if micro % size == 0:
-        return Placement(case="a", why=f"{micro // size} whole groups in each micro-batch: no extra work")
+        return Placement(case="a", why=f"groups stay whole, {micro // size} in a micro-batch: no extra work")
     return Placement(
         case="c",
         why=f"a group is cut over {size // micro} micro-batches of its rank: their errors first, once more forward",
@@ -159,11 +169,13 @@ def _stages(config: Config, source: ModelSource, shape: TransformerShape, vae: V
         yield Stage(name="text", evaluations=0, flops=flops)
 
 
-# Values that eager PyTorch saves for the backward pass of an adapted block, in widths: per token, and per image token
-# of a second attention.
-SAVED_WIDTHS = 24.0
-SAVED_WIDTHS_DUAL = 10.0
+SAVED_WIDTHS = {"float32": (14.2, 6.1), "bfloat16": (18.2, 10.1)}
+"""Values that the backward pass of an adapted block keeps, in widths: per token, and per image token of a second
+attention.
 
+Counted with torch.autograd.graph.saved_tensors_hooks: eager torch 2.13, diffusers 0.42, flash attention. bfloat16 keeps
+more because qk-norm computes in float32.
+"""
 TRAINING_BYTES = {"float32": 24, "bfloat16": 32}
 """Per trained parameter: float32 masters of policy, old policy and evaluation average, a gradient and two Adam states;
 in bfloat16 also the compute copies of the three and their gradient."""
@@ -174,12 +186,12 @@ def _memory(
 ) -> dict[str, float]:
     size = 4 if config.model.dtype == "float32" else 2
     tokens = shape.tokens(config.model.resolution, CLIP_TOKENS + config.model.text_length, vae_factor=vae.factor)
-    saved = shape.layers * SAVED_WIDTHS * (tokens.image + tokens.text)
-    saved += len(shape.dual_attention_layers) * SAVED_WIDTHS_DUAL * tokens.image
+    joint, dual = SAVED_WIDTHS[config.model.dtype]
+    saved = shape.layers * joint * (tokens.image + tokens.text) + len(shape.dual_attention_layers) * dual * tokens.image
     pixels = config.model.resolution**2
     # The widest tensors of the decoder stand at full resolution: the input, the output and the copy of a convolution.
     decoding = 3 * vae.block_channels[min(1, len(vae.block_channels) - 1)] * pixels
-    images_per_rank = config.images_per_iteration // int(os.environ.get("WORLD_SIZE", "1"))
+    images_per_rank = config.images_per_iteration // _num_ranks(config)
     memory = {
         "transformer": float(size * (shape.parameters + shape.position_values)),
         "VAE": float(size * vae.parameters),
@@ -273,9 +285,10 @@ def _summary(plan: Plan) -> Table:
 def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     config, cost, evaluation = plan.config, plan.cost, plan.config.evaluation
     groups, images = config.groups, config.images_per_iteration
+    ranks = "1 rank" if plan.num_ranks == 1 else f"{plan.num_ranks} ranks"
     yield "model", plan.model
     yield "parameters", _parameters(cost) if cost else "known once the model is there; so are FLOPs, memory and time"
-    yield "iteration", f"{groups.per_iteration} prompts x {groups.size} images = {images}, on {plan.num_ranks} rank(s)"
+    yield "iteration", f"{groups.per_iteration} prompts x {groups.size} images = {images}, shared by {ranks}"
     yield "groups", f"case ({plan.placement.case}): {plan.placement.why}"
     yield "backwards", f"{plan.micro_batches} of {config.optimizer.images_per_micro_batch} images, on each rank"
     sigmas = " ".join(f"{sigma:.4f}" for sigma in plan.sigmas)
@@ -323,7 +336,7 @@ def _memory_table(cost: Cost) -> Table:
 
 
 def _count(number: float) -> str:
-    return _scaled(number, "").replace("G", "B").replace("k", " thousand")
+    return _scaled(number, "").replace("G", "B")
 
 
 def _scaled(number: float, unit: str) -> str:
@@ -337,5 +350,5 @@ def _scaled(number: float, unit: str) -> str:
 def _duration(seconds: float) -> str:
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
+            return f"{seconds / length:,.1f} {unit}"
     return f"{seconds:.1f} s"

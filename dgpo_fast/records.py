@@ -2,8 +2,8 @@
 
     PromptBatch -> Rollout -> ScoredGroups -> DGPOBatch -> LossOutput -> StepReport
 
-Shapes: B samples of this rank, ordered by group; G its groups; M samples of a micro-batch; C H W latents; N text tokens,
-D their width. Example: 8 groups of 16 images at 512 px give B = 128 and latents [128, 16, 64, 64].
+Shapes: B samples of this rank, ordered by group; G its groups; M samples of a micro-batch; C H W latents; N text
+tokens, D their width. Example: 8 groups of 16 images at 512 px give B = 128 and latents [128, 16, 64, 64].
 """
 
 from __future__ import annotations

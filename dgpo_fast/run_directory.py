@@ -24,14 +24,15 @@ class RunDirectory:
     Args:
         out: created where it does not exist.
         config: written to config.yaml.
-        start_step: steps made before this process; logs are cut back to it.
+        start_step: steps made before this process.
+        resumed: whether the run goes on: its logs are then cut back to `start_step`, which may be 0, not begun anew.
         is_first: whether this process is rank 0.
 
     Raises:
         UserError: `out` cannot be written.
     """
 
-    def __init__(self, out: Path, config: Config, *, start_step: int, is_first: bool) -> None:
+    def __init__(self, out: Path, config: Config, *, start_step: int, resumed: bool, is_first: bool) -> None:
         self.out, self.config, self.is_first = out, config, is_first
         self.progress = TrainingProgress(config.steps, start_step, enabled=is_first)
         if not is_first:
@@ -44,7 +45,7 @@ class RunDirectory:
             raise UserError(f"cannot write the run directory {out}: {error.strerror}") from None
         logging = config.logging
         self._log = MetricsLog(
-            out, tensorboard=logging.tensorboard, wandb=logging.wandb, resume_step=start_step or None
+            out, tensorboard=logging.tensorboard, wandb=logging.wandb, resume_step=start_step if resumed else None
         )
 
     def __enter__(self) -> RunDirectory:

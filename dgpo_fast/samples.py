@@ -45,11 +45,13 @@ def save_grid(images_BCHW: Tensor, prompts: Sequence[str], path: Path) -> None:
         images_BCHW: float in [0, 1], on any device; values outside are clamped.
         prompts: one per image.
     """
-    images = [_to_image(pixels, _enlargement(images_BCHW)) for pixels in _to_bytes(images_BCHW)]
+    enlargement = max(1, math.ceil(MIN_TILE / images_BCHW.shape[-1]))
+    images = [_to_image(pixels_HWC, enlargement) for pixels_HWC in _to_bytes(images_BCHW)]
     side = images[0].width
-    gap, font = side // 12, ImageFont.load_default(size=side // 14)
+    gap, font_size = side // 12, side // 14
+    font = ImageFont.load_default(size=font_size)
     captions = [_wrap(prompt, font, side) for prompt in prompts]
-    line_height = math.ceil(font.size * 1.3)
+    line_height = math.ceil(font_size * 1.3)
     caption_height = line_height * max(caption.count("\n") + 1 for caption in captions)
     columns = _columns(len(images))
     rows = math.ceil(len(images) / columns)
@@ -60,7 +62,7 @@ def save_grid(images_BCHW: Tensor, prompts: Sequence[str], path: Path) -> None:
     for index, (image, prompt, caption) in enumerate(zip(images, prompts, captions, strict=True)):
         x, y = gap + index % columns * step_x, gap + index // columns * step_y
         grid.paste(image, (x, y))
-        draw.text((x, y + image.height + gap // 3), caption, INK, font, spacing=line_height - font.size)
+        draw.text((x, y + image.height + gap // 3), caption, INK, font, spacing=line_height - font_size)
         tiles.append({"prompt": prompt, "box": [x, y, x + image.width, y + image.height]})
     metadata = PngImagePlugin.PngInfo()
     metadata.add_text(METADATA_KEY, json.dumps(tiles))
@@ -93,10 +95,6 @@ def write_atomically(path: Path, content: bytes) -> None:
 def _to_bytes(images_BCHW: Tensor) -> Tensor:
     """uint8 [B, H, W, C] on the CPU."""
     return images_BCHW.detach().float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu()
-
-
-def _enlargement(images_BCHW: Tensor) -> int:
-    return max(1, math.ceil(MIN_TILE / images_BCHW.shape[-1]))
 
 
 def _to_image(pixels_HWC: Tensor, enlargement: int) -> Image.Image:

@@ -34,7 +34,7 @@ class Throughput:
 
 def expected_throughputs(config: Config, *, num_ranks: int) -> Iterator[Throughput]:
     """That of this machine; where it has no GPU and the recipe is for one, that of an H100 as well."""
-    gpu = None if config.device == "cpu" else _gpu_name()
+    gpu = None if config.device == "cpu" else gpu_name()
     model = next((name for name in GPU_PEAKS if gpu and name in gpu), None)
     if model is not None:
         yield _gpu_throughput(model, num_ranks)
@@ -57,7 +57,8 @@ def _gpu_throughput(model: str, num_ranks: int) -> Throughput:
     )
 
 
-def _gpu_name() -> str | None:
+def gpu_name() -> str | None:
+    """The first GPU's name, as nvidia-smi gives it; None where there is none."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]

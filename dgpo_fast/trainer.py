@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,11 +36,11 @@ class Trainer:
     """Fine-tunes the model of a recipe and writes the run directory `out`.
 
     Raises:
-        UserError: whatever is wrong with the recipe, the model, the prompts, the rewards or the checkpoint to resume from.
+        UserError: what is wrong with the recipe, the model, the prompts, the rewards or the checkpoint to go on from.
     """
 
     def __init__(self, config: Config, out: Path, *, resume: bool = False) -> None:
-        self.config, self.out = config, out
+        self.config, self.out, self.resumed = config, out, resume
         if resume:
             refuse_conflicts(out, config)
         saved = load_checkpoint(last_checkpoint(out)) if resume else None
@@ -68,8 +69,10 @@ class Trainer:
         self.unconditional = self.policy.model.encode([""])
 
     def train(self) -> None:
-        """Runs until `steps` optimizer steps are done. On SIGINT or SIGTERM it saves and raises SystemExit(130 or 143)."""
-        run = RunDirectory(self.out, self.config, start_step=self.step, is_first=self.world.is_first)
+        """Runs until `steps` optimizer steps are done. On SIGINT or SIGTERM saves and raises SystemExit(130 or 143)."""
+        run = RunDirectory(
+            self.out, self.config, start_step=self.step, resumed=self.resumed, is_first=self.world.is_first
+        )
         with run, self.interruption:
             try:
                 if self.base_metrics is None:
@@ -101,7 +104,7 @@ class Trainer:
             step=self.step, iteration=self.step - 1, images_seen=self.step * images, wall_s=self.wall_s,
             **reward_metrics, **train_metrics, rollout_s=spent["rollout"], reward_s=spent["reward"],
             train_s=spent["train"], images_per_s=images / elapsed, peak_memory_gb=peak_memory_gb(self.world.device),
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
     def _next_prompts(self) -> PromptBatch:
         """This rank's share of the iteration's prompts."""
@@ -113,7 +116,7 @@ class Trainer:
             conditioning=self.policy.model.encode(prompts), unconditional=self.unconditional,
         )  # fmt: skip
 
-    def _score(self, rollout: Rollout) -> tuple[ScoredGroups, dict[str, float]]:
+    def _score(self, rollout: Rollout) -> tuple[ScoredGroups, dict[str, Any]]:
         """Rewards and advantages; those of all ranks are normalised together, since the deviation may be global."""
         prompts, rule = rollout.prompts, self.config.advantages
         scores = self.scorer(rollout.images_BCHW, [p for p in prompts.prompts for _ in range(prompts.group_size)])
@@ -137,7 +140,7 @@ class Trainer:
             "failed_samples": int((~valid_B).sum()),
         }
 
-    def _learn(self, scored: ScoredGroups) -> dict[str, float]:
+    def _learn(self, scored: ScoredGroups) -> dict[str, Any]:
         """The gradient of all micro-batches on all ranks, then one optimizer step."""
         outputs: list[LossOutput] = []
         for batches in self.algorithm.batches(scored):
@@ -145,7 +148,7 @@ class Trainer:
             for batch, weight in zip(batches, weights, strict=True):
                 outputs.append(self.algorithm.loss(self.policy, batch, weight))
                 with stage("backward"):
-                    outputs[-1].loss.backward()  # type: ignore[no-untyped-call]
+                    outputs[-1].loss.backward()
                     self.policy.collect_gradient()
             self.interruption.check()
         with stage("optimizer"):
@@ -155,7 +158,7 @@ class Trainer:
         return {**dict(zip(names, self.world.sum(parts).tolist(), strict=True)), "grad_norm": grad_norm, "lr": lr}
 
     def _step_optimizer(self) -> tuple[float, float]:
-        """Clips, steps, and updates the averages; returns the gradient's norm before clipping, and the learning rate."""
+        """Clips, steps, updates the averages; returns the gradient's norm before clipping, and the learning rate."""
         settings, average, trainable = self.config.optimizer, self.config.evaluation_ema, self.policy.trainable
         assert trainable.grad is not None
         self.world.sum(trainable.grad)
@@ -176,13 +179,15 @@ class Trainer:
     def _look_up_from_work(self, run: RunDirectory) -> None:
         """What is due between iterations: evaluation, samples, checkpoint."""
         config, is_last = self.config, self.step == self.config.steps
-        due = [is_last or (every > 0 and self.step % every == 0)
-               for every in (config.evaluation.every, config.logging.samples_every, config.checkpoints.every)]  # fmt: skip
-        if due[0]:
+
+        def is_due(every: int) -> bool:
+            return is_last or (every > 0 and self.step % every == 0)
+
+        if is_due(config.evaluation.every):
             self._evaluate(run)
-        if due[1]:
+        if is_due(config.logging.samples_every):
             self._save_samples(run)
-        if due[2]:
+        if is_due(config.checkpoints.every):
             self._save_checkpoint()
         self.interruption.check()
 
@@ -219,8 +224,9 @@ class Trainer:
         device, trainable = self.world.device, self.policy.trainable
         for view in TRAINED:
             self.policy.set_weights(view, saved.tensors[view].to(device))
-        moments = {name.removeprefix("adam."): value for name, value in saved.tensors.items() if name.startswith("adam.")}
-        self.optimizer.state[trainable] = {
-            name: value if name == "step" else value.to(device) for name, value in moments.items()
+        moments = {
+            name.removeprefix("adam."): value for name, value in saved.tensors.items() if name.startswith("adam.")
         }
+        # The count of steps too: the fused AdamW reads it on the device.
+        self.optimizer.state[trainable] = {name: value.to(device) for name, value in moments.items()}
         self.step, self.wall_s, self.base_metrics = saved.step, saved.values["wall_s"], saved.values["base_metrics"]

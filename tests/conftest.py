@@ -1,7 +1,110 @@
-"""Settings of every test."""
+"""Settings of every test, the short training run that several look at, and policies of the embedded pipeline."""
 
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline
+
+    from dgpo_fast.config import Config
+    from dgpo_fast.models.policy import Policy
+    from dgpo_fast.models.sd3 import StableDiffusion3
 
 # A shared machine stalls for longer than Hypothesis' deadline; time is measured in benchmarks, not in tests.
 settings.register_profile("dgpo-fast", deadline=None)
 settings.load_profile("dgpo-fast")
+
+OWN_REWARDS = Path(__file__).parent / "rewards"
+
+# Six steps of a second or less. Every kind of state matters to them: the old policy samples from step 5 on and trails
+# the policy, the evaluation average moves every second step, the learning rate still rises after the first checkpoint.
+QUICK = (
+    "device=cpu", "steps=6", "adapter.rank=4", "adapter.alpha=8",
+    "groups.size=4", "groups.per_iteration=2", "optimizer.images_per_micro_batch=4", "optimizer.warmup_steps=4",
+    "rollout.steps=3", "rollout.switch_step=4", "rollout.images_per_forward=4",
+    "algorithm.trunc=2", "algorithm.train_timesteps=2", "old_policy.rate=0.1", "evaluation_ema.every=2",
+    "evaluation.every=3", "evaluation.steps=2", "evaluation.num_prompts=2", "evaluation.images_per_prompt=1",
+    "checkpoints.every=3", "logging.num_samples=2", "logging.samples_every=0", "logging.tensorboard=false",
+    "rewards.terms=[{name: 'misbehaving:Shapes', metric: soft}]",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def quick() -> tuple[str, ...]:
+    """Overrides that make a short run of `tiny-dgpo`, scored by the reward in rewards/misbehaving.py."""
+    if str(OWN_REWARDS) not in sys.path:
+        sys.path.append(str(OWN_REWARDS))
+    return QUICK
+
+
+@pytest.fixture(scope="session")
+def child_environment() -> dict[str, str]:
+    """Environment of a process that trains as this one does: the same package, rewards and number of threads."""
+    import torch
+
+    path = os.pathsep.join([str(OWN_REWARDS), str(OWN_REWARDS.parents[1]), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+@pytest.fixture(scope="session")
+def straight_run(tmp_path_factory: pytest.TempPathFactory, quick: tuple[str, ...]) -> Path:
+    """Directory of a run that nothing interrupted. Not to be changed: copy it."""
+    from dgpo_fast import Trainer, load_recipe
+
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    Trainer(load_recipe("tiny-dgpo", [*quick, "logging.tensorboard=true"]), out).train()
+    return out
+
+
+# What loads torch and diffusers is imported where it is used: most tests need neither.
+@pytest.fixture(scope="session")
+def embedded_pipeline() -> StableDiffusion3Pipeline:
+    """The embedded pipeline in float32, loaded once and shared: to be called, never to be changed."""
+    from dgpo_fast.config import load_recipe
+    from dgpo_fast.models.sd3 import load_model
+
+    pipeline = load_model(load_recipe("tiny-dgpo").model, device="cpu").pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def make_model(embedded_pipeline: StableDiffusion3Pipeline) -> Callable[[Config], StableDiffusion3]:
+    """Makes the model of a configuration from a copy of the embedded pipeline."""
+    import torch
+    from diffusers import StableDiffusion3Pipeline
+
+    from dgpo_fast.models.sd3 import DTYPES, StableDiffusion3
+
+    def make(config: Config) -> StableDiffusion3:
+        copied = StableDiffusion3Pipeline(**copy.deepcopy(embedded_pipeline.components))
+        copied.set_progress_bar_config(disable=True)
+        return StableDiffusion3(copied.to(DTYPES[config.model.dtype]), config.model, device=torch.device("cpu"))
+
+    return make
+
+
+@pytest.fixture
+def make_policy(make_model: Callable[[Config], StableDiffusion3]) -> Callable[..., Policy]:
+    """Makes the policy of a configuration; `spread` fills every view with weights of its own of that deviation."""
+    import torch
+
+    from dgpo_fast.models.policy import TRAINED, Policy
+
+    def make(config: Config, *, spread: float = 0.0) -> Policy:
+        policy = Policy(make_model(config), config.adapter, seed=config.seed)
+        generator = torch.Generator().manual_seed(1)
+        for view in TRAINED if spread else ():
+            policy.set_weights(view, spread * torch.randn(len(policy.trainable), generator=generator))
+        return policy
+
+    return make

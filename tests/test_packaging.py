@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 HAS_COMPILER = shutil.which(os.environ.get("CXX", "c++")) is not None
-SCRATCH = shutil.ignore_patterns(".*", "build", "dist", "runs", "tests", "*.so", "*.egg-info", "__pycache__")
+SCRATCH = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.so", "*.egg-info", "__pycache__")
 
 
 class Archives(NamedTuple):

@@ -24,7 +24,7 @@ class Algorithm(Protocol[BatchT, WeightsT]):
         ...
 
     def group_weights(self, policy: Policy, batches: Sequence[BatchT]) -> Sequence[WeightsT] | None:
-        """What the losses of a round need to know of its whole groups; None where each group lies in one micro-batch."""
+        """What a round's losses need to know of its whole groups; None where each lies in one micro-batch."""
         ...
 
     def loss(self, policy: Policy, batch: BatchT, weights: WeightsT | None) -> LossOutput:

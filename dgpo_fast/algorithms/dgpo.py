@@ -68,7 +68,7 @@ class DGPO:
         return Rollout(prompts=prompts, x0_BCHW=x0_BCHW, images_BCHW=images_BCHW, sigmas=self.sampler.sigmas)
 
     def batches(self, scored: ScoredGroups) -> Iterator[list[DGPOBatch]]:
-        """Rounds of micro-batches at each training sigma; samples are ordered by group, so at most one group is open."""
+        """Rounds of micro-batches at each training sigma; samples are ordered by group, so at most one is open."""
         prompts, x0_BCHW = scored.rollout.prompts, scored.rollout.x0_BCHW
         micro, size = self.config.optimizer.images_per_micro_batch, prompts.group_size
         per_round = max(micro, size)
@@ -99,7 +99,7 @@ class DGPO:
         return [GroupWeights(weight_G=weight_G, anchors=anchor) for anchor in anchors]
 
     def loss(self, policy: Policy, batch: DGPOBatch, weights: GroupWeights | None) -> LossOutput:
-        """softplus(s_G) / beta of whole groups (of a cut group its surrogate, whose gradient is the same), and the KL term."""
+        """softplus(s_G) / beta of whole groups, or the surrogate of cut ones (same gradient), and the KL term."""
         anchors = self._anchors(policy, batch) if weights is None else weights.anchors
         with stage("policy"):
             velocity_MCHW = self._policy_velocity(policy, batch)
@@ -155,7 +155,11 @@ class DGPO:
     def _shared_noise(self, prompts: PromptBatch, timestep_index: int, like: Tensor) -> Tensor:
         names = [
             rng.stream(
-                self.config.seed, stage="training noise", iteration=prompts.iteration, group=group, timestep=timestep_index
+                self.config.seed,
+                stage="training noise",
+                iteration=prompts.iteration,
+                group=group,
+                timestep=timestep_index,
             )
             for group in prompts.group_ids
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -74,11 +75,8 @@ def sample_latents(
     `conditioning` has a row per sample; `unconditional` is None where nothing is guided.
     """
     latents = []
-    for noise, index in zip(
-        noise_BCHW.split(images_per_forward), torch.arange(len(noise_BCHW)).split(images_per_forward), strict=True
-    ):
-        chunk = conditioning[index.to(noise.device)]
-        latents.append(
-            sampler.sample(lambda x, t, chunk=chunk: policy.velocity(view, x, t, chunk, unconditional), noise)
-        )
+    for first in range(0, len(noise_BCHW), images_per_forward):
+        chunk = slice(first, first + images_per_forward)
+        velocity = partial(policy.velocity, view, conditioning=conditioning[chunk], unconditional=unconditional)
+        latents.append(sampler.sample(velocity, noise_BCHW[chunk]))
     return torch.cat(latents)

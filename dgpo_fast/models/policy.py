@@ -1,4 +1,4 @@
-"""Three views of one frozen base: the trained policy, its old average, and the base itself, plus the average that is saved.
+"""Three views of one frozen base: the trained policy, its old average, the base itself; and the average that is saved.
 
 Each view is a set of LoRA adapters beside the same base weights; the reference view has none active. Looking through
 another view moves pointers, never a weight.
@@ -21,7 +21,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from dgpo_fast.config import AdapterConfig
-from dgpo_fast.errors import UserError
+from dgpo_fast.errors import UserError, suggest
 from dgpo_fast.models.sd3 import StableDiffusion3
 from dgpo_fast.records import Conditioning
 
@@ -130,7 +130,7 @@ class Policy:
         self.views[view].refresh()
 
     def save_lora(self, directory: Path, *, view: View = "ema") -> None:
-        """Writes the float32 adapters of `view` in diffusers' LoRA format, with rank and alpha in the file's metadata."""
+        """Writes the float32 adapters of `view` in diffusers' LoRA format, rank and alpha in the file's metadata."""
         adapter = self.views[view]
         weights = {name: piece.contiguous() for name, piece in adapter.slices(adapter.master).items()}
         transformer = self.model.transformer
@@ -155,10 +155,13 @@ class Policy:
         text = torch.randn(1, 8, config.joint_attention_dim, generator=generator)
         pooled = torch.randn(1, config.pooled_projection_dim, generator=generator)
         conditioning = Conditioning(
-            text_BND=text.to(self.model.device, self.model.dtype), pooled_BD=pooled.to(self.model.device, self.model.dtype)
+            text_BND=text.to(self.model.device, self.model.dtype),
+            pooled_BD=pooled.to(self.model.device, self.model.dtype),
         )
         timestep_B = torch.full((1,), 500.0, device=self.model.device)
-        self.velocity("policy", x_BCHW, timestep_B, conditioning)[0].float().square().sum().backward()
+        velocity = self.velocity("policy", x_BCHW, timestep_B, conditioning)[0]
+        if velocity.requires_grad:  # it does not where no adapter at all is computed with
+            velocity.float().square().sum().backward()
         dead = [name for name, piece in policy.slices(self._gradient).items() if not piece.any()]
         self._gradient.zero_()
         policy.compute.copy_(before)
@@ -171,13 +174,22 @@ class Policy:
         # The published targets adapt them all the same.
         return f"transformer_blocks.{self.model.transformer.config.num_layers - 1}.attn.add_q_proj."
 
+    def _check_targets(self, targets: tuple[str, ...]) -> None:
+        # peft is content when one of them matches.
+        names = [name for name, _ in self.model.transformer.named_modules()]
+        for target in targets:
+            if not any(f".{name}".endswith(f".{target}") for name in names):
+                known = {name.split(".", 2)[-1] for name in names if name.startswith("transformer_blocks.")}
+                raise UserError(f"adapter.targets: no layer is called {target!r}{suggest(target, known)}")
+
     def _inject(self, config: AdapterConfig, seed: int) -> None:
+        self._check_targets(config.targets)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             for view in TRAINED:
                 lora = LoraConfig(
                     r=config.rank,
-                    lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft divides it, any number will do
+                    lora_alpha=config.alpha,
                     init_lora_weights="gaussian" if config.init == "gaussian" else True,
                     target_modules=list(config.targets),
                 )
@@ -191,4 +203,3 @@ class Policy:
         for name, parameter in self.model.transformer.named_parameters():
             if any(mark in name for mark in marks):
                 yield name, parameter
-

@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dgpo_fast.config import ModelConfig
@@ -104,11 +107,13 @@ def load_model(config: ModelConfig, *, device: torch.device | str) -> StableDiff
 def _load_pipeline(source: ModelSource, config: ModelConfig) -> StableDiffusion3Pipeline:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+    diffusers.utils.logging.disable_progress_bar()  # nine bars for nine parts; downloads still show theirs
+    transformers.utils.logging.disable_progress_bar()
     try:
-        return StableDiffusion3Pipeline.from_pretrained(  # type: ignore[no-any-return]
+        return StableDiffusion3Pipeline.from_pretrained(
             source.location,
             revision=config.revision,
-            torch_dtype=DTYPES[config.dtype],
+            dtype=DTYPES[config.dtype],
             local_files_only=source.kind != "hub",
         )
     except GatedRepoError:
@@ -118,8 +123,9 @@ def _load_pipeline(source: ModelSource, config: ModelConfig) -> StableDiffusion3
         ) from None
     except RepositoryNotFoundError:
         raise UserError(
-            f"model {source.location!r} is not on the hub, or is private: check the name, or log in with `hf auth login`"
+            f"model {source.location!r} is not on the hub, or private: check the name, or log in with `hf auth login`"
         ) from None
-    except (OSError, ValueError, TypeError) as error:
+    # A text encoder's damaged file is a SafetensorError, its wrong shapes a RuntimeError; diffusers raises the others.
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         where = "" if Path(source.location).is_dir() else " (or give a local directory in diffusers' format)"
         raise UserError(f"model {source.location!r} cannot be loaded{where}: {' '.join(str(error).split())}") from error

@@ -38,7 +38,7 @@ def group_advantages(
         epsilon: added to the standard deviation; 1e-4 in the published code.
         clamp: 5 in the published code. Where it bites, the advantages of a group no longer add up to zero.
 
-    A group with no or one valid sample has advantage 0. Source: DGPO, arXiv 2510.08425, section 3, and its published code.
+    A group with no or one valid sample has advantage 0. Source: DGPO, arXiv 2510.08425, section 3, and its code.
     """
     valid_GS = valid_B.view(-1, group_size)
     reward_GS = reward_B.view(-1, group_size).where(valid_GS, 0.0)

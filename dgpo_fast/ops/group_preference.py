@@ -37,8 +37,8 @@ def velocity_errors(velocity: Tensor, target: Tensor) -> Tensor:
 def clipped_samples(error_M: Tensor, old_error_M: Tensor, advantage_M: Tensor, clip: float) -> Tensor:
     """Which samples give no gradient, bool [M]: those the policy has already moved further than `clip` the right way.
 
-    ratio = exp(old_error - error); clipped are A > 0 with ratio > 1 + clip, and A <= 0 with ratio < 1 - clip. When policy
-    and old policy run through the same kernels with the same weights the ratio is exactly 1.
+    ratio = exp(old_error - error); clipped are A > 0 with ratio > 1 + clip, and A <= 0 with ratio < 1 - clip. When
+    policy and old policy run through the same kernels with the same weights the ratio is exactly 1.
 
     Source: added to DGPO's published code after review, after PPO (arXiv 1707.06347).
     """
@@ -49,7 +49,7 @@ def clipped_samples(error_M: Tensor, old_error_M: Tensor, advantage_M: Tensor, c
 def group_scores(
     error_M: Tensor, reference_error_M: Tensor, advantage_M: Tensor, group_M: Tensor, size_G: Tensor, *, beta: float
 ) -> Tensor:
-    """Scores [G], s_G = (beta / |G|) sum over the group of A (d - d_ref): positive where the policy prefers the bad half.
+    """Scores [G], s_G = (beta / |G|) sum over the group of A (d - d_ref): positive where the bad half is preferred.
 
     Args:
         error_M: [M], float; the policy's errors.
@@ -59,7 +59,7 @@ def group_scores(
         size_G: [G], float; samples that count, over all micro-batches that the group is cut into.
         beta: strength of the preference.
 
-    Gradients flow to `error_M`. For a group cut over micro-batches the scores of its pieces add up. Source: DGPO, eq. 17.
+    Gradients flow to `error_M`. The scores of a cut group's pieces add up. Source: DGPO, eq. 17.
     """
     terms_M = advantage_M * (error_M - reference_error_M)
     return beta * error_M.new_zeros(len(size_G)).index_add(0, group_M, terms_M) / size_G
@@ -79,8 +79,8 @@ def group_preference(
 
         grad = sum over groups of sigmoid(s_G) (1 / |G|) sum over the unclipped of A_i grad d_i
 
-    Arguments are those of `group_scores`; `clipped_M` marks samples that count in s_G but give no gradient. Departure from
-    the paper: divided by beta, as in the published code.
+    Arguments are those of `group_scores`; `clipped_M` marks samples that count in s_G but give no gradient. Departure
+    from the paper: divided by beta, as in the published code.
     """
     clipped_M = torch.zeros_like(group_M, dtype=torch.bool) if clipped_M is None else clipped_M
     held_M = torch.where(clipped_M, error_M.detach(), error_M)

@@ -37,7 +37,7 @@ def load_prompts(source: str | None, *, key: str) -> list[str]:
 
 
 class PromptSampler:
-    """Prompts without replacement within an epoch, in an order that the seed names; a pure function of the iteration."""
+    """Prompts without replacement within an epoch, in an order named by the seed; a pure function of the iteration."""
 
     def __init__(self, prompts: list[str], *, per_iteration: int, seed: int) -> None:
         self.prompts, self.per_iteration, self.seed = prompts, per_iteration, seed

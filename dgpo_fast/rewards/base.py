@@ -53,19 +53,17 @@ def load_reward(name: str) -> Reward:
     Raises:
         UserError: nothing of that name, it cannot be imported or made, or it is not callable.
     """
-    if name in _FACTORIES:
-        return _FACTORIES[name]()
     module_name, colon, attribute = _BUILT_IN.get(name, name).partition(":")
-    if not colon:
+    if not colon and name not in _FACTORIES:
         hint = "; it is not part of this version, give your own as package.module:Class" if name in _LATER else ""
         raise UserError(
             f"rewards: no reward {name!r}{suggest(name, known_rewards())} known: {', '.join(known_rewards())}{hint}"
         )
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-        reward = factory()
-    except Exception as error:  # whatever a user's module raises while it is imported
+        factory = _FACTORIES.get(name) or getattr(importlib.import_module(module_name), attribute)
+        reward: Reward = factory()
+    except Exception as error:  # whatever a user's module raises while it is imported, or a user's class
         raise UserError(f"rewards: {name!r} cannot be made: {type(error).__name__}: {error}") from error
     if not callable(reward):
         raise UserError(f"rewards: {name!r} is not callable: a reward is called with images and prompts")
-    return reward  # type: ignore[no-any-return]
+    return reward

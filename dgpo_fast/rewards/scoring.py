@@ -82,6 +82,8 @@ class Scorer:
     ) -> dict[str, Tensor]:
         output = reward(images_BCHW, prompts)
         named = output if isinstance(output, Mapping) else {term.name: output}
+        if not named:
+            raise UserError(f"rewards: {term.name!r} returned no scores")
         metrics = {name: torch.as_tensor(values, dtype=torch.float32).cpu() for name, values in named.items()}
         for name, values in metrics.items():
             if values.shape != (len(prompts),):
@@ -96,7 +98,7 @@ class Scorer:
         if self.config.on_failure == "stop" and failed_B.any():
             first = int(failed_B.nonzero()[0])
             raise UserError(
-                f"rewards: {term.name!r} returned {values_B[first].item()} for {int(failed_B.sum())} of {len(values_B)} "
-                "images; set rewards.on_failure=skip to leave such samples out"
+                f"rewards: {term.name!r} returned {values_B[first].item()} for {int(failed_B.sum())} of {len(values_B)}"
+                " images; set rewards.on_failure=skip to leave such samples out"
             )
         return values_B.masked_fill(failed_B, torch.nan)

@@ -19,7 +19,8 @@ class ShapesReward:
             captions = [parse_caption(prompt) for prompt in prompts]
         except ValueError as error:
             raise UserError(f"rewards: shapes: {error}") from None
-        verdicts = [
-            verify(image, caption) for image, caption in zip(images_BCHW.cpu().numpy(), captions, strict=True)
-        ]
-        return {"soft": [verdict.soft for verdict in verdicts], "strict": [float(verdict.strict) for verdict in verdicts]}
+        verdicts = [verify(image, caption) for image, caption in zip(images_BCHW.cpu().numpy(), captions, strict=True)]
+        return {
+            "soft": [verdict.soft for verdict in verdicts],
+            "strict": [float(verdict.strict) for verdict in verdicts],
+        }

@@ -1,1 +1,1 @@
-"""A synthetic world of coloured shapes: captions, the scenes they describe, images of them, and a verifier of images."""
+"""A synthetic world of coloured shapes: captions, the scenes they describe, images of them, and their verifier."""

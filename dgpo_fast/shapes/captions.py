@@ -1,7 +1,8 @@
 """Captions of the shapes world: their grammar, what they mean, and which of them training never sees.
 
-Three families of captions, after the tasks of GenEval (arXiv 2310.11513): counting ("two red circles"), two objects with
-their attributes ("a red circle and a black square") and position ("a blue square left of a green triangle").
+Three families of captions, after the tasks of GenEval (arXiv 2310.11513): counting ("two red circles"), two different
+objects with their attributes ("a red circle and a black square") and position ("a blue square left of a green
+triangle").
 """
 
 from __future__ import annotations
@@ -83,6 +84,8 @@ def parse_caption(text: str) -> Caption:
         first, found, second = text.partition(f" {relation} ")
         if found:
             items = (_parse_item(first, text), _parse_item(second, text))
+            if items[0] == items[1] or max(item.count for item in items) > 1:
+                raise _not_a_caption(text)
             return Caption(items, None if relation == "and" else relation)
     return Caption((_parse_item(text, text),))
 
@@ -102,8 +105,8 @@ def all_captions() -> Iterator[Caption]:
 def split_captions(split: Literal["train", "test"]) -> list[Caption]:
     """The captions of a split, families taking turns, each in an order fixed by a hash.
 
-    In "train" the smaller families repeat until the largest is used up, so that each is a third of the prompts; in "test"
-    a family that is used up drops out, so that no caption is asked twice.
+    In "train" the smaller families repeat until the largest is used up, so that each is a third of the prompts; in
+    "test" a family that is used up drops out, so that no caption is asked twice.
     """
     families: dict[str, list[Caption]] = {"count": [], "pair": [], "relation": []}
     for caption in all_captions():
@@ -126,9 +129,14 @@ def _parse_item(words: str, text: str) -> Item:
             item = Item(count_of[number], color, noun.removesuffix("s") if count_of[number] > 1 else noun)
             if item.shape in SHAPES and str(item) == words:
                 return item
-    raise ValueError(
+    raise _not_a_caption(text)
+
+
+def _not_a_caption(text: str) -> ValueError:
+    return ValueError(
         f"not a caption of the shapes world: {text!r}; expected e.g. 'two red circles', 'a red circle and a black "
-        f"square' or 'a blue square left of a green triangle' (colours: {', '.join(COLORS)}; shapes: {', '.join(SHAPES)})"
+        f"square' or 'a blue square left of a green triangle' (colours: {', '.join(COLORS)}; "
+        f"shapes: {', '.join(SHAPES)})"
     )
 
 

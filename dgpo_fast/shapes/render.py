@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from dgpo_fast.shapes.captions import BACKGROUND, COLORS, COUNTS, RELATIONS, SHAPES, Caption, Item
 
 T = TypeVar("T")
+Floats = npt.NDArray[np.floating[Any]]
 
 IMAGE_SIZE = 64
 """Side of an image in pixels."""
@@ -37,7 +38,7 @@ class PlacedObject:
 def excess(relation: str, dx: float, dy: float) -> float:
     """Pixels by which an object stands in `relation` to one at offset (dx, dy) from it; at most 0 where it does not.
 
-    The axis of the relation must dominate: a circle is left of a square when it is farther left of it than above or below.
+    The axis of the relation must dominate: a circle left of a square is farther left of it than above or below it.
     """
     along, across = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[relation]
     return along - abs(across)
@@ -64,14 +65,17 @@ def place(caption: Caption, rng: np.random.Generator) -> list[PlacedObject]:
         ]
 
 
-def signed_distance(shape: str, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Signed distance, negative inside, from points to a shape whose bounding box is [-1, 1] x [-1, 1] (y downwards)."""
-    if shape == "circle":
-        return np.hypot(x, y) - 1.0
-    if shape == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - 1.0
-    slope = np.hypot(2.0, 1.0)
-    return np.maximum((2.0 * np.abs(x) - y - 1.0) / slope, y - 1.0)
+def signed_distance(shape: str, x: Floats, y: Floats) -> Floats:
+    """Signed distance, negative inside, to a shape whose bounding box is [-1, 1] x [-1, 1] (y downwards)."""
+    distance: Floats
+    match shape:
+        case "circle":
+            distance = np.hypot(x, y) - 1.0
+        case "square":
+            distance = np.maximum(np.abs(x), np.abs(y)) - 1.0
+        case _:
+            distance = np.maximum((2.0 * np.abs(x) - y - 1.0) / np.sqrt(5.0), y - 1.0)
+    return distance
 
 
 def draw(objects: list[PlacedObject]) -> npt.NDArray[np.float32]:
@@ -92,7 +96,7 @@ def render(caption: Caption, rng: np.random.Generator) -> npt.NDArray[np.float32
 
 
 def corrupt(caption: Caption, rng: np.random.Generator) -> Caption:
-    """`caption` with one of its words wrong: a colour, a shape, the count or the relation."""
+    """`caption` with one of its words changed: a colour, a shape, the count or the relation ("and" is one of them)."""
     position = int(rng.integers(len(caption.items)))
     item = caption.items[position]
     structural = "count" if caption.family == "count" else "relation"

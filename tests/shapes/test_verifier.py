@@ -275,12 +275,12 @@ def test_better_images_of_one_object_score_higher(shape: str) -> None:
 
 
 def test_better_images_of_two_objects_score_higher() -> None:
-    circle, square = ("red", "circle", 16, 32), ("blue", "square", 48, 32)
+    circle, square = ("red", "circle", 16, 44), ("blue", "square", 48, 44)
     images = {
         "right": scene(circle, square),
         "wrong colour": scene(circle, ("green", *square[1:])),
-        "extra object": scene(circle, square, ("blue", "square", 32, 12)),
-        "wrong way round": scene(("red", "circle", 48, 32), ("blue", "square", 16, 32)),
+        "extra object": scene(circle, square, ("blue", "square", 32, 16)),
+        "wrong way round": scene(("red", "circle", 48, 44), ("blue", "square", 16, 44)),
         "missing": scene(circle),
         "blank": BLANK,
     }

@@ -41,7 +41,7 @@ def make_vae() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
+        norm_num_groups=2,  # one group a channel would erase the colours of large flat areas
         sample_size=IMAGE_SIZE,
         use_quant_conv=False,
         use_post_quant_conv=False,

@@ -1,7 +1,8 @@
 """Trains the embedded pipeline from nothing: tokenizers, VAE, then transformer and text encoders together.
 
-The captions are wrong for a share of the training images, so that the base model is honestly imperfect: without guidance
-it draws what a caption says about as often as captions say what is drawn. That is what reinforcement learning can mend.
+The captions are wrong for a share of the training images, so that the base model is honestly imperfect: without
+guidance it draws what a caption says about as often as captions say what is drawn. That is what reinforcement learning
+can mend.
 """
 
 from __future__ import annotations
@@ -22,8 +23,15 @@ import transformers
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from dgpo_fast.models.tiny.architecture import make_clip, make_scheduler, make_t5, make_transformer, make_vae
-from dgpo_fast.models.tiny.architecture import CLIP_WIDTHS, T5_WIDTH
+from dgpo_fast.models.tiny.architecture import (
+    CLIP_WIDTHS,
+    T5_WIDTH,
+    make_clip,
+    make_scheduler,
+    make_t5,
+    make_transformer,
+    make_vae,
+)
 from dgpo_fast.models.tiny.tokenizers import MAX_TOKENS, train_clip_tokenizer, train_t5_tokenizer
 from dgpo_fast.shapes.captions import Caption, all_captions, split_captions
 from dgpo_fast.shapes.render import corrupt, render
@@ -40,11 +48,11 @@ class BuildOptions:
     num_images: int = 24_000
     wrong_captions: float = 0.3
     dropped_captions: float = 0.1
-    vae_steps: int = 1000
-    vae_batch: int = 32
-    vae_lr: float = 2e-3
-    kl_weight: float = 1e-5
-    flow_steps: int = 6000
+    vae_steps: int = 2500
+    vae_batch: int = 16
+    vae_lr: float = 4e-3
+    kl_weight: float = 1e-6
+    flow_steps: int = 4000
     flow_batch: int = 64
     flow_lr: float = 1e-3
     flow_shift: float = 3.0
@@ -52,7 +60,7 @@ class BuildOptions:
 
 
 def build(out: Path, options: BuildOptions, report: Report) -> dict[str, object]:
-    """Trains the pipeline, saves it to `out` in diffusers' format (float16), and returns the record saved as build.json."""
+    """Trains the pipeline, saves it to `out` in diffusers' format (float16), and returns what build.json records."""
     start = time.perf_counter()
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
@@ -60,6 +68,7 @@ def build(out: Path, options: BuildOptions, report: Report) -> dict[str, object]
     images, texts = draw_dataset(options, rng)
     losses = {"vae": train_vae(pipeline.vae, images, options, report)}
     latents = encode_dataset(pipeline.vae, images)
+    torch.manual_seed(options.seed)  # again, so that this stage can be repeated without the one before
     losses["flow"] = train_flow(pipeline, latents, texts, options, report)
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(out)
@@ -68,7 +77,7 @@ def build(out: Path, options: BuildOptions, report: Report) -> dict[str, object]
         "options": asdict(options),
         "duration_s": round(time.perf_counter() - start, 1),
         "losses": losses,
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__},
+        "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers)},
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
     }
     (out / "build.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -95,7 +104,7 @@ def untrained_pipeline() -> StableDiffusion3Pipeline:
 
 
 def draw_dataset(options: BuildOptions, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
-    """Images [num_images, 3, H, W] in [-1, 1] and their captions, a share of them wrong; nothing held out is in either."""
+    """Images [num_images, 3, H, W] in [-1, 1] and their captions, a share of them wrong; neither shows the held-out."""
     captions = split_captions("train")
     images: list[np.ndarray] = []
     texts: list[str] = []
@@ -115,16 +124,19 @@ def wrong(caption: Caption, rng: np.random.Generator) -> Caption:
 
 
 def train_vae(vae: AutoencoderKL, images: Tensor, options: BuildOptions, report: Report) -> list[float]:
-    """Trains `vae` to reconstruct (L1 + a little KL), then sets its shift and scaling so that latents have unit variance."""
+    """Trains `vae` to reconstruct (squared error, a little KL), then shifts and scales its latents to unit variance."""
 
     def loss_of(index: Tensor) -> Tensor:
         x = images[index]
         posterior = vae.encode(x).latent_dist
         reconstruction = vae.decode(posterior.sample()).sample
-        return F.l1_loss(reconstruction, x) + options.kl_weight * posterior.kl().mean()
+        divergence: Tensor = posterior.kl().mean()
+        return F.mse_loss(reconstruction, x) + options.kl_weight * divergence
 
     vae.train()
-    losses = train("vae", vae.parameters(), loss_of, len(images), options.vae_steps, options.vae_batch, options.vae_lr, report)
+    losses = train(
+        "vae", vae.parameters(), loss_of, len(images), options.vae_steps, options.vae_batch, options.vae_lr, report
+    )
     vae.eval().requires_grad_(False)
     sample = vae.encode(images[:1024]).latent_dist.mean
     vae.register_to_config(shift_factor=sample.mean().item(), scaling_factor=1.0 / sample.std().item())
@@ -135,18 +147,20 @@ def train_vae(vae: AutoencoderKL, images: Tensor, options: BuildOptions, report:
 def encode_dataset(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """The latents of `images` as the transformer sees them: shifted and scaled."""
     means = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in images.split(256)])
-    return (means - vae.config.shift_factor) * vae.config.scaling_factor
+    return means.sub_(vae.config.shift_factor).mul_(vae.config.scaling_factor)
 
 
 def train_flow(
     pipeline: StableDiffusion3Pipeline, latents: Tensor, texts: Sequence[str], options: BuildOptions, report: Report
 ) -> list[float]:
-    """Trains transformer and text encoders on the flow-matching loss; their moving average is what stays in `pipeline`."""
+    """Trains transformer and text encoders on the flow-matching loss; `pipeline` is left with their moving average."""
     learned = nn.ModuleList(
         [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
     ).train()
     tokens = [
-        tokenizer(list(texts), padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
+        tokenizer(
+            list(texts), padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids
         for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3)
     ]
     average = torch.optim.swa_utils.AveragedModel(
@@ -163,8 +177,8 @@ def train_flow(
         return F.mse_loss(velocity, noise - x0)
 
     losses = train(
-        "flow", learned.parameters(), loss_of, len(latents), options.flow_steps, options.flow_batch, options.flow_lr, report,
-        after_step=lambda: average.update_parameters(learned),
+        "flow", learned.parameters(), loss_of, len(latents), options.flow_steps, options.flow_batch, options.flow_lr,
+        report, after_step=lambda: average.update_parameters(learned),
     )  # fmt: skip
     learned.load_state_dict(average.module.state_dict())
     learned.eval().requires_grad_(False)
@@ -172,8 +186,10 @@ def train_flow(
 
 
 def encode_tokens(pipeline: StableDiffusion3Pipeline, ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Text embedding [B, 2 MAX_TOKENS, T5_WIDTH] and pooled embedding [B, sum(CLIP_WIDTHS)], as the pipeline's encode_prompt
-    makes them, but with gradients."""
+    """Text embedding [B, 2 MAX_TOKENS, T5_WIDTH] and pooled embedding [B, sum(CLIP_WIDTHS)], with gradients.
+
+    The same as the pipeline's encode_prompt, which SD3 runs without.
+    """
     clips = [
         encoder(tokens, output_hidden_states=True)
         for encoder, tokens in zip((pipeline.text_encoder, pipeline.text_encoder_2), ids[:2], strict=True)

@@ -13,13 +13,11 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 
 MAX_TOKENS = 12
 """Length of every text sequence: the longest caption has eight words, and each tokenizer adds at most two."""
-CLIP_PATTERN = Regex(
-    r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
-)
+CLIP_PATTERN = Regex(r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+""")
 
 
 def train_clip_tokenizer(texts: Sequence[str], *, pad_token: str) -> CLIPTokenizer:
-    """A byte-level BPE of the words in `texts`, padded with `pad_token` as SD3's two CLIP tokenizers are, each its own way."""
+    """A byte-level BPE of the words in `texts`; SD3's two CLIP tokenizers differ in what they pad with."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -36,17 +34,15 @@ def train_clip_tokenizer(texts: Sequence[str], *, pad_token: str) -> CLIPTokeniz
     )
     tokenizer.train_from_iterator(texts, trainer)
     merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
-    return CLIPTokenizer(
-        vocab=tokenizer.get_vocab(), merges=merges, pad_token=pad_token, model_max_length=MAX_TOKENS
-    )
+    return CLIPTokenizer(vocab=tokenizer.get_vocab(), merges=merges, pad_token=pad_token, model_max_length=MAX_TOKENS)
 
 
 def train_t5_tokenizer(texts: Sequence[str]) -> T5TokenizerFast:
     """A unigram tokenizer whose pieces are the words of `texts`, scored by their log frequency, and single letters.
 
-    Counting is the whole of the training: with every word a piece, the likeliest segmentation is the words themselves, so
-    expectation-maximisation has nothing left to move. (UnigramTrainer seeds only substrings of two different words, and
-    would cut most of these words into letters.)
+    Counting is the whole of the training: with every word a piece, the likeliest segmentation is the words themselves,
+    so expectation-maximisation has nothing left to move. (UnigramTrainer seeds only substrings of two different words,
+    and would cut most of these words into letters.)
     """
     counts = Counter(f"▁{word}" for text in texts for word in text.split())
     total = counts.total()

@@ -1,0 +1,518 @@
+"""DGPO on the embedded pipeline: its batches, its loss against the written equations, and groups that are cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dgpo_fast.algorithms.dgpo import DGPO
+from dgpo_fast.config import Config, load_recipe
+from dgpo_fast.models.policy import Policy
+from dgpo_fast.ops.group_advantages import group_advantages
+from dgpo_fast.ops.group_preference import group_scores, velocity_errors
+from dgpo_fast.records import Conditioning, DGPOBatch, LossOutput, PromptBatch, Rollout, ScoredGroups
+
+MakePolicy = Callable[..., Policy]
+
+EPS = torch.finfo(torch.float32).eps
+PROMPTS = ("two red circles", "a blue square left of a green triangle")
+SPREAD = 0.05
+"""Deviation of the adapters' weights: policy, old and ema differ visibly from each other and from the base."""
+
+
+def tiny(*overrides: str, size: int = 4, micro: int = 8) -> Config:
+    """Two groups of four at one training sigma, in one micro-batch."""
+    return load_recipe(
+        "tiny-dgpo",
+        [
+            "adapter.rank=4", "adapter.alpha=8", f"groups.size={size}", "groups.per_iteration=2",
+            f"optimizer.images_per_micro_batch={micro}", "rollout.steps=3", "rollout.images_per_forward=4",
+            "algorithm.trunc=1", "algorithm.train_timesteps=1", "algorithm.beta=10", *overrides,
+        ],
+    )  # fmt: skip
+
+
+def prompt_batch(
+    policy: Policy, config: Config, *, iteration: int = 0, group_ids: tuple[int, ...] = (0, 1)
+) -> PromptBatch:
+    prompts = tuple(PROMPTS[group] for group in group_ids)
+    return PromptBatch(
+        iteration=iteration,
+        prompts=prompts,
+        group_ids=group_ids,
+        group_size=config.groups.size,
+        conditioning=policy.model.encode(prompts),
+        unconditional=policy.model.encode([""]),
+    )
+
+
+def score(rollout: Rollout, config: Config, *, invalid: Sequence[int] = ()) -> ScoredGroups:
+    """Random rewards; those of the samples `invalid` failed."""
+    reward_B = torch.rand(len(rollout.x0_BCHW), generator=torch.Generator().manual_seed(5))
+    reward_B[list(invalid)] = torch.nan
+    valid_B, size = reward_B.isfinite(), config.groups.size
+    advantages = group_advantages(reward_B, valid_B, group_size=size, std="group", epsilon=1e-4, clamp=5.0)
+    return ScoredGroups(rollout=rollout, reward_B=reward_B, valid_B=valid_B, advantage_B=advantages.advantage_B)
+
+
+def scored_groups(policy: Policy, config: Config, *, iteration: int = 0, invalid: Sequence[int] = ()) -> ScoredGroups:
+    """Random latents instead of a rollout's: the loss does not care where they come from."""
+    prompts = prompt_batch(policy, config, iteration=iteration)
+    generator = torch.Generator().manual_seed(4)
+    x0_BCHW = torch.randn(prompts.num_samples, *policy.model.latent_shape, generator=generator)
+    rollout = Rollout(prompts=prompts, x0_BCHW=x0_BCHW, images_BCHW=torch.zeros(0), sigmas=DGPO(config).sampler.sigmas)
+    return score(rollout, config, invalid=invalid)
+
+
+def learn(policy: Policy, config: Config, scored: ScoredGroups) -> tuple[Tensor, dict[str, float]]:
+    """The gradient and the metrics of an iteration, gathered as the trainer gathers them."""
+    assert policy.trainable.grad is not None
+    policy.trainable.grad.zero_()
+    algorithm, outputs = DGPO(config), list[LossOutput]()
+    for batches in algorithm.batches(scored):
+        weights = algorithm.group_weights(policy, batches) or [None] * len(batches)
+        for batch, weight in zip(batches, weights, strict=True):
+            outputs.append(algorithm.loss(policy, batch, weight))
+            outputs[-1].loss.backward()
+            policy.collect_gradient()
+    metrics = {name: sum(output.metrics[name].item() for output in outputs) for name in outputs[0].metrics}
+    return policy.trainable.grad.clone(), metrics
+
+
+def single_batch(config: Config, scored: ScoredGroups) -> DGPOBatch:
+    ((batch,),) = DGPO(config).batches(scored)
+    return batch
+
+
+def counted(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The forwards from now on, as they happen: view, and number of samples with both halves of guidance."""
+    forwards: list[tuple[str, int]] = []
+    velocity = policy.velocity
+
+    def counting(
+        view: str, x_BCHW: Tensor, timestep_B: Tensor, text: Conditioning, empty: Conditioning | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        forwards.append((view, len(x_BCHW) * (1 if empty is None else 2)))
+        return velocity(view, x_BCHW, timestep_B, text, empty)
+
+    monkeypatch.setattr(policy, "velocity", counting)
+    return forwards
+
+
+def test_noise_and_sigma_are_shared_by_a_group(make_policy: MakePolicy) -> None:
+    config = tiny("rollout.steps=6", "algorithm.trunc=3", "algorithm.train_timesteps=3")
+    policy = make_policy(config)
+    scored = scored_groups(policy, config)
+    x0_BCHW, noises = scored.rollout.x0_BCHW, []
+    for (batch,) in DGPO(config).batches(scored):
+        (timestep,) = set(batch.timestep_M.tolist())
+        sigma = timestep / 1000
+        noise_GCHW = torch.stack([batch.target_MCHW[first] + x0_BCHW[first] for first in (0, 4)])
+        noise_BCHW = noise_GCHW.repeat_interleave(4, 0)
+        largest = max(noise_BCHW.abs().max().item(), x0_BCHW.abs().max().item())
+        # target = noise - x0 and x_t = x0 + sigma (noise - x0), in a few roundings.
+        torch.testing.assert_close(batch.target_MCHW, noise_BCHW - x0_BCHW, rtol=0, atol=4 * EPS * largest)
+        expected = (1 - sigma) * x0_BCHW.double() + sigma * noise_BCHW.double()
+        torch.testing.assert_close(batch.x_t_MCHW.double(), expected, rtol=0, atol=8 * EPS * largest)
+        assert batch.x_t_MCHW.dtype == batch.timestep_M.dtype == torch.float32
+        noises.extend(noise_GCHW)
+    # Two groups at three sigmas: six different noises, each standard normal.
+    assert len(noises) == 6
+    correlation = torch.corrcoef(torch.stack(noises).flatten(1))
+    # Of 1024 independent numbers, to five standard deviations.
+    assert (correlation - torch.eye(6)).abs().max() < 5 / 1024**0.5
+    assert torch.stack(noises).std().item() == pytest.approx(1, abs=5 / (2 * 6 * 1024) ** 0.5)
+
+
+def test_training_sigmas_are_points_of_the_rollouts_schedule(make_policy: MakePolicy) -> None:
+    """M of the first trunc + 1, without replacement, another choice each iteration, the same for every group."""
+    config = tiny("rollout.steps=10", "algorithm.trunc=4", "algorithm.train_timesteps=3", micro=4)
+    policy = make_policy(config)
+    algorithm = DGPO(config)
+    allowed = (1000 * algorithm.sampler.sigmas[:5]).astype("float32").tolist()
+    drawn = []
+    for iteration in range(40):
+        rounds = list(algorithm.batches(scored_groups(policy, config, iteration=iteration)))
+        told = [batch.timestep_M[0].item() for (batch,) in rounds]
+        assert told[::2] == told[1::2], "each group trains at the same sigmas"
+        assert len(set(told)) == 3
+        assert set(told) <= set(allowed)
+        drawn.append(tuple(told[::2]))
+    assert {timestep for told in drawn for timestep in told} == set(allowed)
+    assert len({frozenset(told) for told in drawn}) == math.comb(5, 3)
+
+
+def test_integer_timesteps_truncate_sigma_too(make_policy: MakePolicy) -> None:
+    overrides = ("rollout.steps=10", "algorithm.trunc=9", "algorithm.train_timesteps=10")
+    config = tiny("rollout.timesteps=integer", *overrides)
+    policy = make_policy(config)
+    scored = scored_groups(policy, config)
+    told = set()
+    for (batch,) in DGPO(config).batches(scored):
+        (timestep,) = set(batch.timestep_M.tolist())
+        sigma = timestep / 1000
+        x0_BCHW = scored.rollout.x0_BCHW
+        expected = x0_BCHW.double() + sigma * batch.target_MCHW.double()
+        torch.testing.assert_close(batch.x_t_MCHW.double(), expected, rtol=0, atol=8 * EPS * 6)
+        told.add(timestep)
+    assert told == {999, 963, 922, 874, 817, 749, 666, 562, 428, 249}
+    exact = {batch.timestep_M[0].item() for (batch,) in DGPO(tiny(*overrides)).batches(scored)}
+    assert exact == set((1000 * DGPO(config).sampler.sigmas[:-1]).astype("float32").tolist())
+
+
+def test_batches_of_a_group_do_not_depend_on_the_rank(make_policy: MakePolicy) -> None:
+    """The second group alone, as another rank has it, is the second half of both."""
+    config = tiny(micro=4)
+    policy = make_policy(config)
+    both = scored_groups(policy, config)
+    alone = ScoredGroups(
+        rollout=Rollout(
+            prompts=prompt_batch(policy, config, group_ids=(1,)), x0_BCHW=both.rollout.x0_BCHW[4:],
+            images_BCHW=torch.zeros(0), sigmas=both.rollout.sigmas,
+        ),
+        reward_B=both.reward_B[4:], valid_B=both.valid_B[4:], advantage_B=both.advantage_B[4:],
+    )  # fmt: skip
+    _, (second,) = DGPO(config).batches(both)
+    ((only,),) = DGPO(config).batches(alone)
+    for name in ("x_t_MCHW", "target_MCHW", "timestep_M", "advantage_M", "group_M", "group_size_G"):
+        assert torch.equal(getattr(second, name), getattr(only, name)), name
+    assert (second.group_share, second.sample_share) == (only.group_share, only.sample_share) == (1 / 2, 1 / 8)
+
+
+@pytest.mark.parametrize(("micro", "rounds", "pieces", "groups"), [(2, 2, 2, 1), (4, 2, 1, 1), (8, 1, 1, 2)])
+def test_a_round_holds_whole_groups(make_policy: MakePolicy, micro: int, rounds: int, pieces: int, groups: int) -> None:
+    config = tiny(micro=micro)
+    policy = make_policy(config)
+    scored = scored_groups(policy, config, invalid=[5])
+    found = list(DGPO(config).batches(scored))
+    assert [len(batches) for batches in found] == [pieces] * rounds
+    sizes = []
+    for batches in found:
+        for batch in batches:
+            assert len(batch.x_t_MCHW) == micro
+            assert batch.group_size_G.shape == (groups,)
+            assert 0 <= batch.group_M.min() <= batch.group_M.max() < groups
+        sizes.extend(batches[0].group_size_G.tolist())
+    assert sizes == [4.0, 3.0]
+    advantage_B = torch.cat([batch.advantage_M for batches in found for batch in batches])
+    assert torch.equal(advantage_B, scored.advantage_B)
+
+
+def written_loss(policy: Policy, config: Config, batch: DGPOBatch) -> dict[str, float]:
+    """Algorithm 1 in float64, from the velocities of the views."""
+    settings = config.algorithm
+    inputs = (batch.x_t_MCHW, batch.timestep_M, batch.conditioning)
+    empty = batch.unconditional
+
+    def error(velocity: Tensor) -> Tensor:
+        return (batch.target_MCHW.double() - velocity.double()).square().mean((1, 2, 3))
+
+    with torch.no_grad():
+        velocity = policy.velocity("policy", *inputs)[0]
+        v_cond, v_uncond = policy.velocity("ref", *inputs, empty)
+        v_old = policy.velocity("old", *inputs)[0]
+    v_ref = v_cond.double()
+    if settings.kl_cfg > 1:
+        assert v_uncond is not None
+        v_ref = v_uncond.double() + settings.kl_cfg * (v_cond.double() - v_uncond.double())
+    d, d_old = error(velocity), error(v_old)
+    d_ref = d_old if settings.reference == "old" else error(v_ref)
+    counts_M = batch.valid_M.double()
+    losses, surrogates, weights, clipped = [], [], 0.0, 0.0
+    for group in (0, 1):
+        mine = (batch.group_M == group) & batch.valid_M
+        a, n = batch.advantage_M[mine].double(), mine.sum()
+        s = settings.beta / n * (a * (d - d_ref)[mine]).sum()
+        ratio = torch.exp((d_old - d)[mine])
+        c = settings.clip or math.inf
+        clipped += torch.where(a > 0, ratio > 1 + c, ratio < 1 - c).double().sum().item()
+        losses.append(torch.log1p(torch.exp(s)) / settings.beta)
+        surrogates.append(torch.sigmoid(s) * (a * d[mine]).sum() / n)
+        weights += (torch.sigmoid(s) * n).item()
+    kl = (counts_M * (velocity.double() - v_ref).square().mean((1, 2, 3))).sum() / len(counts_M)
+    dgpo_loss = torch.stack(losses).mean()
+    return {
+        "loss": (dgpo_loss + settings.kl_coef * kl).item(),
+        "dgpo_loss": dgpo_loss.item(),
+        "surrogate_loss": torch.stack(surrogates).mean().item(),
+        "kl": kl.item(),
+        "clip_fraction": clipped / len(counts_M),
+        "group_weight_mean": weights / len(counts_M),
+    }
+
+
+@pytest.mark.parametrize("invalid", [(), (1, 6, 7)])
+@pytest.mark.parametrize("reference", ["base", "old"])
+@pytest.mark.parametrize("kl_cfg", [1.0, 4.5])
+def test_the_report_is_the_written_loss(
+    make_policy: MakePolicy, kl_cfg: float, reference: str, invalid: tuple[int, ...]
+) -> None:
+    """Samples that failed do not count; with kl_cfg the reference is guided; either reference."""
+    clipped = ("algorithm.clip=0.003", "algorithm.kl_coef=0.3")
+    config = tiny(f"algorithm.kl_cfg={kl_cfg}", f"algorithm.reference={reference}", *clipped)
+    policy = make_policy(config, spread=SPREAD)
+    scored = scored_groups(policy, config, invalid=invalid)
+    written = written_loss(policy, config, single_batch(config, scored))
+    _, found = learn(policy, config, scored)
+    # Errors d of order 1 to 10 carry a few roundings; s_G is beta times their differences.
+    tolerance = 16 * EPS * config.algorithm.beta
+    assert found.keys() == written.keys()
+    for name, value in written.items():
+        assert found[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
+    assert abs(written["group_weight_mean"] - 0.5) > 100 * tolerance, "the weights say something"
+    assert 0 < written["clip_fraction"] < 1
+
+
+def test_two_sigmas_are_averaged(make_policy: MakePolicy) -> None:
+    config = tiny("algorithm.train_timesteps=2")
+    policy = make_policy(config, spread=SPREAD)
+    scored = scored_groups(policy, config)
+    written = [written_loss(policy, config, batch) for (batch,) in DGPO(config).batches(scored)]
+    _, found = learn(policy, config, scored)
+    assert len(written) == 2
+    for name, value in found.items():
+        expected = (written[0][name] + written[1][name]) / 2
+        assert value == pytest.approx(expected, rel=16 * EPS * 10, abs=16 * EPS * 10), name
+
+
+def test_the_gradient_is_that_of_the_surrogate_and_the_kl_term(make_policy: MakePolicy) -> None:
+    """Against autograd on the formula of the published code, its weights computed apart."""
+    config = tiny("algorithm.kl_coef=0.3", "algorithm.clip=0.003")
+    policy = make_policy(config, spread=SPREAD)
+    scored = scored_groups(policy, config, invalid=[2])
+    gradient, _ = learn(policy, config, scored)
+    batch = single_batch(config, scored)
+    inputs = (batch.x_t_MCHW, batch.timestep_M, batch.conditioning)
+    with torch.no_grad():
+        v_ref, v_old = (policy.velocity(view, *inputs)[0] for view in ("ref", "old"))
+    d_ref, d_old = velocity_errors(v_ref, batch.target_MCHW), velocity_errors(v_old, batch.target_MCHW)
+    velocity = policy.velocity("policy", *inputs)[0]
+    d, a, kept = velocity_errors(velocity, batch.target_MCHW), batch.advantage_M, batch.valid_M
+    weight_M = torch.cat(
+        [torch.sigmoid(10 * (a * (d - d_ref))[g][kept[g]].mean()).expand(4) for g in (slice(4), slice(4, 8))]
+    ).detach()
+    size_M = torch.cat([kept[g].sum().expand(4) for g in (slice(4), slice(4, 8))])
+    ratio = torch.exp(d_old - d).detach()
+    free = kept & ~torch.where(a > 0, ratio > 1.003, ratio < 0.997)
+    assert 0 < free.sum() < kept.sum()
+    kl = (kept * (velocity - v_ref).square().mean((1, 2, 3))).sum() / 8
+    ((free * weight_M * a * d / size_M).sum() / 2 + 0.3 * kl).backward()
+    assert policy.trainable.grad is not None
+    expected = policy.trainable.grad - gradient
+    error = (gradient - expected).norm() / expected.norm()
+    assert error < 64 * EPS
+
+
+@pytest.mark.parametrize("micro", [4, 8, 16])
+@pytest.mark.parametrize("kl_cfg", [1.0, 4.5])
+def test_cutting_groups_changes_neither_gradient_nor_report(make_policy: MakePolicy, micro: int, kl_cfg: float) -> None:
+    """Groups of 16 in micro-batches of 4, 8 and 16, against both groups in one of 32."""
+    overrides = ("algorithm.clip=0.003", f"algorithm.kl_cfg={kl_cfg}")
+    config, undivided = tiny(*overrides, size=16, micro=micro), tiny(*overrides, size=16, micro=32)
+    policy = make_policy(config, spread=SPREAD)
+    scored = scored_groups(policy, config, invalid=[3, 20])
+    gradient, found = learn(policy, config, scored)
+    expected, report = learn(policy, undivided, scored)
+    error = ((gradient - expected).norm() / expected.norm()).item()
+    print("gradient error", error, {n: found[n] - report[n] for n in found})
+    assert error < 64 * EPS
+    for name, value in report.items():
+        assert found[name] == pytest.approx(value, rel=16 * EPS * 10, abs=16 * EPS * 10), name
+
+
+def test_pieces_taken_for_groups_would_be_noticed(make_policy: MakePolicy) -> None:
+    """How far off the gradient is when each piece weighs itself: what the test above would see."""
+    config = tiny("algorithm.clip=null", size=16, micro=32)
+    policy = make_policy(config, spread=SPREAD)
+    scored = scored_groups(policy, config)
+    expected, _ = learn(policy, config, scored)
+    ((batch,),) = DGPO(config).batches(scored)
+    pieces = replace(
+        batch, group_M=torch.arange(32) // 4, group_size_G=torch.full((8,), 4.0), group_share=batch.group_share / 4
+    )
+    assert policy.trainable.grad is not None
+    policy.trainable.grad.zero_()
+    DGPO(config).loss(policy, pieces, None).loss.backward()
+    assert (policy.trainable.grad - expected).norm() / expected.norm() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_of_the_first_pass_are_those_of_the_loss(make_policy: MakePolicy, dtype: str) -> None:
+    """Without gradients and with them, in the same batch shape: equal to the bit."""
+    config = tiny(f"model.dtype={dtype}", "algorithm.beta=1000", micro=2)
+    policy = make_policy(config, spread=SPREAD)
+    algorithm = DGPO(config)
+    for batches in algorithm.batches(scored_groups(policy, config)):
+        weights = algorithm.group_weights(policy, batches)
+        assert weights is not None
+        scores = []
+        for batch, weight in zip(batches, weights, strict=True):
+            velocity = policy.velocity("policy", batch.x_t_MCHW, batch.timestep_M, batch.conditioning)[0]
+            assert velocity.requires_grad
+            scores.append(
+                group_scores(
+                    velocity_errors(velocity, batch.target_MCHW), weight.anchors.reference_error_M, batch.advantage_M,
+                    batch.group_M, batch.group_size_G, beta=1000.0,
+                )
+            )  # fmt: skip
+        weight_G = torch.sigmoid(torch.stack(scores).sum(0))
+        for weight in weights:
+            assert torch.equal(weight.weight_G, weight_G)
+
+
+def test_no_first_pass_where_groups_are_whole(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(micro=4)
+    policy = make_policy(config)
+    scored = scored_groups(policy, config)
+    forwards = counted(policy, monkeypatch)
+    for batches in DGPO(config).batches(scored):
+        assert DGPO(config).group_weights(policy, batches) is None
+    assert forwards == []
+
+
+@pytest.mark.parametrize("micro", [2, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nothing_is_clipped_while_old_equals_policy(make_policy: MakePolicy, dtype: str, micro: int) -> None:
+    """The ratio is exactly 1, so no range is too narrow; with reference old the weights are exactly one half."""
+    overrides = (f"model.dtype={dtype}", "algorithm.clip=1e-30", "algorithm.reference=old", "algorithm.kl_coef=0")
+    config = tiny(*overrides, "algorithm.beta=5000", micro=micro)
+    policy = make_policy(config, spread=SPREAD)
+    policy.set_weights("old", policy.trainable.detach())
+    gradient, found = learn(policy, config, scored_groups(policy, config))
+    assert found["clip_fraction"] == 0
+    assert found["group_weight_mean"] == 0.5
+    assert gradient.any()
+
+
+def test_everything_moved_too_far_gives_no_gradient(make_policy: MakePolicy) -> None:
+    config = tiny("algorithm.clip=1e-7", "algorithm.kl_coef=0")
+    policy = make_policy(config, spread=SPREAD)
+    scored = scored_groups(policy, config)
+    with torch.no_grad():
+        batch = single_batch(config, scored)
+        inputs = (batch.x_t_MCHW, batch.timestep_M, batch.conditioning)
+        d, d_old = (velocity_errors(policy.velocity(v, *inputs)[0], batch.target_MCHW) for v in ("policy", "old"))
+    # Advantages that praise what improved and blame what did not.
+    praised = replace(scored, advantage_B=(d_old - d).sign())
+    gradient, found = learn(policy, config, praised)
+    assert found["clip_fraction"] == 1
+    assert not gradient.any()
+
+
+def test_failed_samples_give_no_gradient(make_policy: MakePolicy) -> None:
+    """Whatever their latents are."""
+    config = tiny("algorithm.kl_coef=0.3")
+    policy = make_policy(config, spread=SPREAD)
+    scored = scored_groups(policy, config, invalid=[1, 4, 5])
+    before, report = learn(policy, config, scored)
+    scored.rollout.x0_BCHW[[1, 4, 5]] *= -3
+    after, found = learn(policy, config, scored)
+    assert before.any()
+    assert torch.equal(before, after)
+    assert report == found
+
+
+def test_equal_rewards_leave_the_kl_term_alone(make_policy: MakePolicy) -> None:
+    config = tiny("algorithm.kl_coef=0")
+    policy = make_policy(config, spread=SPREAD)
+    scored = scored_groups(policy, config)
+    flat = replace(scored, advantage_B=torch.zeros_like(scored.advantage_B))
+    gradient, found = learn(policy, config, flat)
+    assert not gradient.any()
+    assert found["dgpo_loss"] == pytest.approx(math.log(2) / 10)
+    assert learn(policy, tiny("algorithm.kl_coef=0.1"), flat)[0].any()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        ((), [("ref", 8), ("old", 8), ("policy", 8)]),
+        (("algorithm.kl_cfg=4.5",), [("ref", 16), ("old", 8), ("policy", 8)]),
+        (("algorithm.clip=null",), [("ref", 8), ("policy", 8)]),
+        (("algorithm.kl_coef=0",), [("ref", 8), ("old", 8), ("policy", 8)]),
+        (("algorithm.reference=old",), [("ref", 8), ("old", 8), ("policy", 8)]),
+        (("algorithm.reference=old", "algorithm.kl_coef=0"), [("old", 8), ("policy", 8)]),
+        (("algorithm.reference=old", "algorithm.kl_coef=0", "algorithm.clip=null"), [("old", 8), ("policy", 8)]),
+    ],
+)
+def test_no_forward_is_run_that_nothing_needs(
+    make_policy: MakePolicy,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: tuple[str, ...],
+    needed: list[tuple[str, int]],
+) -> None:
+    config = tiny(*overrides)
+    policy = make_policy(config, spread=SPREAD)
+    scored = scored_groups(policy, config)
+    forwards = counted(policy, monkeypatch)
+    learn(policy, config, scored)
+    assert forwards == needed
+
+
+def test_a_cut_group_costs_one_more_policy_forward(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference and old errors of the first pass serve the second."""
+    config = tiny(micro=2)
+    policy = make_policy(config, spread=SPREAD)
+    scored = scored_groups(policy, config)
+    forwards = counted(policy, monkeypatch)
+    learn(policy, config, scored)
+    assert {view: forwards.count((view, 2)) for view in ("ref", "old", "policy")} == {"ref": 4, "old": 4, "policy": 8}
+    assert len(forwards) == 16
+
+
+@pytest.mark.parametrize(("iteration", "view"), [(0, "policy"), (4, "policy"), (5, "old"), (6, "old")])
+def test_later_rollouts_sample_from_the_old_policy(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch, iteration: int, view: str
+) -> None:
+    config = tiny("rollout.switch_step=5")
+    policy = make_policy(config, spread=SPREAD)
+    forwards = counted(policy, monkeypatch)
+    DGPO(config).rollout(policy, prompt_batch(policy, config, iteration=iteration))
+    assert forwards == [(view, 4)] * 6  # two chunks of four images, three steps
+
+
+@pytest.mark.parametrize(("guidance", "images"), [(1.0, 4), (4.5, 8)])
+def test_a_rollout_is_guided_where_the_recipe_says(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch, guidance: float, images: int
+) -> None:
+    config = tiny(f"rollout.guidance={guidance}")
+    policy = make_policy(config, spread=SPREAD)
+    forwards = counted(policy, monkeypatch)
+    rollout = DGPO(config).rollout(policy, prompt_batch(policy, config))
+    assert {size for _, size in forwards} == {images}
+    assert rollout.x0_BCHW.shape == (8, *policy.model.latent_shape)
+    assert rollout.images_BCHW.shape == (8, 3, 64, 64)
+    assert rollout.images_BCHW.min() >= 0
+    assert rollout.images_BCHW.max() <= 1
+
+
+def test_a_rollout_is_named_by_iteration_group_and_sample(make_policy: MakePolicy) -> None:
+    """Every image starts from a noise of its own, whichever rank draws its group."""
+    config = tiny()
+    policy = make_policy(config, spread=SPREAD)
+    algorithm = DGPO(config)
+    both = algorithm.rollout(policy, prompt_batch(policy, config)).x0_BCHW
+    alone = algorithm.rollout(policy, prompt_batch(policy, config, group_ids=(1,))).x0_BCHW
+    later = algorithm.rollout(policy, prompt_batch(policy, config, iteration=1)).x0_BCHW
+    assert torch.equal(both[4:], alone)
+    everything = torch.cat([both, later]).flatten(1)
+    distance = torch.cdist(everything, everything) + 1e9 * torch.eye(16)
+    assert distance.min() > 1
+
+
+@pytest.mark.parametrize(("step", "decay"), [(0, 0.0), (7, 0.007), (299, 0.299), (300, 0.3), (5000, 0.3)])
+def test_the_old_policy_follows_the_published_average(make_policy: MakePolicy, step: int, decay: float) -> None:
+    config = tiny()
+    policy = make_policy(config, spread=SPREAD)
+    old, current, ema = (policy.views[view].master.double() for view in ("old", "policy", "ema"))
+    DGPO(config).after_step(policy, step)
+    average = policy.views["old"].master.double()
+    rounding = 3 * EPS * old.abs().max().item()
+    torch.testing.assert_close(average, decay * old + (1 - decay) * current, rtol=0, atol=rounding)
+    assert torch.equal(policy.views["policy"].master.double(), current)
+    assert torch.equal(policy.views["ema"].master.double(), ema)

@@ -1,0 +1,192 @@
+"""The frozen model: what it encodes, predicts and decodes is what diffusers' pipeline does, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+from dgpo_fast.config import Config, ModelConfig, load_recipe
+from dgpo_fast.errors import UserError
+from dgpo_fast.models.sd3 import StableDiffusion3, load_model
+from dgpo_fast.models.sources import EMBEDDED
+
+MakeModel = Callable[[Config], StableDiffusion3]
+
+TINY = load_recipe("tiny-dgpo")
+PROMPTS = ["two red circles", "", "a blue square left of a green triangle"]
+
+
+def model_config(name: str) -> ModelConfig:
+    return TINY.model.model_copy(update={"name": name})
+
+
+@pytest.fixture
+def pipeline_dir(tmp_path: Path) -> Path:
+    """A copy of the embedded pipeline that a test may damage."""
+    return shutil.copytree(EMBEDDED, tmp_path / "model")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_everything_is_frozen_in_the_configured_precision(dtype: str) -> None:
+    model = load_model(load_recipe("tiny-dgpo", [f"model.dtype={dtype}"]).model, device="cpu")
+    modules = [part for part in model.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    assert len(modules) == 5
+    for module in modules:
+        assert not module.training
+        assert {parameter.dtype for parameter in module.parameters()} == {getattr(torch, dtype)}
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+    assert model.latent_shape == (16, 8, 8)
+
+
+def test_text_is_encoded_as_the_pipeline_does(
+    make_model: MakeModel, embedded_pipeline: StableDiffusion3Pipeline
+) -> None:
+    found = make_model(TINY).encode(PROMPTS)
+    text, _, pooled, _ = embedded_pipeline.encode_prompt(
+        PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=TINY.model.text_length
+    )
+    assert torch.equal(found.text_BND, text)
+    assert torch.equal(found.pooled_BD, pooled)
+    assert text.shape == (3, 24, 96)
+    assert not text.requires_grad
+
+
+def test_conditioning_has_a_row_for_each_prompt_in_order(make_model: MakeModel) -> None:
+    model = make_model(TINY)
+    together = model.encode(PROMPTS)
+    for row, prompt in enumerate(PROMPTS):
+        alone = model.encode([prompt])
+        # Another batch size may take other kernels; two layers of text encoder leave a few dozen roundings.
+        torch.testing.assert_close(together[slice(row, row + 1)].text_BND, alone.text_BND, rtol=0, atol=1e-5)
+        torch.testing.assert_close(together[slice(row, row + 1)].pooled_BD, alone.pooled_BD, rtol=0, atol=1e-5)
+    picked = together[torch.tensor([2, 2, 0])]
+    assert torch.equal(picked.text_BND, together.text_BND[[2, 2, 0]])
+    assert torch.equal(picked.pooled_BD, together.pooled_BD[[2, 2, 0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_velocity_is_the_transformers_output_in_the_models_dtype(make_model: MakeModel, dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    model = make_model(load_recipe("tiny-dgpo", [f"model.dtype={name}"]))
+    x_BCHW = torch.randn(3, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    timestep_B, conditioning = torch.tensor([1000.0, 250.25, 3.0]), model.encode(PROMPTS)
+    with torch.no_grad():
+        found = model.velocity(x_BCHW, timestep_B, conditioning)
+        expected = model.pipeline.transformer(
+            x_BCHW.to(dtype), conditioning.text_BND, conditioning.pooled_BD, timestep_B
+        ).sample
+    assert found.dtype == conditioning.text_BND.dtype == conditioning.pooled_BD.dtype == dtype
+    assert torch.equal(found, expected)
+
+
+def test_images_are_those_of_the_pipeline(make_model: MakeModel, embedded_pipeline: StableDiffusion3Pipeline) -> None:
+    model, vae = make_model(TINY), embedded_pipeline.vae
+    latents = 1.5 * torch.randn(5, *model.latent_shape, generator=torch.Generator().manual_seed(1))
+    images = model.decode(latents, images_per_forward=5)
+    with torch.no_grad():
+        decoded = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
+    expected = embedded_pipeline.image_processor.postprocess(decoded, output_type="pt")
+    assert images.dtype == torch.float32
+    assert images.shape == (5, 3, 64, 64)
+    assert images.min() >= 0
+    assert images.max() <= 1
+    # (x / 2 + 1/2) against (x + 1) / 2, in whichever order: two roundings of a number below 1.
+    torch.testing.assert_close(images, expected, rtol=0, atol=2 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("images_per_forward", [1, 2, 5, 64])
+def test_decoding_a_few_at_a_time_gives_the_same_images(make_model: MakeModel, images_per_forward: int) -> None:
+    model = make_model(TINY)
+    latents = torch.randn(5, *model.latent_shape, generator=torch.Generator().manual_seed(2))
+    found, expected = (model.decode(latents, images_per_forward=n) for n in (images_per_forward, 5))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_images_of_a_bfloat16_model_are_float32(make_model: MakeModel) -> None:
+    model = make_model(load_recipe("tiny-dgpo", ["model.dtype=bfloat16"]))
+    images = model.decode(torch.zeros(1, *model.latent_shape), images_per_forward=1)
+    assert images.dtype == torch.float32
+
+
+def test_images_too_large_for_the_position_table_are_refused(make_model: MakeModel) -> None:
+    largest = make_model(load_recipe("tiny-dgpo", ["model.resolution=256"]))
+    assert largest.latent_shape == (16, 32, 32)
+    with pytest.raises(UserError, match=r"model\.resolution: expected a multiple of 16 up to 256 .*got 272"):
+        make_model(load_recipe("tiny-dgpo", ["model.resolution=272"]))
+
+
+def test_a_directory_loads_as_the_embedded_pipeline_does(
+    pipeline_dir: Path, embedded_pipeline: StableDiffusion3Pipeline
+) -> None:
+    loaded = load_model(model_config(str(pipeline_dir)), device="cpu")
+    for name, weight in embedded_pipeline.transformer.state_dict().items():
+        assert torch.equal(loaded.transformer.state_dict()[name], weight)
+
+
+WEIGHTS = {
+    "transformer": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+    "text_encoder_3": "model.safetensors",
+}
+
+
+@pytest.mark.parametrize("module", WEIGHTS)
+def test_missing_weights_are_one_clear_line(pipeline_dir: Path, module: str) -> None:
+    (pipeline_dir / module / WEIGHTS[module]).unlink()
+    with pytest.raises(UserError, match=r"^model .* cannot be loaded: .*") as error:
+        load_model(model_config(str(pipeline_dir)), device="cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("module", WEIGHTS)
+def test_half_written_weights_are_one_clear_line(pipeline_dir: Path, module: str) -> None:
+    file = pipeline_dir / module / WEIGHTS[module]
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"^model .* cannot be loaded: .*") as error:
+        load_model(model_config(str(pipeline_dir)), device="cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "change"), [("transformer", "joint_attention_dim"), ("text_encoder", "hidden_size")]
+)
+def test_weights_of_another_shape_are_one_clear_line(pipeline_dir: Path, module: str, change: str) -> None:
+    file = pipeline_dir / module / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {change: 64}))
+    with pytest.raises(UserError, match=r"^model .* cannot be loaded: .*") as error:
+        load_model(model_config(str(pipeline_dir)), device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_another_pipeline_is_refused(pipeline_dir: Path) -> None:
+    index = pipeline_dir / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "FluxPipeline"}))
+    with pytest.raises(UserError, match="is a FluxPipeline, expected a StableDiffusion3Pipeline"):
+        load_model(model_config(str(pipeline_dir)), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (GatedRepoError, r"'some/model' is gated: accept its licence .* `hf auth login`"),
+        (RepositoryNotFoundError, "'some/model' is not on the hub, or private"),
+    ],
+)
+def test_the_hubs_refusals_say_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, failure: type[Exception], message: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise failure("403\nForbidden", response=Mock(headers={}))
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", refuse)
+    with pytest.raises(UserError, match=message):
+        load_model(model_config("some/model"), device="cpu")

@@ -1,0 +1,152 @@
+"""Advantages against numpy in float64, and where they must be exact."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dgpo_fast.ops.group_advantages import GroupAdvantages, group_advantages
+
+EPSILON, CLAMP = 1e-4, 5.0
+
+Std = Literal["group", "global"]
+std_modes = st.sampled_from(["group", "global"])
+
+
+def advantages(
+    reward_B: Tensor, group_size: int, *, valid_B: Tensor | None = None, std: Std = "group"
+) -> GroupAdvantages:
+    valid_B = torch.ones_like(reward_B, dtype=torch.bool) if valid_B is None else valid_B
+    return group_advantages(reward_B, valid_B, group_size=group_size, std=std, epsilon=EPSILON, clamp=CLAMP)
+
+
+def in_float64(
+    reward_GS: NDArray[np.float32], valid_GS: NDArray[np.bool_], std: Std
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Unclamped advantages and the standard deviations they were divided by, [G, S] each."""
+    raw, spread = np.zeros(reward_GS.shape), np.zeros(reward_GS.shape)
+    rewards = reward_GS.astype(np.float64)
+    for g, valid in enumerate(valid_GS):
+        if valid.any():
+            mine = rewards[g, valid]
+            deviation = mine.std() if std == "group" else rewards[valid_GS].std()
+            raw[g, valid] = (mine - mine.mean()) / (deviation + EPSILON)
+            spread[g] = deviation
+    return raw, spread
+
+
+@given(data=st.data(), num_groups=st.integers(1, 4), group_size=st.integers(1, 8), std=std_modes)
+def test_equal_to_numpy_in_float64(data: st.DataObject, num_groups: int, group_size: int, std: Std) -> None:
+    count = num_groups * group_size
+    rewards = data.draw(st.lists(st.floats(-10, 10, width=32), min_size=count, max_size=count))
+    valid = data.draw(st.lists(st.sampled_from([True, True, True, False]), min_size=count, max_size=count))
+    reward_B, valid_B = torch.tensor(rewards), torch.tensor(valid)
+    found = advantages(reward_B, group_size, valid_B=valid_B, std=std)
+    raw, spread = in_float64(
+        reward_B.view(num_groups, group_size).numpy(), valid_B.view(num_groups, group_size).numpy(), std
+    )
+    # Mean and deviation of n numbers are off by some n roundings of the largest, which the division magnifies.
+    rounding = (2 * count + 8) * np.finfo(np.float32).eps * np.abs(rewards).max()
+    tolerance = rounding * (1 + np.abs(raw)) / (spread + EPSILON)
+    error = np.abs(found.advantage_B.view(num_groups, group_size).numpy() - raw.clip(-CLAMP, CLAMP))
+    assert (error <= tolerance + np.finfo(np.float32).eps * CLAMP).all()
+    assert found.advantage_B.dtype == torch.float32
+
+
+@given(
+    values=st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=4),
+    group_size=st.sampled_from([2, 3, 7, 16, 24, 32]),
+    std=std_modes,
+)
+def test_equal_rewards_give_exactly_zero(values: list[float], group_size: int, std: Std) -> None:
+    """Each group has one value, which its rounded mean need not equal."""
+    found = advantages(torch.tensor(values).repeat_interleave(group_size), group_size, std=std)
+    assert not found.advantage_B.any()
+    assert not found.std_G.any()
+    assert not found.clamped_B.any()
+
+
+@pytest.mark.parametrize(("size", "advantage", "clamped"), [(32, 5.5646, True), (24, 4.7934, False)])
+def test_one_winner_is_clamped_among_32_and_not_among_24(size: int, advantage: float, clamped: bool) -> None:
+    reward_B = torch.zeros(size)
+    reward_B[3] = 1.0
+    found = advantages(reward_B, size)
+    assert (1 - 1 / size) / (np.sqrt(size - 1) / size + EPSILON) == pytest.approx(advantage, abs=1e-4)
+    assert found.advantage_B[3].item() == pytest.approx(min(advantage, CLAMP), abs=1e-4)
+    assert found.clamped_B.tolist() == [clamped and sample == 3 for sample in range(size)]
+
+
+def test_negative_outliers_are_clamped_too() -> None:
+    reward_B = torch.ones(32)
+    reward_B[7] = 0.0
+    found = advantages(reward_B, 32)
+    assert found.advantage_B[7] == -CLAMP
+    assert found.clamped_B.nonzero().tolist() == [[7]]
+
+
+def test_global_std_is_that_of_all_rewards_about_their_own_mean() -> None:
+    reward_B = torch.tensor([0.0, 1.0, 10.0, 13.0])
+    found = advantages(reward_B, 2, std="global")
+    spread = np.std([0.0, 1.0, 10.0, 13.0]) + EPSILON
+    assert found.advantage_B.tolist() == pytest.approx([-0.5 / spread, 0.5 / spread, -1.5 / spread, 1.5 / spread])
+    assert found.std_G.tolist() == pytest.approx([0.5, 1.5])
+
+
+@pytest.mark.parametrize("std", ["group", "global"])
+@pytest.mark.parametrize("junk", [float("nan"), float("inf"), -float("inf"), 1e9])
+def test_invalid_samples_do_not_count(junk: float, std: Std) -> None:
+    reward_B = torch.tensor([0.0, junk, 1.0, 3.0, 5.0, junk, junk, 6.0])
+    valid_B = torch.tensor([True, False, True, True, True, False, False, True])
+    found = advantages(reward_B, 4, valid_B=valid_B, std=std)
+    raw, _ = in_float64(reward_B.view(2, 4).numpy(), valid_B.view(2, 4).numpy(), std)
+    assert found.advantage_B.tolist() == pytest.approx(raw.flatten().tolist(), rel=1e-6)
+    assert not found.advantage_B[~valid_B].any()
+    assert not found.clamped_B[~valid_B].any()
+    assert found.std_G.tolist() == pytest.approx([np.std([0.0, 1.0, 3.0]), np.std([5.0, 6.0])])
+
+
+@pytest.mark.parametrize("std", ["group", "global"])
+def test_groups_with_one_or_no_valid_sample_have_no_advantage(std: Std) -> None:
+    nan = float("nan")
+    reward_B = torch.tensor([nan, nan, 0.3, nan, 0.0, 1.0])
+    found = advantages(reward_B, 2, valid_B=reward_B.isfinite(), std=std)
+    assert not found.advantage_B[:4].any()
+    assert found.std_G[:2].tolist() == [0.0, 0.0]
+    assert found.advantage_B[4:].tolist() == pytest.approx(
+        [-0.5 / (found.std_G[2].item() + EPSILON), 0.5 / (found.std_G[2].item() + EPSILON)]
+        if std == "group"
+        else [-0.5 / (np.std([0.3, 0.0, 1.0]) + EPSILON), 0.5 / (np.std([0.3, 0.0, 1.0]) + EPSILON)]
+    )
+
+
+@given(
+    sixteenths=st.lists(st.integers(-64, 64), min_size=8, max_size=8),
+    shift=st.integers(-100, 100),
+    group_size=st.sampled_from([1, 2, 4, 8]),
+    std=std_modes,
+)
+def test_a_shift_of_all_rewards_changes_nothing(sixteenths: list[int], shift: int, group_size: int, std: Std) -> None:
+    """To the bit, where sums and means of the rewards are exact."""
+    reward_B = torch.tensor(sixteenths) / 16
+    before, after = (advantages(reward_B + by, group_size, std=std) for by in (0, shift))
+    assert torch.equal(before.advantage_B, after.advantage_B)
+    assert torch.equal(before.std_G, after.std_G)
+
+
+@given(
+    sixteenths=st.lists(st.integers(-64, 64), min_size=8, max_size=8),
+    order=st.permutations(range(8)),
+    std=std_modes,
+)
+def test_advantages_follow_their_samples(sixteenths: list[int], order: list[int], std: Std) -> None:
+    """Permuting a group permutes its advantages; sums that are exact are so in any order."""
+    reward_B = torch.tensor(sixteenths) / 16
+    before, after = advantages(reward_B, 8, std=std), advantages(reward_B[order], 8, std=std)
+    torch.testing.assert_close(before.advantage_B[order], after.advantage_B, rtol=4e-7, atol=0)

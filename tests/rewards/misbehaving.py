@@ -1,0 +1,55 @@
+"""A reward that does, when told to, what goes wrong in users' rewards and with the machines that they run on."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dgpo_fast.rewards.shapes import ShapesReward
+
+
+class Shapes:
+    """The shapes reward; MISBEHAVE=CALL:HOW makes its call number CALL, counted from 1, go wrong.
+
+    HOW: nan or inf (for the first image), short (a score too few), raise, or the name of a signal to this process.
+    """
+
+    def __init__(self) -> None:
+        call, _, self.how = os.environ.get("MISBEHAVE", "0:").partition(":")
+        self.calls_left = int(call)
+        self.verifier = ShapesReward()
+
+    def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Mapping[str, Sequence[float]]:
+        self.calls_left -= 1
+        scores = {name: list(values) for name, values in self.verifier(images_BCHW, prompts).items()}
+        if self.calls_left == 0:
+            self._misbehave(scores)
+        return scores
+
+    def _misbehave(self, scores: dict[str, list[float]]) -> None:
+        if self.how.startswith("SIG"):
+            os.kill(os.getpid(), signal.Signals[self.how])
+        elif self.how == "raise":
+            raise RuntimeError("the reward's server is gone")
+        else:
+            for values in scores.values():
+                values[:1] = [] if self.how == "short" else [float(self.how)]
+
+
+class Brightness:
+    """A reward of every pixel and of the prompt: two runs that score the same have drawn the same."""
+
+    def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> list[float]:
+        factor_B = torch.tensor([1 + len(prompt) / 100 for prompt in prompts])
+        return (images_BCHW.mean((1, 2, 3)) * factor_B).tolist()
+
+
+class Broken:
+    """A reward that cannot be made."""
+
+    def __init__(self) -> None:
+        raise FileNotFoundError("weights.bin")

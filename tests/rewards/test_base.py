@@ -1,0 +1,76 @@
+"""Where rewards come from: names that recipes use, and classes of users' own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+from torch import Tensor
+
+from dgpo_fast.errors import UserError
+from dgpo_fast.rewards import Reward, base, known_rewards, load_reward, register_reward
+from dgpo_fast.rewards.shapes import ShapesReward
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch: pytest.MonkeyPatch, quick: tuple[str, ...]) -> Iterator[None]:
+    """Names registered by a test are gone after it; rewards/misbehaving.py can be imported."""
+    monkeypatch.setattr(base, "_FACTORIES", {})
+    yield
+
+
+def test_a_registered_class_has_its_name() -> None:
+    @register_reward("zero")
+    class Zero:
+        def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> list[float]:
+            return [0.0] * len(prompts)
+
+    assert isinstance(load_reward("zero"), Zero)
+    assert isinstance(Zero(), Reward)
+    assert known_rewards() == ["shapes", "zero"]
+
+
+def test_a_registered_name_comes_before_a_built_in_one() -> None:
+    @register_reward("shapes")
+    class Mine(ShapesReward):
+        pass
+
+    assert type(load_reward("shapes")) is Mine
+
+
+def test_the_built_in_reward() -> None:
+    assert type(load_reward("shapes")) is ShapesReward
+
+
+def test_a_class_of_ones_own_is_named_by_its_module() -> None:
+    assert type(load_reward("misbehaving:Brightness")).__name__ == "Brightness"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("shape", r"no reward 'shape'; did you mean 'shapes'\? known: shapes$"),
+        ("geneval", "no reward 'geneval'.* not part of this version, give your own as package.module:Class"),
+        ("nowhere:Reward", "'nowhere:Reward' cannot be made: ModuleNotFoundError: No module named 'nowhere'"),
+        ("misbehaving:Nothing", "cannot be made: AttributeError: .*'Nothing'"),
+        ("misbehaving:Broken", r"cannot be made: FileNotFoundError: weights\.bin"),
+        ("collections:OrderedDict", "'collections:OrderedDict' is not callable"),
+    ],
+)
+def test_what_is_no_reward(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        load_reward(name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_registered_class_that_cannot_be_made() -> None:
+    @register_reward("broken")
+    class Broken:
+        def __init__(self) -> None:
+            raise FileNotFoundError("weights.bin")
+
+        def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> list[float]:
+            raise AssertionError("never made")
+
+    with pytest.raises(UserError, match=r"'broken' cannot be made: FileNotFoundError: weights\.bin"):
+        load_reward("broken")

@@ -1,0 +1,239 @@
+"""Checkpoints are whole or absent, verified when read, and rotated without losing the best."""
+
+from __future__ import annotations
+
+import errno
+import json
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dgpo_fast import checkpoint
+from dgpo_fast.checkpoint import State, last_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from dgpo_fast.errors import UserError
+
+FILES = ("lora/weights.bin", "state/tensors.safetensors", "state/state.json", "manifest.json")
+NUM_VALUES = 1000
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of the code under test may run after it, so none catches it."""
+
+
+def state(step: int, score: float | None = None) -> State:
+    """A state of which no value is special: random float32, a scalar, an empty tensor, nested values."""
+    generator = torch.Generator().manual_seed(step)
+    tensors = {
+        "policy": torch.randn(NUM_VALUES, generator=generator),
+        "adam.step": torch.tensor(float(step)),
+        "none": torch.empty(0),
+    }
+    values = {"score": score, "wall_s": 0.1 * step, "base_metrics": {"strict": 0.5}}
+    return State(step=step, tensors=tensors, values=values)
+
+
+def save_lora(directory: Path) -> None:
+    directory.mkdir()
+    (directory / "weights.bin").write_bytes(bytes(range(256)))
+
+
+def save(run_dir: Path, step: int, score: float | None = None, *, keep_last: int = 2) -> Path:
+    return save_checkpoint(run_dir, state(step, score), save_lora=save_lora, keep_last=keep_last)
+
+
+def names(run_dir: Path) -> list[str]:
+    return [path.name for path in list_checkpoints(run_dir)]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file in `directory`, by its path there."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    saved, loaded = state(7, 0.25), load_checkpoint(save(tmp_path, 7, 0.25))
+    assert loaded.step == 7
+    assert loaded.values == saved.values
+    assert loaded.tensors.keys() == saved.tensors.keys()
+    for name, tensor in saved.tensors.items():
+        assert torch.equal(loaded.tensors[name], tensor)
+        assert loaded.tensors[name].dtype == tensor.dtype
+
+
+def test_saving_a_step_again_keeps_what_is_there(tmp_path: Path) -> None:
+    before = contents(save(tmp_path, 3, 0.5))
+    assert contents(save(tmp_path, 3)) == before
+
+
+def test_steps_beyond_six_digits_stay_in_order(tmp_path: Path) -> None:
+    for step in (999_999, 1_000_000):
+        save(tmp_path, step)
+    assert last_checkpoint(tmp_path).name == "step-1000000"
+
+
+def test_without_a_checkpoint(tmp_path: Path) -> None:
+    assert list_checkpoints(tmp_path) == []
+    with pytest.raises(UserError, match=r"no checkpoint in .*checkpoints"):
+        last_checkpoint(tmp_path)
+
+
+# Whole or absent
+
+
+@pytest.mark.parametrize("moment", ["save_file", "_write_manifest", "_sync", "rename"])
+def test_a_process_killed_while_saving_leaves_no_half_checkpoint(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(save(tmp_path, 1))
+
+    def die(*arguments: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(*((Path, "rename") if moment == "rename" else (checkpoint, moment)), die)
+        save(tmp_path, 2)
+    assert names(tmp_path) == ["step-000001"]
+    assert contents(tmp_path / "checkpoints" / "step-000001") == before
+    assert torch.equal(load_checkpoint(save(tmp_path, 2)).tensors["policy"], state(2).tensors["policy"])
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best", "step-000001", "step-000002"]
+
+
+def test_a_process_killed_while_rotating_leaves_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of an old checkpoint may be left; the next rotation removes the rest of it."""
+    for step in (1, 2):
+        save(tmp_path, step, score=step / 10, keep_last=1)
+
+    def die(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            (path / "manifest.json").unlink()
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint.shutil, "rmtree", die)
+        save(tmp_path, 3, score=0.3, keep_last=1)
+    assert load_checkpoint(last_checkpoint(tmp_path)).step == 3
+    save(tmp_path, 4, score=0.4, keep_last=1)
+    assert names(tmp_path) == ["step-000004"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "empty"])
+def test_damage_is_found_and_named(name: str, damage: str, tmp_path: Path) -> None:
+    directory = save(tmp_path, 1)
+    path = directory / name
+    content = bytearray(path.read_bytes())
+    if damage == "remove":
+        path.unlink()
+    elif damage == "flip":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    else:
+        path.write_bytes(content[: len(content) - 2 if damage == "truncate" else 0])
+    # A manifest with a wrong digit can still be read, and accuses the file whose digest it is.
+    accused = "|".join(FILES) if name == "manifest.json" else name
+    with pytest.raises(UserError, match=rf"step-000001 is damaged \(({accused})\); remove it to go on from the one"):
+        load_checkpoint(directory)
+
+
+def test_a_damaged_checkpoint_can_be_removed_to_go_on_from_the_one_before(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / "checkpoints" / "step-000002").rename(tmp_path / "elsewhere")
+    assert load_checkpoint(last_checkpoint(tmp_path)).step == 1
+
+
+# Rotation
+
+
+def test_rotation_keeps_the_last_and_the_best(tmp_path: Path) -> None:
+    for step, score in enumerate([0.1, 0.9, 0.3, None, 0.2], start=1):
+        save(tmp_path, step, score)
+    assert names(tmp_path) == ["step-000002", "step-000004", "step-000005"]
+    assert best(tmp_path) == "step-000002"
+
+
+def test_the_best_is_among_the_last(tmp_path: Path) -> None:
+    for step in range(1, 5):
+        save(tmp_path, step, score=step / 10)
+    assert names(tmp_path) == ["step-000003", "step-000004"]
+    assert best(tmp_path) == "step-000004"
+
+
+def test_of_equal_scores_the_later_is_best(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, score=0.5, keep_last=3)
+    assert best(tmp_path) == "step-000003"
+
+
+@pytest.mark.parametrize("score", [None, float("nan")])
+def test_a_checkpoint_without_a_score_is_never_the_best(score: float | None, tmp_path: Path) -> None:
+    """NaN is the mean over an evaluation in which every image failed."""
+    save(tmp_path, 1, score)
+    assert best(tmp_path) == "step-000001", "the only one there is"
+    save(tmp_path, 2, score=0.0)
+    save(tmp_path, 3, score)
+    assert best(tmp_path) == "step-000002"
+
+
+def test_other_files_are_left_alone(tmp_path: Path) -> None:
+    note = tmp_path / "checkpoints" / "step-notes"
+    note.mkdir(parents=True)
+    for step in range(1, 5):
+        save(tmp_path, step, keep_last=1)
+    assert names(tmp_path) == ["step-000004"]
+    assert note.is_dir()
+
+
+def best(run_dir: Path) -> str:
+    link = run_dir / "checkpoints" / "best"
+    assert link.is_symlink()
+    assert not link.readlink().is_absolute(), "a run directory can be moved"
+    return link.resolve().name
+
+
+# A full disk
+
+
+@pytest.fixture
+def small_files() -> Iterator[Callable[[], None]]:
+    """A call after which no file may grow beyond half of a state: the system itself refuses to write more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4 * NUM_VALUES // 2, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_file_that_cannot_be_written_is_a_clear_error(tmp_path: Path, small_files: Callable[[], None]) -> None:
+    before = contents(save(tmp_path, 1))
+    small_files()
+    with pytest.raises(UserError, match=r"cannot save .*step-000002: .*; earlier checkpoints are untouched") as error:
+        save(tmp_path, 2)
+    assert "\n" not in str(error.value)
+    assert contents(tmp_path / "checkpoints" / "step-000001") == before
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best", "step-000001"]
+
+
+@pytest.mark.parametrize("moment", ["save_lora", "save_file", "_write_manifest", "_sync"])
+def test_a_full_disk_is_a_clear_error(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+
+    def fill(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"step-000002: No space left on device; "):
+        if moment != "save_lora":
+            patch.setattr(checkpoint, moment, fill)
+        save_checkpoint(tmp_path, state(2), save_lora=fill if moment == "save_lora" else save_lora, keep_last=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best", "step-000001"]
+    assert load_checkpoint(save(tmp_path, 2)).step == 2, "with space again, the same step is saved"
+
+
+def test_the_manifest_lists_every_file(tmp_path: Path) -> None:
+    directory = save(tmp_path, 1)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert manifest.keys() | {"manifest.json"} == contents(directory).keys()
+    assert {name: size for name, (size, _) in manifest.items()} == {
+        name: len(content) for name, content in contents(directory).items() if name != "manifest.json"
+    }

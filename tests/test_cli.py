@@ -1,0 +1,389 @@
+"""The command line: exit statuses, what goes to stdout, and what is not imported. Its refusals are in test_mistakes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dgpo_fast import cli
+from dgpo_fast.cli import main
+from dgpo_fast.config import load_recipe, recipe_names
+from dgpo_fast.errors import UserError
+
+
+class Result(NamedTuple):
+    status: int
+    stdout: str
+    stderr: str
+
+
+CommandLine = Callable[..., Result]
+
+
+@pytest.fixture
+def dgpo_fast(capfd: pytest.CaptureFixture[str]) -> CommandLine:
+    """Runs a command line in this process."""
+
+    def run(*arguments: str | Path) -> Result:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            main([str(argument) for argument in arguments])
+        code = exit_info.value.code
+        assert isinstance(code, int)
+        return Result(code, *capfd.readouterr())
+
+    return run
+
+
+# Nothing heavy is imported
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--help"], 0),
+        (["train", "--help"], 0),
+        (["recipes"], 0),
+        (["train", "tiny-dgpo", "--set", "groups.size=1"], 2),
+    ],
+)
+def test_it_answers_without_torch(arguments: list[str], status: int) -> None:
+    program = (
+        "import sys\n"
+        "from dgpo_fast.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "except SystemExit as exit:\n    status = exit.code\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'scipy', 'PIL', 'huggingface_hub'} & {*sys.modules}\n"
+        "sys.exit(f'imported {heavy}') if heavy else sys.exit(status)"
+    )
+    process = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    assert process.returncode == status, process.stderr
+
+
+def test_the_module_is_the_command() -> None:
+    process = subprocess.run([sys.executable, "-m", "dgpo_fast", "recipes"], capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert [line.split()[0] for line in process.stdout.splitlines()] == recipe_names()
+
+
+# Exit statuses
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "stderr"),
+    [
+        (UserError("mend\nthis"), 2, "error: mend this\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "/full"), 2, "error: /full: No space left on device\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "/theirs"), 2, "error: /theirs: Permission denied\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (SystemExit(143), 143, ""),
+    ],
+)
+def test_what_ends_a_command_decides_the_status(
+    error: BaseException, status: int, stderr: str, dgpo_fast: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "load_recipe", fail)
+    assert dgpo_fast("train", "tiny-dgpo") == (status, "", stderr)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), FileNotFoundError(errno.ENOENT, "a bug", "/nowhere")])
+def test_a_bug_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "load_recipe", fail)
+    with pytest.raises(type(error), match="a bug"):
+        main(["train", "tiny-dgpo"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trian"], "trian"),
+        (["train"], "RECIPE"),
+        (["train", "tiny-dgpo", "--step", "3"], "--step"),
+        (["train", "tiny-dgpo", "--steps", "many"], "many"),
+        (["eval"], "RUN_DIR"),
+        (["eval", "runs/x", "--split", "tset"], "tset"),
+        (["sample", "embedded", "--out", "x"], "--prompt"),
+        (["sample", "embedded", "--out", "x", "--prompt", "x", "--num", "0"], "--num"),
+        (["profile", "tiny-dgpo"], "--out"),
+        (["tiny", "build"], "--out"),
+    ],
+)
+def test_a_wrong_command_line(arguments: list[str], said: str, dgpo_fast: CommandLine) -> None:
+    status, stdout, stderr = dgpo_fast(*arguments)
+    assert (status, stdout) == (2, "")
+    assert said in stderr
+    assert "Traceback" not in stderr
+
+
+# train
+
+
+def test_dry_run_prints_a_plan_and_writes_nothing(
+    dgpo_fast: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, stdout, stderr = dgpo_fast("train", "tiny-dgpo", "--dry-run", "--out", tmp_path / "run")
+    assert (status, stderr) == (0, "")
+    assert "Plan of tiny-dgpo" in stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+class FakeTrainer:
+    """Notes what it was made with and writes what the command line reads afterwards."""
+
+    made: tuple[object, ...] = ()
+
+    def __init__(self, config: object, out: Path, *, resume: bool) -> None:
+        type(self).made = (config, out, resume)
+        self.out = out
+
+    def train(self) -> None:
+        line = {"step": 6, "num_prompts": 2, "base": {"strict": 0.5}, "tuned": {"strict": 0.875}}
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "evaluations.jsonl").write_text(json.dumps({}) + "\n" + json.dumps(line) + "\n")
+
+
+@pytest.fixture
+def fake_trainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeTrainer]:
+    monkeypatch.setattr("dgpo_fast.trainer.Trainer", FakeTrainer)
+    monkeypatch.chdir(tmp_path)
+    return FakeTrainer
+
+
+def test_train_ends_with_base_and_tuned_scores(
+    dgpo_fast: CommandLine, fake_trainer: type[FakeTrainer], tmp_path: Path
+) -> None:
+    status, stdout, stderr = dgpo_fast("train", "tiny-dgpo", "--out", "run")
+    assert (status, stderr) == (0, "")
+    assert re.search(r"strict\W+0\.500\W+0\.875\W+\+0\.375", stdout)
+    assert "run/report.html" in stdout
+    assert fake_trainer.made == (load_recipe("tiny-dgpo"), Path("run"), False)
+
+
+def test_short_options_stand_for_settings(dgpo_fast: CommandLine, fake_trainer: type[FakeTrainer]) -> None:
+    options = ["--steps", "7", "--seed", "3", "--save-every", "2", "--model", "1e5/x"]
+    assert dgpo_fast("train", "tiny-dgpo", "--set", "steps=5", "--set", "optimizer.lr=1e-5", *options).status == 0
+    settings = ["steps=7", "seed=3", "checkpoints.every=2", "model.name='1e5/x'", "optimizer.lr=1e-5"]
+    assert fake_trainer.made[0] == load_recipe("tiny-dgpo", settings)
+
+
+def test_without_out_a_run_names_itself(dgpo_fast: CommandLine, fake_trainer: type[FakeTrainer]) -> None:
+    assert dgpo_fast("train", "tiny-dgpo").status == 0
+    assert re.fullmatch(r"runs/tiny-dgpo-\d{8}-\d{6}", str(fake_trainer.made[1]))
+
+
+def test_several_processes_need_a_name(
+    dgpo_fast: CommandLine, fake_trainer: type[FakeTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert dgpo_fast("train", "tiny-dgpo") == (
+        2, "", "error: several processes need --out RUN_DIR: each would pick a name of its own\n",
+    )  # fmt: skip
+
+
+def test_other_ranks_say_nothing(
+    dgpo_fast: CommandLine, fake_trainer: type[FakeTrainer], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # The first rank may have written config.yaml by now.
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert dgpo_fast("train", "tiny-dgpo", "--out", "run") == (0, "", "")
+
+
+# Of a finished run
+
+
+def test_eval_prints_one_json_object(dgpo_fast: CommandLine, straight_run: Path) -> None:
+    status, stdout, stderr = dgpo_fast("eval", straight_run, "--json")
+    assert (status, stderr) == (0, "")
+    result = json.loads(stdout)
+    assert result.keys() == {"split", "num_prompts", "base", "tuned"}
+    assert result["base"].keys() == result["tuned"].keys() >= {"strict", "soft"}
+
+
+def test_eval_prints_a_table(dgpo_fast: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {"split": "test", "num_prompts": 64, "base": {"strict": 0.4}, "tuned": {"strict": 0.9}}
+    monkeypatch.setattr("dgpo_fast.evaluate.evaluate_run", lambda run_dir, split: scores)
+    status, stdout, stderr = dgpo_fast("eval", "anywhere")
+    assert (status, stderr) == (0, "")
+    assert re.search(r"strict\W+0\.400\W+0\.900\W+\+0\.500", stdout)
+
+
+def test_eval_of_no_run(dgpo_fast: CommandLine, tmp_path: Path) -> None:
+    assert dgpo_fast("eval", tmp_path) == (
+        2, "", f"error: {tmp_path} is no run directory: it has no config.yaml\n",
+    )  # fmt: skip
+
+
+def test_report_is_written_again(dgpo_fast: CommandLine, straight_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(straight_run, tmp_path / "run", symlinks=True)
+    (run / "report.html").unlink()
+    assert dgpo_fast("report", run) == (0, f"{run / 'report.html'}\n", "")
+    assert (run / "report.html").stat().st_size > 0
+
+
+def test_report_of_no_run(dgpo_fast: CommandLine, tmp_path: Path) -> None:
+    assert dgpo_fast("report", tmp_path).status == 2
+
+
+# sample
+
+
+def read(path: Path | str) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_sample_draws_what_diffusers_draws(
+    dgpo_fast: CommandLine, straight_run: Path, embedded_pipeline, tmp_path: Path
+) -> None:
+    import torch
+    from diffusers import StableDiffusion3Pipeline
+
+    from dgpo_fast.models.sources import EMBEDDED
+
+    lora = straight_run / "checkpoints" / "step-000006" / "lora"
+    status, stdout, stderr = dgpo_fast(
+        "sample",
+        "embedded",
+        "--prompt",
+        "two red circles",
+        "--lora",
+        lora,
+        "--num",
+        "2",
+        "--seed",
+        "5",
+        "--out",
+        tmp_path,
+    )
+    assert (status, stderr) == (0, "")
+    assert stdout.splitlines() == [str(tmp_path / "0000.png"), str(tmp_path / "0001.png")]
+
+    config = load_recipe(straight_run / "config.yaml")
+    pipeline = StableDiffusion3Pipeline.from_pretrained(EMBEDDED, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(lora)
+    for index in range(2):
+        expected = pipeline(
+            "two red circles",
+            height=64,
+            width=64,
+            num_inference_steps=config.evaluation.steps,
+            guidance_scale=config.rollout.guidance,
+            max_sequence_length=config.model.text_length,
+            generator=torch.Generator().manual_seed(5 + index),
+        ).images[0]
+        np.testing.assert_array_equal(read(tmp_path / f"{index:04d}.png"), np.asarray(expected))
+
+
+def test_an_image_depends_on_its_seed_alone(dgpo_fast: CommandLine, tmp_path: Path) -> None:
+    options = ["sample", "embedded", "--prompt", "a blue square", "--steps", "2", "--guidance", "1"]
+    assert dgpo_fast(*options, "--num", "2", "--seed", "0", "--out", tmp_path / "both").status == 0
+    assert dgpo_fast(*options, "--num", "1", "--seed", "1", "--out", tmp_path / "one").status == 0
+    first, second = (read(tmp_path / "both" / f"{index:04d}.png") for index in range(2))
+    assert first.shape == (64, 64, 3)
+    assert (first != second).any()
+    np.testing.assert_array_equal(second, read(tmp_path / "one" / "0000.png"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["embeded"], "no model 'embeded'; did you mean 'embedded'?"),
+        (["embedded", "--lora", "nowhere"], "--lora nowhere: no pytorch_lora_weights.safetensors there"),
+        (["embedded", "--resolution", "70"], "resolution"),
+    ],
+)
+def test_sample_refuses(arguments: list[str], message: str, dgpo_fast: CommandLine, tmp_path: Path) -> None:
+    status, stdout, stderr = dgpo_fast("sample", *arguments, "--prompt", "x", "--out", tmp_path / "images")
+    assert (status, stdout) == (2, "")
+    assert re.fullmatch(rf"error: .*{re.escape(message)}.*\n", stderr)
+
+
+# doctor, profile, tiny build
+
+
+def test_doctor_knows_the_operators(dgpo_fast: CommandLine) -> None:
+    status, stdout, stderr = dgpo_fast("doctor", "--json")
+    assert (status, stderr) == (0, "")
+    findings = json.loads(stdout)
+    assert {serving["operator"] for serving in findings["operators"]} >= {"solver_step_"}
+    assert findings["versions"]["torch"]
+    assert findings["parts"]["embedded model"]
+
+    status, stdout, stderr = dgpo_fast("doctor")
+    assert (status, stderr) == (0, "")
+    for word in ("machine", "torch", "flash-attn", "native library", "triton", "TRITON_INTERPRET", "solver_step_"):
+        assert word in stdout
+
+
+def test_profile_accounts_for_the_whole_iteration(
+    dgpo_fast: CommandLine, quick: tuple[str, ...], tmp_path: Path
+) -> None:
+    settings = [f"--set={item}" for item in quick]
+    status, stdout, stderr = dgpo_fast(
+        "profile", "tiny-dgpo", "--out", tmp_path, "--iterations", "2", "--warmup", "1", *settings
+    )
+    assert (status, stderr) == (0, "")
+    for word in ("transformer, sampling", "VAE", "reward", "everything else", "nsys profile", "ncu ", "@dgpo_fast"):
+        assert word in stdout
+    stages = dict(line.split(",", 1) for line in (tmp_path / "stages.csv").read_text().splitlines())
+    assert {
+        "rollout",
+        "rollout/transformer",
+        "rollout/vae",
+        "reward",
+        "train/policy",
+        "train/backward",
+    } <= stages.keys()
+    assert stages["rollout"].startswith("1,")
+    assert {event["ph"] for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
+
+
+def test_profile_without_a_trace(dgpo_fast: CommandLine, quick: tuple[str, ...], tmp_path: Path) -> None:
+    settings = [f"--set={item}" for item in quick]
+    arguments = [
+        "profile",
+        "tiny-dgpo",
+        "--out",
+        tmp_path,
+        "--iterations",
+        "1",
+        "--warmup",
+        "0",
+        "--no-trace",
+        *settings,
+    ]
+    assert dgpo_fast(*arguments).status == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["stages.csv"]
+
+
+def test_tiny_build_reports_and_saves(dgpo_fast: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(out: Path, options: object, report: Callable[[str, int, int, float], None]) -> dict[str, object]:
+        report("vae", 1, 2, 0.5)
+        report("flow", 2, 2, 0.25)
+        return {"duration_s": 1.5, "seed": options.seed}  # type: ignore[attr-defined]
+
+    monkeypatch.setattr("dgpo_fast.models.tiny.build.build", build)
+    status, stdout, stderr = dgpo_fast("tiny", "build", "--out", tmp_path / "model", "--seed", "4")
+    assert (status, stdout) == (0, f"{tmp_path / 'model'}: trained in 1.5 s\n")
+    assert "Traceback" not in stderr

@@ -1,0 +1,245 @@
+"""Recipes: what they resolve to, and what a mistake in one is answered with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dgpo_fast.config import Config, dump_config, load_recipe, parse_config, recipe_names, resume_conflicts
+from dgpo_fast.errors import UserError
+
+MINIMAL = {"name": "test", "rewards": {"terms": [{"name": "shapes"}]}}
+
+PUBLISHED = {
+    # batch, G, guidance, beta, kl_coef, kl_cfg, clip, trunc, switch, std, reference: algorithm of the published recipes
+    "geneval": (16, 16, 4.5, 100, 0.02, 1, 1e-2, 4, 500, "group", "base"),
+    "ocr": (16, 16, 4.5, 100, 0.02, 1, 1e-2, 6, 200, "global", "base"),
+    "pickscore": (12, 24, 4.5, 10, 0.001, 1, 5e-2, 6, 200, "global", "base"),
+    "geneval-cfgfree": (16, 16, 1, 100, 0.02, 4.5, 1e-3, 4, 500, "group", "base"),
+    "ocr-cfgfree": (16, 16, 1, 100, 0.02, 4.5, 1e-3, 6, 200, "global", "base"),
+    "pickscore-cfgfree": (16, 16, 1, 100, 0.02, 4.5, 1e-3, 6, 200, "global", "base"),
+    "geneval-cfgfree-emaref": (16, 16, 1, 2000, 0.001, 1, 1e-5, 4, 500, "group", "old"),
+    "ocr-cfgfree-emaref": (16, 16, 1, 2000, 0.001, 1, 1e-5, 6, 200, "global", "old"),
+    "pickscore-cfgfree-emaref": (16, 16, 1, 2000, 0.001, 1, 1e-5, 6, 200, "global", "old"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_have_the_published_values(name: str) -> None:
+    config = load_recipe(f"sd35m-{name}")
+    optimizer, algorithm, rollout = config.optimizer, config.algorithm, config.rollout
+    values = (
+        optimizer.images_per_micro_batch, config.groups.size, rollout.guidance, algorithm.beta,
+        algorithm.kl_coef, algorithm.kl_cfg, algorithm.clip, algorithm.trunc, rollout.switch_step,
+        config.advantages.std, algorithm.reference,
+    )  # fmt: skip
+    assert values == PUBLISHED[name]
+    assert (config.groups.per_iteration, rollout.steps, algorithm.train_timesteps) == (8, 10, 4)
+    assert (rollout.solver, rollout.schedule, rollout.shift) == ("dpm++2m", "dpm", 3.0)
+    assert (config.evaluation.steps, config.evaluation.every) == (10 if "cfgfree" in name else 14, 60)
+    assert [term.name for term in config.rewards.terms] == [name.partition("-")[0]]
+    assert (config.adapter.rank, config.adapter.alpha, config.adapter.init) == (64, 128, "gaussian")
+    assert (optimizer.lr, optimizer.betas, optimizer.weight_decay, optimizer.eps) == (3e-4, (0.9, 0.999), 1e-4, 1e-8)
+    assert (optimizer.max_grad_norm, config.model.resolution, config.model.text_length) == (1.0, 512, 128)
+    assert (config.model.name, config.model.dtype) == ("stabilityai/stable-diffusion-3.5-medium", "bfloat16")
+
+
+def test_recipes_of_the_package_are_these() -> None:
+    assert recipe_names() == sorted([*(f"sd35m-{name}" for name in PUBLISHED), "tiny-dgpo"])
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_survives_being_written_and_read(name: str, folder: Path) -> None:
+    config = load_recipe(name)
+    Path("config.yaml").write_text(dump_config(config))
+    assert load_recipe("config.yaml") == config
+    assert config.name == name
+    assert config.description
+
+
+@given(
+    lr=st.floats(min_value=1e-300, max_value=1e300),
+    seed=st.integers(0, 2**63 - 1),
+    clip=st.none() | st.floats(min_value=1e-12, max_value=1),
+    text=st.text(),
+)
+def test_values_survive_being_written_and_read(lr: float, seed: int, clip: float | None, text: str) -> None:
+    changes = {"seed": seed, "description": text, "optimizer": {"lr": lr}, "algorithm": {"clip": clip}}
+    config = parse_config(MINIMAL | changes, source="test")
+    assert parse_config(yaml.safe_load(dump_config(config)), source="test") == config
+    assert (config.optimizer.lr, config.seed, config.algorithm.clip, config.description) == (lr, seed, clip, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("3e-4", 3e-4), ("1e3", 1000.0), ("2.5E+1", 25.0), (".5e-2", 0.005), ("1", 1.0), ("-0e0", None)]
+)
+def test_floats_may_be_written_without_a_point(text: str, value: float | None) -> None:
+    if value is None:
+        with pytest.raises(UserError, match="greater than 0"):
+            load_recipe("tiny-dgpo", [f"optimizer.lr={text}"])
+    else:
+        assert load_recipe("tiny-dgpo", [f"optimizer.lr={text}"]).optimizer.lr == value
+
+
+def test_a_recipe_extends_another(folder: Path) -> None:
+    Path("mine.yaml").write_text("extends: sd35m-ocr\nalgorithm:\n  beta: 7\n")
+    Path("mine-too.yaml").write_text("extends: mine.yaml\nname: other\nalgorithm:\n  trunc: 5\n")
+    parent, child = load_recipe("sd35m-ocr"), load_recipe("mine-too.yaml")
+    assert load_recipe("mine.yaml").name == "mine"
+    assert child.name == "other"
+    assert (child.algorithm.beta, child.algorithm.trunc) == (7.0, 5)
+    assert child.algorithm.kl_coef == parent.algorithm.kl_coef
+    assert child.advantages == parent.advantages
+
+
+def test_a_list_is_replaced_and_not_merged(folder: Path) -> None:
+    Path("mine.yaml").write_text("extends: tiny-dgpo\nrewards:\n  terms:\n    - name: other\n")
+    assert [term.name for term in load_recipe("mine.yaml").rewards.terms] == ["other"]
+
+
+def test_recipes_that_extend_each_other_are_refused(folder: Path) -> None:
+    Path("a.yaml").write_text("extends: b.yaml\n")
+    Path("b.yaml").write_text("extends: a.yaml\n")
+    with pytest.raises(UserError, match=r"circle: a\.yaml -> b\.yaml -> a\.yaml"):
+        load_recipe("a.yaml")
+
+
+def test_overrides_apply_in_order_and_reach_new_sections(folder: Path) -> None:
+    Path("mine.yaml").write_text(yaml.safe_dump(MINIMAL))
+    config = load_recipe("mine.yaml", ["optimizer.lr=1e-4", "algorithm.clip=null", "optimizer.lr=2e-4", "steps=3"])
+    assert (config.optimizer.lr, config.algorithm.clip, config.steps) == (2e-4, None, 3)
+
+
+# A user's mistakes: what a recipe says, and what its one line of refusal must say.
+MISTAKES = {
+    "optimizer: {learning_rate: 1}": "unknown key 'optimizer.learning_rate'",
+    "optimizer: {lrr: 1}": "did you mean 'lr'",
+    "optimiser: {lr: 1}": "unknown key 'optimiser'; did you mean 'optimizer'",
+    "rewards: {terms: [{name: shapes, wieght: 1}]}": "unknown key 'rewards.terms.0.wieght'; did you mean 'weight'",
+    "steps: many": "steps: input should be a valid integer, got 'many'",
+    "steps: '3'": "steps: input should be a valid integer, got '3'",
+    "steps: 1.5": "steps: input should be a valid integer, got 1.5",
+    "steps: 0": "greater than or equal to 1, got 0",
+    "seed: -1": "seed: input should be greater than or equal to 0, got -1",
+    "optimizer: {lr: true}": "optimizer.lr: input should be a valid number, got True",
+    "optimizer: {betas: [0.9]}": "optimizer.betas.1",
+    "optimizer: 3e-4": "optimizer:",
+    "logging: {tensorboard: yes please}": "logging.tensorboard: input should be a valid boolean",
+    "rollout: {solver: heunn}": "rollout.solver: input should be 'euler'",
+    "rollout: {guidance: 0.5}": "rollout.guidance: input should be greater than or equal to 1, got 0.5",
+    "model: {resolution: 100}": "model.resolution: input should be a multiple of 16, got 100",
+    "adapter: {targets: []}": "adapter.targets:",
+    "rewards: {terms: []}": "rewards.terms:",
+    "rewards: {}": "rewards.terms is required",
+    "groups: {size: 1}": "groups.size: input should be greater than or equal to 2, got 1",
+    "groups: {size: 8}\noptimizer: {images_per_micro_batch: 12}": "got 12; nearest that fits: 8",
+    "groups: {size: 6}": "groups.size is 6, 48 images per iteration",
+    "rollout: {steps: 4}": "algorithm.trunc must be below rollout.steps (4), got 4",
+    "algorithm: {trunc: 2}": "algorithm.train_timesteps must be at most algorithm.trunc + 1 = 3, got 4",
+    "algorithm: {name: grpo}": "algorithm.name: input should be 'dgpo', got 'grpo'",
+}
+FILE_MISTAKES = {
+    "just text": "a recipe is a mapping of sections, got str",
+    "[1, 2]": "a recipe is a mapping of sections, got list",
+    "": "a recipe is a mapping of sections, got NoneType",
+    "steps: [1": "not YAML",
+    "extends: sd35m-genevall": "no recipe 'sd35m-genevall'; did you mean 'sd35m-geneval'",
+    "extends: nowhere.yaml": "no recipe 'nowhere.yaml'",
+    "steps: 3": "rewards is required",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), MISTAKES.items())
+def test_a_wrong_setting_is_one_line_that_names_it(text: str, message: str, folder: Path) -> None:
+    assert message in refusal(yaml.safe_dump(MINIMAL | yaml.safe_load(text)))
+
+
+@pytest.mark.parametrize(("text", "message"), FILE_MISTAKES.items())
+def test_a_wrong_file_is_one_line_that_names_it(text: str, message: str, folder: Path) -> None:
+    assert message in refusal(text)
+
+
+def refusal(recipe: str) -> str:
+    Path("mine.yaml").write_text(recipe)
+    with pytest.raises(UserError) as error:
+        load_recipe("mine.yaml")
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr", "--set takes key=value"),
+        ("=3", "--set takes key=value"),
+        ("steps.x=3", "'steps' is a value, not a section"),
+        ("steps=[1", "is not a YAML value"),
+        ("step=3", "unknown key 'step'; did you mean 'steps'"),
+        ("optimizer.lr=fast", "optimizer.lr: input should be a valid number, got 'fast'"),
+    ],
+)
+def test_a_mistake_in_an_override_is_one_line(override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe("tiny-dgpo", [override])
+    assert message in str(error.value)
+
+
+def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"did you mean 'tiny-dgpo'.*sd35m-geneval"):
+        load_recipe("tiny-dpgo")
+
+
+def test_a_file_that_is_no_text_is_refused(folder: Path) -> None:
+    Path("binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not YAML"):
+        load_recipe("binary.yaml")
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["steps=9", "evaluation.every=7", "checkpoints.every=2", "checkpoints.keep_last=5", "logging.wandb=true",
+     "logging.samples_every=3", "parallel.backend=gloo", "device=cpu", "name=other", "description=other"],
+)  # fmt: skip
+def test_a_resumed_run_may_differ_in(change: str) -> None:
+    assert resume_conflicts(load_recipe("tiny-dgpo"), load_recipe("tiny-dgpo", [change])) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "conflict"),
+    [
+        ("seed=1", "seed: 0 -> 1"),
+        ("optimizer.lr=1.0", "optimizer.lr: 0.0003 -> 1.0"),
+        ("algorithm.clip=null", "algorithm.clip: 0.01 -> None"),
+        ("model.name=other", "model.name: 'embedded' -> 'other'"),
+        ("evaluation.steps=3", "evaluation.steps: 14 -> 3"),
+        ("rollout.steps=9", "rollout.steps: 10 -> 9"),
+        ("prompts.test=null", "prompts.test: 'shapes:test' -> None"),
+    ],
+)
+def test_a_resumed_run_must_not_differ_in(change: str, conflict: str) -> None:
+    base = ["optimizer.lr=3e-4", "algorithm.clip=1e-2", "evaluation.steps=14", "rollout.steps=10"]
+    assert resume_conflicts(load_recipe("tiny-dgpo", base), load_recipe("tiny-dgpo", [*base, change])) == [conflict]
+
+
+def test_every_conflict_is_named() -> None:
+    saved, wanted = load_recipe("sd35m-ocr"), load_recipe("sd35m-ocr-cfgfree")
+    assert [conflict.partition(":")[0] for conflict in resume_conflicts(saved, wanted)] == [
+        "algorithm.clip", "algorithm.kl_cfg", "evaluation.steps", "rollout.guidance",
+    ]  # fmt: skip
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    config = load_recipe("tiny-dgpo")
+    with pytest.raises(ValueError, match="frozen"):
+        config.steps = 3  # type: ignore[misc]
+    assert isinstance(config, Config)

@@ -1,0 +1,113 @@
+"""Evaluation starts from noise that only seed, prompt and image number name, and counts what could be scored."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from dgpo_fast import load_recipe
+from dgpo_fast.config import Config
+from dgpo_fast.errors import UserError
+from dgpo_fast.evaluate import draw_images, evaluate_run, evaluate_view, headline
+from dgpo_fast.metrics import read_evaluations
+from dgpo_fast.models.policy import Policy
+from dgpo_fast.models.sd3 import load_model
+from dgpo_fast.parallel.world import World
+from dgpo_fast.prompts import load_prompts
+from dgpo_fast.rewards import Scorer
+
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+PROMPTS = load_prompts("shapes:test", key="prompts.test")[:3]
+
+
+@pytest.fixture(scope="module")
+def config(quick: tuple[str, ...]) -> Config:
+    """One image per forward: kernels, and so bits, depend on the batch shape."""
+    return load_recipe("tiny-dgpo", [*quick, "rollout.images_per_forward=1", "rewards.on_failure=skip"])
+
+
+@pytest.fixture(scope="module")
+def policy(config: Config) -> Policy:
+    return Policy(load_model(config.model, device="cpu"), config.adapter, seed=0)
+
+
+def test_a_run_is_evaluated_as_it_evaluated_itself(straight_run: Path) -> None:
+    last = read_evaluations(straight_run)[-1]
+    result = evaluate_run(straight_run)
+    assert result == {key: last[key] for key in ("split", "num_prompts", "base", "tuned")}
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_another_split_has_other_prompts(straight_run: Path) -> None:
+    train, test = evaluate_run(straight_run, split="train"), read_evaluations(straight_run)[-1]
+    assert (train["split"], train["num_prompts"]) == ("train", 2)
+    assert train["base"] != test["base"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"), [("config.yaml", "is no run directory"), ("checkpoints", "no checkpoint in")]
+)
+def test_what_is_no_run(missing: str, message: str, tmp_path: Path, straight_run: Path) -> None:
+    if missing != "config.yaml":
+        (tmp_path / "config.yaml").write_bytes((straight_run / "config.yaml").read_bytes())
+    with pytest.raises(UserError, match=message):
+        evaluate_run(tmp_path)
+
+
+def test_the_same_noise_whichever_prompts_are_drawn_together(policy: Policy, config: Config) -> None:
+    """What ranks rely on: each draws its own prompts, and all images are those of one rank."""
+    together = draw_images(policy, "ref", PROMPTS, config, images_per_prompt=2)
+    apart = [
+        draw_images(policy, "ref", [prompt], config, images_per_prompt=2, first_prompt=place)
+        for place, prompt in enumerate(PROMPTS)
+    ]
+    assert together.shape == (6, 3, 64, 64)
+    # The pooled text of a batch of prompts comes from one product, which rounds by their number (2e-7 of 1).
+    torch.testing.assert_close(together, torch.cat(apart), rtol=0, atol=1e-5)
+    assert (together[:-1] - together[1:]).abs().amax((1, 2, 3)).min() > 0.1, "other noise gives another image"
+    assert 0 <= together.min() < together.max() <= 1
+
+
+def test_another_seed_draws_other_images(policy: Policy, config: Config) -> None:
+    images = [
+        draw_images(policy, "ref", PROMPTS[:1], config.model_copy(update={"seed": seed}), images_per_prompt=1)
+        for seed in (0, 1)
+    ]
+    assert not torch.equal(*images)
+
+
+def test_metrics_are_means_over_images(policy: Policy, config: Config) -> None:
+    metrics = evaluate_view(policy, "ref", PROMPTS, config, Scorer(config.rewards), ALONE)
+    images = draw_images(policy, "ref", PROMPTS, config, images_per_prompt=1)
+    scores = Scorer(config.rewards)(images, PROMPTS).metrics
+    assert metrics == {name: values.double().mean().item() for name, values in scores.items()}
+
+
+@pytest.mark.parametrize("how", ["nan", "inf", "-inf"])
+def test_an_image_without_a_score_is_left_out(
+    how: str, policy: Policy, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = draw_images(policy, "ref", PROMPTS, config, images_per_prompt=1)
+    others = Scorer(config.rewards)(images, PROMPTS).metrics["soft"][1:]
+    monkeypatch.setenv("MISBEHAVE", f"1:{how}")
+    metrics = evaluate_view(policy, "ref", PROMPTS, config, Scorer(config.rewards), ALONE)
+    assert metrics["soft"] == others.double().mean().item()
+
+
+def test_more_ranks_than_prompts_is_a_mistake_of_the_user(policy: Policy, config: Config) -> None:
+    last_of_four = World(rank=3, size=4, device=torch.device("cpu"))
+    with pytest.raises(UserError, match=r"evaluation\.num_prompts: 3 held-out prompts for 4 ranks; .* at least one"):
+        evaluate_view(policy, "ref", PROMPTS, config, Scorer(config.rewards), last_of_four)
+
+
+def test_the_headline_is_strict_or_the_trained_metric(config: Config, quick: tuple[str, ...]) -> None:
+    chosen = load_recipe("tiny-dgpo", [*quick, "rewards.terms=[{name: shapes, metric: soft}]"])
+    first = load_recipe("tiny-dgpo", [*quick, "rewards.terms=[{name: shapes}]"])
+    assert headline({"soft": 0.1, "strict": 0.2}, chosen) == 0.2
+    assert headline({"other": 0.3, "soft": 0.1}, chosen) == 0.1
+    assert headline({"other": 0.3, "soft": 0.1}, first) == 0.3
+    assert math.isnan(headline({"strict": math.nan}, first))

@@ -1,0 +1,64 @@
+"""The first signal is a request, the second has its usual effect."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dgpo_fast.interruption import Interrupted, Interruption
+from dgpo_fast.parallel.world import World
+
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+class Asked(BaseException):
+    """What the handlers in use before the test's `Interruption` raise."""
+
+
+@pytest.fixture(autouse=True)
+def usual_handlers() -> Iterator[None]:
+    def usual(number: int, frame: object) -> None:
+        raise Asked(number)
+
+    before = {number: signal.signal(number, usual) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "status"), SIGNALS.items())
+def test_the_first_signal_waits_for_a_check(number: signal.Signals, status: int) -> None:
+    with Interruption(ALONE) as interruption:
+        interruption.check()
+        signal.raise_signal(number)
+        with pytest.raises(Interrupted) as interrupted:
+            interruption.check()
+    assert interrupted.value.status == status
+
+
+@pytest.mark.parametrize("second", SIGNALS)
+@pytest.mark.parametrize("first", SIGNALS)
+def test_the_second_signal_has_its_usual_effect(first: signal.Signals, second: signal.Signals) -> None:
+    with Interruption(ALONE):
+        signal.raise_signal(first)
+        with pytest.raises(Asked):
+            signal.raise_signal(second)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signals_have_their_usual_effect_afterwards(number: signal.Signals) -> None:
+    with Interruption(ALONE):
+        pass
+    with pytest.raises(Asked):
+        signal.raise_signal(number)
+
+
+def test_a_signal_to_another_rank_stops_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(World, "highest", lambda self, value: max(value, signal.SIGTERM))
+    with Interruption(ALONE) as interruption, pytest.raises(Interrupted) as interrupted:
+        interruption.check()
+    assert interrupted.value.status == 143

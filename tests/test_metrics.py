@@ -1,0 +1,196 @@
+"""The logs of a run: what they hold, when it is on disk, and that a resumed run's are those of an uninterrupted one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dgpo_fast.errors import UserError
+from dgpo_fast.metrics import SECTIONS, MetricsLog, read_evaluations, read_metrics
+from dgpo_fast.records import StepReport
+from dgpo_fast.samples import save_grid
+
+CONTRACT_KEYS = (
+    "step", "iteration", "images_seen", "wall_s", "reward_mean", "reward_std", "zero_std_groups", "loss", "dgpo_loss",
+    "kl", "clip_fraction", "group_weight_mean", "grad_norm", "lr", "rollout_s", "reward_s", "train_s", "images_per_s",
+    "peak_memory_gb",
+)  # fmt: skip
+
+
+def report(step: int, *, loss: float = 0.1) -> StepReport:
+    """A step with a value of its own in every field."""
+    fields = dataclasses.fields(StepReport)
+    values = {field.name: (index + 1) / 3 + step for index, field in enumerate(fields) if field.type == "float"}
+    counts = {field.name: 10 * step + index for index, field in enumerate(fields) if field.type == "int"}
+    return StepReport(**{**values, **counts, "step": step, "loss": loss})  # type: ignore[arg-type]
+
+
+def open_log(run_dir: Path, *, resume_step: int | None = None, tensorboard: bool = False) -> MetricsLog:
+    return MetricsLog(run_dir, tensorboard=tensorboard, wandb=False, resume_step=resume_step)
+
+
+def evaluate(log: MetricsLog, step: int) -> None:
+    scores = {"strict": step / 7, "soft": step / 3}
+    log.write_evaluation(step, split="test", num_prompts=64, images_per_prompt=4, base={"strict": 0.4}, tuned=scores)
+
+
+def write_steps(log: MetricsLog, steps: range) -> None:
+    for step in steps:
+        log.write(report(step))
+        if step % 2 == 0:
+            evaluate(log, step)
+
+
+def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_a_line_holds_the_step_in_the_order_of_the_record_and_is_on_disk_at_once(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    log.write(report(1))
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert line == json.dumps(dataclasses.asdict(report(1))) + "\n"
+    assert list(json.loads(line)) == [field.name for field in dataclasses.fields(StepReport)]
+    assert set(CONTRACT_KEYS) <= set(json.loads(line))
+    evaluate(log, 1)
+    assert read_evaluations(tmp_path) == [
+        {
+            "step": 1,
+            "split": "test",
+            "num_prompts": 64,
+            "images_per_prompt": 4,
+            "base": {"strict": 0.4},
+            "tuned": {"strict": 1 / 7, "soft": 1 / 3},
+        }
+    ]
+    log.close()
+
+
+def test_every_metric_is_plotted_once() -> None:
+    plotted = [key for keys in SECTIONS.values() for key in keys]
+    assert sorted([*plotted, "step", "iteration"]) == sorted(field.name for field in dataclasses.fields(StepReport))
+
+
+@pytest.mark.parametrize("torn", [0, 1, 20, -1], ids=lambda n: f"torn-{n}")
+@pytest.mark.parametrize("resume_step", [0, 3, 4])
+def test_a_resumed_log_ends_equal_to_an_uninterrupted_one(tmp_path: Path, torn: int, resume_step: int) -> None:
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    for run_dir, steps in ((straight, range(1, 9)), (killed, range(1, 6))):
+        run_dir.mkdir()
+        log = open_log(run_dir)
+        write_steps(log, steps)
+        log.close()
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        last = (killed / name).read_bytes().splitlines(keepends=True)[-1]
+        with (killed / name).open("ab") as file:
+            file.write(last[:torn])
+    log = open_log(killed, resume_step=resume_step)
+    assert [line["step"] for line in read_metrics(killed)] == list(range(1, resume_step + 1))
+    write_steps(log, range(resume_step + 1, 9))
+    log.close()
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert (killed / name).read_bytes() == (straight / name).read_bytes()
+
+
+def test_tensorboard_forgets_what_lies_beyond_the_checkpoint(tmp_path: Path) -> None:
+    log = open_log(tmp_path, tensorboard=True)
+    for step in range(1, 6):
+        log.write(report(step, loss=1.0))
+    evaluate(log, 5)
+    log.close()
+    log = open_log(tmp_path, tensorboard=True, resume_step=3)
+    for step in range(4, 7):
+        log.write(report(step, loss=2.0))
+    log.close()
+    assert scalars(tmp_path, "loss/loss") == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
+    assert scalars(tmp_path, "evaluation/strict") == []
+
+
+def test_tensorboard_shows_sample_grids(tmp_path: Path) -> None:
+    save_grid(torch.rand(2, 3, 64, 64), ["a", "b"], tmp_path / "grid.png")
+    log = open_log(tmp_path, tensorboard=True)
+    log.write_samples(7, grid=tmp_path / "grid.png")
+    log.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    (image,) = events.Images("samples")
+    assert image.step == 7 and image.width > 2 * 192
+
+
+def test_a_line_still_being_written_is_left_out(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}\n{"st')
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\0\0\0\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: no JSON"):
+        read_metrics(tmp_path)
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: no JSON"):
+        open_log(tmp_path, resume_step=3)
+
+
+def test_a_missing_wandb_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"pip install wandb, or set logging\.wandb=false") as caught:
+        MetricsLog(tmp_path, tensorboard=False, wandb=True, resume_step=None)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+class FakeWandb(types.ModuleType):
+    """Weights & Biases as far as the log uses it: what was opened and logged."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.opened: list[dict[str, object]] = []
+        self.logged: list[tuple[int, dict[str, float]]] = []
+        self.finished = 0
+
+    def init(self, **settings: object) -> FakeWandb:
+        if settings["config"] == "refused":
+            raise self.Error("no API key")
+        self.opened.append(settings)
+        return self
+
+    def log(self, values: dict[str, float], *, step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_wandb_gets_every_metric_and_a_resumed_run_continues_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    (tmp_path / "config.yaml").write_text("name: tiny\n")
+    for resume_step in (None, 1):
+        log = MetricsLog(tmp_path, tensorboard=False, wandb=True, resume_step=resume_step)
+        log.write(report((resume_step or 0) + 1))
+        log.close()
+    first, second = fake.opened
+    assert first["id"] == second["id"] and first["config"] == {"name": "tiny"} and fake.finished == 2
+    (step, values), _ = fake.logged
+    assert step == 1 and values["loss/kl"] == report(1).kl and len(values) == len(dataclasses.fields(StepReport)) - 2
+
+
+def test_a_refusing_wandb_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb())
+    (tmp_path / "config.yaml").write_text("refused")
+    with pytest.raises(UserError, match="wandb: no API key"):
+        MetricsLog(tmp_path, tensorboard=False, wandb=True, resume_step=None)

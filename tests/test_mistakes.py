@@ -1,0 +1,276 @@
+"""The table of users' mistakes: each is one line on stderr and exit status 2, and costs nothing that was saved."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dgpo_fast import checkpoint
+from dgpo_fast.checkpoint import list_checkpoints
+from dgpo_fast.cli import main
+from dgpo_fast.metrics import read_evaluations, read_metrics
+from dgpo_fast.models.sources import EMBEDDED
+
+Refusal = Callable[..., str]
+
+
+@pytest.fixture
+def refusal(capfd: pytest.CaptureFixture[str], quick: tuple[str, ...]) -> Refusal:
+    """The message that a short training with these further arguments is refused with."""
+
+    def train(*arguments: str | Path) -> str:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            main(["train", "tiny-dgpo", *(f"--set={item}" for item in quick), *map(str, arguments)])
+        out, err = capfd.readouterr()
+        assert exit_info.value.code == 2, err
+        assert out == ""
+        assert "Traceback" not in err
+        return only_error(err)
+
+    return train
+
+
+def only_error(stderr: str) -> str:
+    """The one error line, which comes last; what a run said of its progress before is no error."""
+    *before, last = stderr.splitlines()
+    assert last.startswith("error: "), stderr
+    assert not any(line.startswith("error: ") for line in before), stderr
+    return last.removeprefix("error: ")
+
+
+def digests(run: Path) -> dict[str, str]:
+    """SHA-256 of every file in a run's checkpoints."""
+    return {
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (run / "checkpoints").rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an empty prompt file, a file, and models that cannot be used."""
+    folder = tmp_path_factory.mktemp("places")
+    (folder / "empty.txt").write_text("\n  \n")
+    (folder / "latin.txt").write_bytes(b"caf\xe9\n")
+    (folder / "file").write_text("")
+    (folder / "no-pipeline").mkdir()
+    (folder / "flux").mkdir()
+    (folder / "flux" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    for name in ("no-weights", "torn-weights", "no-encoder"):
+        shutil.copytree(EMBEDDED, folder / name, copy_function=os.symlink)
+    (folder / "no-weights" / weights).unlink()
+    (folder / "torn-weights" / weights).unlink()
+    (folder / "torn-weights" / weights).write_bytes((EMBEDDED / weights).read_bytes()[:100_000])
+    shutil.rmtree(folder / "no-encoder" / "text_encoder_3")
+    return folder
+
+
+# Seen before anything runs
+
+RECIPE_MISTAKES = {
+    "optimizer.lrr=1": "unknown key 'optimizer.lrr'; did you mean 'lr'?",
+    "optimiser.lr=1": "unknown key 'optimiser'; did you mean 'optimizer'?",
+    "rewards.terms=[{name: shapes, wieght: 2}]": "did you mean 'weight'?",
+    "steps=many": "steps: input should be a valid integer, got 'many'",
+    "steps=1.5": "steps: input should be a valid integer, got 1.5",
+    "steps=true": "steps: input should be a valid integer, got True",
+    "steps=0": "steps: input should be greater than or equal to 1, got 0",
+    "rollout.solver=dpm": "rollout.solver: input should be 'euler', 'dpm++2m'",
+    "optimizer.lr=-1.0": "optimizer.lr: input should be greater than 0, got -1.0",
+    "optimizer=fast": "optimizer: ",
+    "rewards.terms=[]": "rewards.terms: ",
+    "groups.size=1": "groups.size: input should be greater than or equal to 2, got 1",
+    "optimizer.images_per_micro_batch=3": "optimizer.images_per_micro_batch must hold whole groups or divide one "
+    "(groups.size is 4, 8 images per iteration), got 3; nearest that fits: 2",
+    "algorithm.trunc=3": "algorithm.trunc must be below rollout.steps (3), got 3",
+    "algorithm.train_timesteps=4": "algorithm.train_timesteps must be at most algorithm.trunc + 1 = 3, got 4",
+    "steps": "--set takes key=value",
+    "steps.many=3": "'steps' is a value, not a section",
+}
+
+SETTING_MISTAKES = {
+    "model.name=embeded": "no model 'embeded'; did you mean 'embedded'?",
+    "model.name=PLACES/nowhere": "no model 'PLACES/nowhere'",
+    "model.name=random:sd35-huge": "no model 'random:sd35-huge'",
+    "model.name=PLACES/file": "is a file; expected a directory in diffusers' format",
+    "model.name=PLACES/no-pipeline": "is no diffusers pipeline: it has no model_index.json",
+    "model.name=PLACES/flux": "is a FluxPipeline, expected a StableDiffusion3Pipeline",
+    "model.name=PLACES/no-weights": "model 'PLACES/no-weights' cannot be loaded: ",
+    "model.name=PLACES/torn-weights": "model 'PLACES/torn-weights' cannot be loaded: ",
+    "model.name=PLACES/no-encoder": "model 'PLACES/no-encoder' cannot be loaded: ",
+    "model.resolution=2048": "model.resolution: expected a multiple of ",
+    "adapter.targets=[attn.to_qq]": "adapter.targets: ",
+    "prompts.train=PLACES/empty.txt": "prompts.train: 'PLACES/empty.txt' holds no prompt",
+    "prompts.test=PLACES/empty.txt": "prompts.test: 'PLACES/empty.txt' holds no prompt",
+    "prompts.train=PLACES/nowhere.txt": "prompts.train: no file 'PLACES/nowhere.txt'",
+    "prompts.train=PLACES/latin.txt": "prompts.train: cannot read 'PLACES/latin.txt'",
+    "prompts.train=PLACES": "prompts.train: cannot read 'PLACES'",
+    "prompts.test=null": "prompts.test: no prompts given",
+    "rewards.terms=[{name: shape}]": "no reward 'shape'; did you mean 'shapes'?",
+    "rewards.terms=[{name: geneval}]": "no reward 'geneval'",
+    "rewards.terms=[{name: 'nowhere:Reward'}]": "'nowhere:Reward' cannot be made: ModuleNotFoundError",
+    "rewards.terms=[{name: 'misbehaving:Broken'}]": "cannot be made: FileNotFoundError",
+    "rewards.terms=[{name: shapes, metric: stricd}]": "'shapes' has no metric 'stricd'; did you mean 'strict'?",
+}
+
+
+@pytest.mark.parametrize(("setting", "message"), RECIPE_MISTAKES.items())
+def test_recipe(setting: str, message: str, refusal: Refusal, tmp_path: Path) -> None:
+    assert message in refusal("--out", tmp_path / "run", f"--set={setting}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("setting", "message"), SETTING_MISTAKES.items())
+def test_setting(setting: str, message: str, refusal: Refusal, places: Path, tmp_path: Path) -> None:
+    setting, message = (text.replace("PLACES", str(places)) for text in (setting, message))
+    assert message in refusal("--out", tmp_path, f"--set={setting}")
+    assert list_checkpoints(tmp_path) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_cuda(refusal: Refusal, tmp_path: Path) -> None:
+    message = refusal("--out", tmp_path, "--set=device=cuda")
+    assert message == "device: cuda was asked for, but torch sees no CUDA device"
+
+
+def test_a_recipe_that_is_not_there(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["train", "tiny-dpgo"])
+    assert exit_info.value.code == 2
+    assert "no recipe 'tiny-dpgo'; did you mean 'tiny-dgpo'?" in only_error(capfd.readouterr().err)
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_an_output_that_cannot_be_written(out: str, refusal: Refusal, places: Path) -> None:
+    assert f"cannot write to {places / out}: " in refusal("--out", places / out)
+
+
+def test_an_output_that_holds_a_run(refusal: Refusal, run: Path, straight_run: Path) -> None:
+    assert f"{run} already holds a run: give --resume" in refusal("--out", run)
+    assert digests(run) == digests(straight_run)
+
+
+# Seen on resume
+
+
+@pytest.fixture
+def run(straight_run: Path, tmp_path: Path) -> Path:
+    """A finished run of six steps that the test may damage."""
+    return shutil.copytree(straight_run, tmp_path / "run", symlinks=True)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "garble"])
+@pytest.mark.parametrize("name", ["state/tensors.safetensors", "state/state.json", "manifest.json"])
+def test_a_damaged_checkpoint(name: str, damage: str, refusal: Refusal, run: Path) -> None:
+    directory = run / "checkpoints" / "step-000006"
+    path = directory / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "remove":
+        path.write_bytes(content[:-100] if damage == "truncate" else content[::-1])
+    before = digests(run)
+    message = refusal("--out", run, "--resume", "--steps=8")
+    assert message == f"checkpoint {directory} is damaged ({name}); remove it to go on from the one before"
+    assert digests(run) == before
+    assert len(read_metrics(run)) == 6
+
+
+def test_resume_with_a_forbidden_change(refusal: Refusal, run: Path, straight_run: Path) -> None:
+    message = refusal("--out", run, "--resume", "--steps=8", "--set=optimizer.lr=1.0", "--seed=5")
+    assert "--resume cannot change optimizer.lr: 0.0003 -> 1.0; seed: 0 -> 5" in message
+    assert digests(run) == digests(straight_run)
+
+
+def test_resume_without_a_run(refusal: Refusal, tmp_path: Path) -> None:
+    assert f"nothing to resume in {tmp_path}" in refusal("--out", tmp_path, "--resume")
+    assert "--resume needs --out" in refusal("--resume")
+
+
+def test_resume_without_a_checkpoint(refusal: Refusal, run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    assert f"no checkpoint in {run / 'checkpoints'}" in refusal("--out", run, "--resume")
+
+
+# Seen while a run goes on: steps 7 and 8 of a run that saved six
+
+MISBEHAVIOUR = {
+    "nan": "'misbehaving:Shapes' returned nan for 1 of 8 images; set rewards.on_failure=skip",
+    "inf": "'misbehaving:Shapes' returned inf for 1 of 8 images; set rewards.on_failure=skip",
+    "short": "'misbehaving:Shapes' returned [7] scores (soft) for 8 images; expected one for each",
+    "raise": "'misbehaving:Shapes' raised RuntimeError: the reward's server is gone",
+}
+
+
+@pytest.mark.parametrize(("how", "message"), MISBEHAVIOUR.items())
+def test_a_reward_that_fails(
+    how: str, message: str, refusal: Refusal, run: Path, straight_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MISBEHAVE", f"1:{how}")
+    assert message in refusal("--out", run, "--resume", "--steps=8")
+    assert_nothing_lost(run, straight_run)
+
+
+def test_a_disk_that_is_full_while_saving(
+    refusal: Refusal, run: Path, straight_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    message = refusal("--out", run, "--resume", "--steps=7")
+    assert f"cannot save {run / 'checkpoints' / 'step-000007'}: No space left on device; earlier checkpoints" in message
+    assert_nothing_lost(run, straight_run)
+
+
+def test_a_disk_that_is_full_while_logging(
+    refusal: Refusal, run: Path, straight_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/dev/full takes no byte, as a full disk."""
+    (run / "stages.json").unlink()
+    (run / "stages.json").symlink_to("/dev/full")
+    assert "No space left on device" in refusal("--out", run, "--resume", "--steps=7")
+    assert_nothing_lost(run, straight_run)
+
+
+def assert_nothing_lost(run: Path, straight_run: Path) -> None:
+    assert digests(run) == digests(straight_run)
+    assert read_metrics(run)[:6] == read_metrics(straight_run)
+    assert read_evaluations(run)[:3] == read_evaluations(straight_run)
+
+
+# In a process of its own, as users see it
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set=groups.size=1"], "tiny-dgpo: groups.size: input should be greater than or equal to 2, got 1"),
+        ([], "rewards: 'misbehaving:Shapes' returned nan for 1 of 2 images; "
+             "set rewards.on_failure=skip to leave such samples out"),
+    ],
+    ids=["recipe", "reward"],
+)  # fmt: skip
+def test_stderr_is_one_line(
+    arguments: list[str], message: str, tmp_path: Path, quick: tuple[str, ...], child_environment: dict[str, str]
+) -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", "dgpo_fast", "train", "tiny-dgpo", "--out", tmp_path / "run",
+         *(f"--set={item}" for item in quick), *arguments],
+        env={**child_environment, "MISBEHAVE": "1:nan"},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert (process.returncode, process.stdout, process.stderr) == (2, "", f"error: {message}\n")

@@ -1,0 +1,260 @@
+"""Plans: counted work against the known totals of SD3.5, memory against what autograd keeps, and honest warnings."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from peft import LoraConfig
+from rich.console import Console
+
+from dgpo_fast import throughput
+from dgpo_fast.config import PUBLISHED_TARGETS, load_recipe
+from dgpo_fast.errors import UserError
+from dgpo_fast.models.architectures import SD35_MEDIUM, TransformerShape
+from dgpo_fast.planning import SAVED_WIDTHS, Plan, evaluations, placement, plan, render
+
+PROMPTS = ["prompts.train=shapes:train", "prompts.test=shapes:test"]
+RANDOM_GENEVAL = ["model.name=random:sd35-medium", *PROMPTS]
+
+
+@pytest.fixture(autouse=True)
+def alone_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(throughput, "gpu_name", lambda: None)
+    monkeypatch.setattr(throughput, "measured_gemm", lambda: 100e9)
+
+
+def planned(recipe: str, *overrides: str) -> Plan:
+    return plan(load_recipe(recipe, overrides))
+
+
+def shown(plan: Plan) -> str:
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(render(plan))
+    return console.export_text()
+
+
+# Forwards per image: rollout (two with guidance), reference, old policy, another of the policy for cut groups, policy.
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "counts"),
+    [
+        ("sd35m-geneval", [], (20, 4, 4, 0, 4)),
+        ("sd35m-geneval-cfgfree", [], (10, 8, 4, 0, 4)),
+        ("sd35m-geneval-cfgfree-emaref", [], (10, 4, 4, 0, 4)),
+        ("sd35m-geneval-cfgfree-emaref", ["algorithm.kl_coef=0"], (10, 0, 4, 0, 4)),
+        ("sd35m-geneval", ["algorithm.clip=null"], (20, 4, 0, 0, 4)),
+        ("sd35m-geneval", ["optimizer.images_per_micro_batch=4"], (20, 4, 4, 4, 4)),
+        ("sd35m-geneval", ["rollout.solver=heun"], (38, 4, 4, 0, 4)),
+        ("sd35m-geneval", ["algorithm.train_timesteps=2"], (20, 2, 2, 0, 2)),
+        ("sd35m-pickscore", [], (20, 4, 4, 4, 4)),
+    ],
+)
+def test_forwards_per_image(recipe: str, overrides: list[str], counts: tuple[int, ...]) -> None:
+    found = evaluations(load_recipe(recipe, overrides))
+    assert tuple(found.values()) == counts
+    assert list(found) == ["rollout", "reference", "old policy", "group weights", "policy"]
+
+
+def test_work_of_the_published_geneval_iteration() -> None:
+    """11.08 PFLOP with a text encoding per image; here each prompt is encoded once, and random models count none."""
+    cost = planned("sd35m-geneval", *RANDOM_GENEVAL).cost
+    assert cost is not None
+    text_per_image = 128 * 1.30e12
+    total = cost.flops + text_per_image
+    assert f"{total / 1e15:.2f}" == "11.08"
+    shares = {stage.name: f"{stage.flops / total:.1%}" for stage in cost.stages if stage.flops}
+    assert shares == {"rollout": "52.5%", "reference": "10.3%", "old policy": "10.5%", "policy": "22.4%", "VAE": "2.9%"}
+
+
+def test_parameters_of_the_published_recipe() -> None:
+    cost = planned("sd35m-geneval", *RANDOM_GENEVAL).cost
+    assert cost is not None
+    assert (cost.parameters, cost.trained_parameters, cost.trained_tensors) == (2_243_171_520, 37_552_128, 382)
+
+
+def test_trained_sigmas_are_the_first_of_the_schedule() -> None:
+    assert [f"{sigma:.4f}" for sigma in planned("sd35m-geneval", *RANDOM_GENEVAL).sigmas] == [
+        "0.9997", "0.9639", "0.9227", "0.8746", "0.8178",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("micro", "case", "said"), [(16, "a", "1 in a"), (64, "a", "4 in a"), (4, "c", "cut over 4")])
+def test_placement(micro: int, case: str, said: str) -> None:
+    found = placement(load_recipe("sd35m-geneval", [f"optimizer.images_per_micro_batch={micro}"]))
+    assert found.case == case
+    assert said in found.why
+
+
+def test_ranks_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = planned("sd35m-geneval", *RANDOM_GENEVAL)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    together = planned("sd35m-geneval", *RANDOM_GENEVAL)
+    assert (alone.micro_batches, together.micro_batches) == (32, 8)
+    assert alone.cost is not None
+    assert together.cost is not None
+    assert alone.cost.flops == together.cost.flops
+    assert alone.cost.memory_bytes["images"] == 4 * together.cost.memory_bytes["images"]
+    with pytest.raises(UserError, match=r"groups\.per_iteration must divide among the ranks, got 6 for 4"):
+        planned("sd35m-geneval", *RANDOM_GENEVAL, "groups.per_iteration=6")
+
+
+@pytest.mark.parametrize(("dtype", "bytes_each"), [("bfloat16", 2), ("float32", 4)])
+def test_memory_of_the_base_follows_its_dtype(dtype: str, bytes_each: int) -> None:
+    cost = planned("sd35m-geneval", *RANDOM_GENEVAL, f"model.dtype={dtype}").cost
+    assert cost is not None
+    assert cost.memory_bytes["transformer"] == bytes_each * (SD35_MEDIUM.parameters + 384**2 * 1536)
+    assert cost.peak_bytes < sum(cost.memory_bytes.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_saved_activations_are_what_autograd_keeps(dtype: str) -> None:
+    """Differences between models of two and three blocks, so that what lies outside the blocks does not count."""
+    plain = dataclasses.replace(SD35_MEDIUM, layers=2, heads=4, dual_attention_layers=(), joint_attention_dim=64)
+    plain = dataclasses.replace(plain, pooled_dim=64, pos_embed_max_size=16, sample_size=16)
+    longer = dataclasses.replace(plain, layers=3)
+    dual = dataclasses.replace(longer, dual_attention_layers=(1,))
+    two, three, with_dual = (saved_bytes(shape, getattr(torch, dtype)) for shape in (plain, longer, dual))
+
+    joint_widths, dual_widths = SAVED_WIDTHS[dtype]
+    size = plain.width * (2 if dtype == "bfloat16" else 4)
+    # The constants leave out what does not grow with the width: 3 % of a model six times narrower than the real one.
+    assert (three - two) / size / (64 + 20) == pytest.approx(joint_widths, rel=0.03)
+    assert (with_dual - three) / size / 64 == pytest.approx(dual_widths, rel=0.03)
+
+
+def saved_bytes(shape: TransformerShape, dtype: torch.dtype) -> int:
+    """Bytes that a forward of one 128-pixel image with 20 text tokens keeps for its backward, weights aside."""
+    transformer = SD3Transformer2DModel(**shape.to_config()).to(dtype).requires_grad_(False)
+    transformer.add_adapter(LoraConfig(r=4, target_modules=list(PUBLISHED_TARGETS)))
+    transformer.to(dtype)
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*transformer.parameters(), *transformer.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        transformer(
+            torch.randn(1, 16, 16, 16, dtype=dtype),
+            torch.randn(1, 20, shape.joint_attention_dim, dtype=dtype),
+            torch.randn(1, shape.pooled_dim, dtype=dtype),
+            torch.rand(1),
+        )
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+# Time
+
+
+def test_time_comes_from_this_machine_and_says_so() -> None:
+    (found,) = planned("tiny-dgpo").throughputs
+    assert found.flops_per_s == throughput.CPU_SHARE * 100e9
+    assert "100 GFLOP/s just measured" in found.source
+
+
+def test_a_bfloat16_recipe_is_also_timed_on_the_gpu_it_is_for() -> None:
+    cpu, gpu = planned("sd35m-geneval", *RANDOM_GENEVAL).throughputs
+    assert "CPU" in cpu.source
+    assert "1 x H100" in gpu.source
+    assert "estimated, not measured" in gpu.source
+
+
+@pytest.mark.parametrize(("name", "peak"), [("NVIDIA H100 80GB HBM3", 798e12), ("NVIDIA A100-SXM4-80GB", 312e12)])
+def test_a_known_gpu_is_looked_up(name: str, peak: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "gpu_name", lambda: name)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (found,) = planned("sd35m-geneval", *RANDOM_GENEVAL).throughputs
+    assert found.flops_per_s == 2 * throughput.GPU_SHARE * peak
+    assert planned("tiny-dgpo", "device=cpu").throughputs[0].source.startswith("this machine's CPU")
+
+
+def test_an_unknown_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "gpu_name", lambda: "GeForce 256")
+    assert "GeForce 256 is not in the table" in planned("tiny-dgpo").throughputs[0].source
+
+
+def test_a_matrix_product_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert throughput.measured_gemm(seconds=0.01, size=64) > 1e6
+
+
+# What is missing
+
+
+def test_the_embedded_recipe_is_ready_to_run() -> None:
+    found = planned("tiny-dgpo")
+    assert found.warnings == ()
+    assert "warning" not in shown(found)
+    assert "embedded" in found.model
+
+
+def test_a_published_recipe_lacks_weights_reward_and_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args, **options: None)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    weights, reward, train, test = planned("sd35m-ocr").warnings
+    assert "hf download stabilityai/stable-diffusion-3.5-medium" in weights
+    assert "no Hugging Face token" in weights
+    assert "reward 'ocr' is not part of this version" in reward
+    assert "--set prompts.train=FILE" in train
+    assert "--set prompts.test=FILE" in test
+
+
+def test_a_token_silences_the_talk_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args, **options: None)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_token")
+    (weights, *_) = planned("sd35m-ocr").warnings
+    assert "token" not in weights
+
+
+def test_cached_weights_are_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"model_index.json": {"_class_name": "StableDiffusion3Pipeline"}}
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache",
+        lambda repository, filename, revision: str(tmp_path / filename) if filename in files else None,
+    )
+    found = planned("sd35m-ocr", *PROMPTS)
+    assert "local Hugging Face cache" in found.model
+    assert [warning for warning in found.warnings if "download" in warning] == []
+
+
+def test_an_unknown_hub_model_has_no_cost_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args, **options: None)
+    found = planned("sd35m-ocr", "model.name=someone/their-sd3")
+    assert found.cost is None
+    assert "known once the model is there" in shown(found)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.name=embeded", "did you mean 'embedded'"),
+        ("prompts.train=nowhere.txt", "prompts.train: no file 'nowhere.txt'"),
+        ("prompts.test=nowhere.txt", "prompts.test: no file"),
+        ("rewards.terms=[{name: shaps}]", "no reward 'shaps'; did you mean 'shapes'"),
+        ("rewards.terms=[{name: 'nowhere:Reward'}]", "'nowhere:Reward' cannot be made"),
+    ],
+)
+def test_a_mistake_of_the_user_is_an_error(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        planned("tiny-dgpo", override)
+
+
+@pytest.mark.parametrize("overrides", [[], ["evaluation.every=0"], ["optimizer.images_per_micro_batch=4"]])
+def test_everything_of_the_plan_is_shown(overrides: list[str]) -> None:
+    config = load_recipe("tiny-dgpo", overrides)
+    text = shown(plan(config))
+    for part in ("Plan of tiny-dgpo", "8 prompts x 16 images = 128", "0.9997", "just measured", "Work of", "Memory of"):
+        assert part in text
+    assert ("every 20 steps" if config.evaluation.every else "at the end") in text
+    assert ("group weights" in text) == (config.optimizer.images_per_micro_batch < 16)

@@ -1,0 +1,83 @@
+"""Prompts: sources, their mistakes, and which prompts an iteration draws."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dgpo_fast.errors import UserError
+from dgpo_fast.prompts import PromptSampler, load_prompts
+from dgpo_fast.shapes.captions import parse_caption
+
+
+def drawn(sampler: PromptSampler, iterations: range) -> list[str]:
+    return [prompt for iteration in iterations for prompt in sampler.draw(iteration)]
+
+
+@given(num_prompts=st.integers(1, 12), per_iteration=st.integers(1, 9), seed=st.integers(0, 2**32))
+def test_every_prompt_is_drawn_once_an_epoch(num_prompts: int, per_iteration: int, seed: int) -> None:
+    """Epochs follow each other without a gap, wherever iterations end."""
+    prompts = [str(number) for number in range(num_prompts)]
+    iterations = range(-(-3 * num_prompts // per_iteration))
+    sequence = drawn(PromptSampler(prompts, per_iteration=per_iteration, seed=seed), iterations)
+    for first in range(0, len(sequence) - num_prompts + 1, num_prompts):
+        assert sorted(sequence[first : first + num_prompts], key=int) == prompts
+
+
+def test_draws_depend_on_the_iteration_alone() -> None:
+    """In any order, after any others, across the boundary of an epoch: a resumed run draws the same."""
+    prompts = [str(number) for number in range(7)]
+    sampler = PromptSampler(prompts, per_iteration=3, seed=5)
+    straight = [sampler.draw(iteration) for iteration in range(10)]
+    assert [PromptSampler(prompts, per_iteration=3, seed=5).draw(iteration) for iteration in range(10)] == straight
+    assert [sampler.draw(iteration) for iteration in reversed(range(10))] == straight[::-1]
+
+
+def test_another_seed_and_another_epoch_give_another_order() -> None:
+    prompts = [str(number) for number in range(20)]
+    first, second = (PromptSampler(prompts, per_iteration=20, seed=seed) for seed in (0, 1))
+    assert len({first.draw(0), first.draw(1), second.draw(0), tuple(prompts)}) == 4
+
+
+def test_an_iteration_may_be_longer_than_an_epoch() -> None:
+    drawn_once = PromptSampler(["a", "b"], per_iteration=5, seed=0).draw(0)
+    assert sorted(Counter(drawn_once).values()) == [2, 3]
+
+
+def test_a_file_has_a_prompt_on_each_line(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("  a red circle \n\n\tzwei blaue Würfel\r\n   \n", encoding="utf-8")
+    assert load_prompts(str(file), key="prompts.train") == ["a red circle", "zwei blaue Würfel"]
+
+
+def test_shapes_prompts_keep_to_their_split() -> None:
+    train, test = (load_prompts(f"shapes:{split}", key="prompts.train") for split in ("train", "test"))
+    assert not any(parse_caption(prompt).held_out for prompt in train)
+    assert all(parse_caption(prompt).held_out for prompt in test)
+    assert len(set(test)) == len(test) >= 64
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no prompt"),
+        (b"\n  \n\t\n", "holds no prompt"),
+        (b"\xff\xfe\xfa", "cannot read"),
+    ],
+)
+def test_files_without_prompts_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"prompts\.test: .*{message}"):
+        load_prompts(str(file), key="prompts.test")
+
+
+@pytest.mark.parametrize("source", [None, "no/such/file.txt", "shapes:tests", "."])
+def test_sources_that_do_not_exist_are_refused(source: str | None) -> None:
+    with pytest.raises(UserError, match=r"^prompts\.train: ") as error:
+        load_prompts(source, key="prompts.train")
+    assert source is None or repr(source) in str(error.value)

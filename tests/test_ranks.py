@@ -1,0 +1,95 @@
+"""Two ranks draw what one draws and learn what one learns. One launch serves every test here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dgpo_fast import Trainer, load_recipe
+from dgpo_fast.checkpoint import last_checkpoint, list_checkpoints, load_checkpoint
+from dgpo_fast.errors import UserError
+from dgpo_fast.metrics import read_evaluations, read_metrics
+from dgpo_fast.models.policy import Policy
+from dgpo_fast.models.sd3 import load_model
+from dgpo_fast.parallel.world import World
+
+# The reward depends on every pixel and on the prompt. An eps far above every gradient makes Adam's step proportional to
+# the gradient: with the usual one it is nearly the gradient's sign, which rounding flips where that is about zero.
+OVERRIDES = (
+    "steps=2", "rewards.terms=[{name: 'misbehaving:Brightness'}]",
+    "optimizer.eps=1.0", "optimizer.lr=1.0", "optimizer.warmup_steps=0", "optimizer.weight_decay=0",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory, quick: tuple[str, ...]) -> Iterator[Path]:
+    """A run of this process alone, with one thread, as each of the two ranks has."""
+    out, threads = tmp_path_factory.mktemp("one") / "run", torch.get_num_threads()
+    torch.set_num_threads(1)
+    Trainer(load_recipe("tiny-dgpo", [*quick, *OVERRIDES]), out).train()
+    yield out
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(
+    tmp_path_factory: pytest.TempPathFactory, quick: tuple[str, ...], child_environment: dict[str, str]
+) -> Path:
+    """The same run on two ranks that torchrun started."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    process = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         "-m", "dgpo_fast", "train", "tiny-dgpo", "--out", out, *(f"--set={item}" for item in (*quick, *OVERRIDES))],
+        env={**child_environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    return out
+
+
+def test_the_first_step_draws_and_scores_the_same(one_rank: Path, two_ranks: Path) -> None:
+    """Before any gradient, everything is equal to the bit; nothing is logged twice."""
+    one, two = read_metrics(one_rank), read_metrics(two_ranks)
+    assert [line["step"] for line in two] == [1, 2]
+    for key in ("reward_mean", "reward_std", "images_seen", "zero_std_groups", "group_weight_mean", "kl"):
+        assert two[0][key] == one[0][key]
+    assert one[0]["reward_std"] > 0
+    assert read_evaluations(two_ranks)[0] == read_evaluations(one_rank)[0]
+
+
+def test_the_weights_are_those_of_one_rank(one_rank: Path, two_ranks: Path, quick: tuple[str, ...]) -> None:
+    one, two = (load_checkpoint(last_checkpoint(run)).tensors["policy"].double() for run in (one_rank, two_ranks))
+    config = load_recipe("tiny-dgpo", [*quick, *OVERRIDES])
+    start = Policy(load_model(config.model, device="cpu"), config.adapter, seed=config.seed).trainable.detach()
+    learned = (one - start).norm()
+    assert learned > 0
+    # Four gradients of a step (two groups, two sigmas) add up in another order: up to 3 float32 roundings of each, and
+    # the second step's gradients are those of weights that differ by as much. Weights themselves are rounded twice.
+    rounding = 2**-24 * (2 * 4 * learned + 2 * start.double().norm())
+    assert (one - two).norm() <= rounding
+
+
+def test_the_second_step_goes_on_from_the_same(one_rank: Path, two_ranks: Path) -> None:
+    """Rewards of images are means over pixels near 1/2: what is left of weights that agree to rounding."""
+    one, two = read_metrics(one_rank)[1], read_metrics(two_ranks)[1]
+    assert one["reward_mean"] != read_metrics(one_rank)[0]["reward_mean"]
+    for key in ("reward_mean", "loss", "dgpo_loss", "group_weight_mean", "grad_norm"):
+        assert two[key] == pytest.approx(one[key], rel=1e-5), key
+
+
+def test_one_rank_writes(two_ranks: Path) -> None:
+    assert [path.name for path in list_checkpoints(two_ranks)] == ["step-000002"]
+    assert len(read_evaluations(two_ranks)) == 2
+    assert (two_ranks / "report.html").is_file()
+
+
+def test_groups_must_divide_among_ranks(quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"groups\.per_iteration must divide among the ranks, got 2 for 3; .*: 3"):
+        World.from_environment(load_recipe("tiny-dgpo", quick))

@@ -1,0 +1,161 @@
+"""Runs that were killed or stopped end, to the bit, where the uninterrupted run of the same recipe ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dgpo_fast import Trainer, load_recipe
+from dgpo_fast.checkpoint import list_checkpoints
+from dgpo_fast.checkpoint import load_checkpoint as load
+from dgpo_fast.config import Config
+from dgpo_fast.errors import UserError
+from dgpo_fast.metrics import read_evaluations, read_metrics
+from dgpo_fast.run_directory import refuse_conflicts
+
+STATE = {"policy", "old", "ema", "adam.step", "adam.exp_avg", "adam.exp_avg_sq"}
+CLOCK_AND_MEMORY = {"wall_s", "rollout_s", "reward_s", "train_s", "images_per_s", "peak_memory_gb"}
+
+# The reward's calls in order: 1 base evaluation, 2-4 steps 1-3, 5 evaluation of step 3, 6-8 steps 4-6, 9 evaluation.
+IN_BASE_EVALUATION, IN_FIRST_STEP, IN_EVALUATION, IN_FIFTH_STEP = 1, 2, 5, 7
+
+
+@pytest.fixture(scope="module")
+def config(quick: tuple[str, ...]) -> Config:
+    return load_recipe("tiny-dgpo", quick)
+
+
+def numbers(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock and on the process."""
+    return [{key: line[key] for key in line.keys() - CLOCK_AND_MEMORY} for line in read_metrics(run)]
+
+
+def assert_ends_alike(run: Path, straight: Path) -> None:
+    """Weights, averages, Adam's moments, metrics and evaluations, all to the bit."""
+    mine, other = load(list_checkpoints(run)[-1]), load(list_checkpoints(straight)[-1])
+    assert mine.step == other.step == 6
+    assert mine.tensors.keys() == other.tensors.keys() == STATE
+    assert [name for name in mine.tensors if not torch.equal(mine.tensors[name], other.tensors[name])] == []
+    assert all(mine.values[key] == other.values[key] for key in ("score", "base_metrics"))
+    assert numbers(run) == numbers(straight)
+    assert read_evaluations(run) == read_evaluations(straight)
+
+
+def stopped_run(config: Config, out: Path, *, in_call: int, by: str, resume: bool = False) -> int | str | None:
+    """The exit status of a run that receives the signal `by` during call number `in_call` of its reward."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_info:
+        patch.setenv("MISBEHAVE", f"{in_call}:{by}")
+        Trainer(config, out, resume=resume).train()
+    return exit_info.value.code
+
+
+@pytest.fixture(scope="module")
+def killed_run(
+    tmp_path_factory: pytest.TempPathFactory, quick: tuple[str, ...], child_environment: dict[str, str]
+) -> Path:
+    """A run that SIGKILL ended in its fifth step, two steps after its only checkpoint."""
+    out = tmp_path_factory.mktemp("killed") / "run"
+    process = subprocess.run(
+        [sys.executable, "-m", "dgpo_fast", "train", "tiny-dgpo", "--out", out, *(f"--set={item}" for item in quick)],
+        env={**child_environment, "MISBEHAVE": f"{IN_FIFTH_STEP}:SIGKILL"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    return out
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(killed_run: Path, straight_run: Path, config: Config) -> None:
+    assert [path.name for path in list_checkpoints(killed_run)] == ["step-000003"]
+    assert [line["step"] for line in read_metrics(killed_run)] == [1, 2, 3, 4]
+    Trainer(config, killed_run, resume=True).train()
+    assert_ends_alike(killed_run, straight_run)
+
+
+@pytest.mark.parametrize(
+    ("by", "status", "in_call", "saved"),
+    [
+        ("SIGTERM", 143, IN_FIFTH_STEP, ["step-000003", "step-000004"]),
+        ("SIGINT", 130, IN_BASE_EVALUATION, ["step-000000"]),
+        ("SIGTERM", 143, IN_EVALUATION, ["step-000003"]),
+    ],
+)
+def test_a_signal_saves_and_the_run_goes_on(
+    by: str, status: int, in_call: int, saved: list[str], tmp_path: Path, straight_run: Path, config: Config
+) -> None:
+    assert stopped_run(config, tmp_path, in_call=in_call, by=by) == status
+    assert [path.name for path in list_checkpoints(tmp_path)] == saved
+    assert (tmp_path / "report.html").is_file()
+    Trainer(config, tmp_path, resume=True).train()
+    assert_ends_alike(tmp_path, straight_run)
+
+
+def test_what_may_change_on_resume_changes_nothing_else(tmp_path: Path, straight_run: Path, config: Config) -> None:
+    """Three steps, then three more with other intervals: the weights are those of six steps straight."""
+    first = config.model_copy(update={"steps": 3})
+    Trainer(first, tmp_path).train()
+    changes = ("steps=6", "evaluation.every=2", "checkpoints.every=1", "checkpoints.keep_last=1")
+    second = load_recipe(tmp_path / "config.yaml", [*changes, "logging.samples_every=5"])
+    Trainer(second, tmp_path, resume=True).train()
+    mine, other = (load(list_checkpoints(run)[-1]).tensors for run in (tmp_path, straight_run))
+    assert all(torch.equal(mine[name], other[name]) for name in other)
+    assert numbers(tmp_path) == numbers(straight_run)
+    assert [line["step"] for line in read_evaluations(tmp_path)] == [0, 3, 4, 6]
+    assert sorted(path.stem for path in (tmp_path / "samples").iterdir()) == [
+        "step-000000", "step-000003", "step-000005", "step-000006",
+    ]  # fmt: skip
+    assert load_recipe(tmp_path / "config.yaml") == second
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path, straight_run: Path, config: Config) -> None:
+    out = shutil.copytree(straight_run, tmp_path / "run", symlinks=True)
+    Trainer(config, out, resume=True).train()
+    assert_ends_alike(out, straight_run)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["steps=7", "evaluation.every=1", "checkpoints.every=1", "checkpoints.keep_last=5", "logging.samples_every=2",
+     "logging.num_samples=1", "logging.tensorboard=false", "parallel.backend=gloo", "device=auto", "name=other"],
+)  # fmt: skip
+def test_resume_allows(change: str, straight_run: Path, quick: tuple[str, ...]) -> None:
+    refuse_conflicts(straight_run, load_recipe("tiny-dgpo", [*quick, change]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["seed=1", "model.name=random:sd35-medium", "model.dtype=bfloat16", "model.resolution=32", "model.text_length=8",
+     "adapter.rank=8", "adapter.alpha=4", "adapter.init=kaiming", "adapter.targets=[attn.to_q]",
+     "rollout.solver=euler", "rollout.guidance=2", "rollout.switch_step=1", "rollout.images_per_forward=8",
+     "groups.size=8", "groups.per_iteration=4", "advantages.std=global", "algorithm.beta=1", "algorithm.clip=null",
+     "old_policy.rate=0.5", "evaluation_ema.every=1", "optimizer.lr=1.0", "optimizer.warmup_steps=0",
+     "optimizer.images_per_micro_batch=8", "rewards.terms=[{name: shapes}]", "rewards.on_failure=skip",
+     "prompts.train=shapes:test", "prompts.test=shapes:train", "evaluation.steps=4", "evaluation.num_prompts=1",
+     "evaluation.images_per_prompt=2"],
+)  # fmt: skip
+def test_resume_refuses_and_names_the_key(change: str, straight_run: Path, quick: tuple[str, ...]) -> None:
+    key = change.partition("=")[0]
+    with pytest.raises(UserError, match=rf"--resume cannot change {key}: .* -> ") as error:
+        refuse_conflicts(straight_run, load_recipe("tiny-dgpo", [*quick, change]))
+    assert "\n" not in str(error.value)
+
+
+def test_resume_names_every_key_at_once(straight_run: Path, quick: tuple[str, ...]) -> None:
+    changes = ["seed=1", "optimizer.lr=1.0", "steps=7"]
+    with pytest.raises(UserError, match=r"optimizer\.lr: .*; seed: 0 -> 1") as error:
+        refuse_conflicts(straight_run, load_recipe("tiny-dgpo", [*quick, *changes]))
+    assert "steps" not in str(error.value)
+
+
+def test_resume_needs_a_run(tmp_path: Path, config: Config) -> None:
+    with pytest.raises(UserError, match=r"nothing to resume in .*: it has no config\.yaml"):
+        Trainer(config, tmp_path, resume=True)
+    assert os.listdir(tmp_path) == []

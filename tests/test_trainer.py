@@ -1,0 +1,163 @@
+"""What a run writes, what its first step must find, and how it meets samples and gradients that are not finite."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dgpo_fast import Trainer, load_recipe
+from dgpo_fast.checkpoint import list_checkpoints, load_checkpoint
+from dgpo_fast.errors import UserError
+from dgpo_fast.metrics import read_evaluations, read_metrics
+from dgpo_fast.records import Rollout, StepReport
+
+CONTRACT = {
+    "step", "iteration", "images_seen", "wall_s", "reward_mean", "reward_std", "zero_std_groups", "loss", "dgpo_loss",
+    "kl", "clip_fraction", "group_weight_mean", "grad_norm", "lr", "rollout_s", "reward_s", "train_s", "images_per_s",
+    "peak_memory_gb",
+}  # fmt: skip
+STAGES = {
+    "rollout", "rollout/transformer", "rollout/solver", "rollout/vae", "rollout/text", "reward", "train",
+    "train/policy", "train/old", "train/reference", "train/backward", "train/optimizer", "evaluate", "checkpoint",
+    "logging",
+}  # fmt: skip
+
+
+def test_the_run_directory_holds_what_users_rely_on(straight_run: Path, quick: tuple[str, ...]) -> None:
+    config = load_recipe("tiny-dgpo", [*quick, "logging.tensorboard=true"])
+    assert load_recipe(straight_run / "config.yaml") == config
+    assert len(list(straight_run.glob("events.out.*"))) == 1
+    assert sorted(path.name for path in (straight_run / "samples").iterdir()) == ["step-000000.png", "step-000006.png"]
+    assert "<html" in (straight_run / "report.html").read_text().lower()
+    assert {"versions", "machine", "command"} <= json.loads((straight_run / "environment.json").read_text()).keys()
+    for checkpoint in list_checkpoints(straight_run):
+        assert (checkpoint / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert [path.name for path in list_checkpoints(straight_run)] == ["step-000003", "step-000006"]
+
+
+def test_a_line_of_metrics_per_step(straight_run: Path) -> None:
+    lines = read_metrics(straight_run)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["iteration"] for line in lines] == [0, 1, 2, 3, 4, 5]
+    assert [line["images_seen"] for line in lines] == [8, 16, 24, 32, 40, 48]
+    assert all(line.keys() == {field.name for field in dataclasses.fields(StepReport)} >= CONTRACT for line in lines)
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    walls = [0.0, *(line["wall_s"] for line in lines)]
+    for line, before, after in zip(lines, walls, walls[1:], strict=False):
+        assert line["rollout_s"] + line["reward_s"] + line["train_s"] <= after - before
+        assert line["images_per_s"] == pytest.approx(8 / (after - before))
+
+
+def test_the_learning_rate_warms_up(straight_run: Path) -> None:
+    """Over warmup_steps = 4, then constant at 3e-4."""
+    rates = [line["lr"] for line in read_metrics(straight_run)]
+    assert rates == pytest.approx([3e-4 * share for share in (0.2, 0.4, 0.6, 0.8, 1, 1)], rel=1e-12)
+
+
+def test_the_first_step_starts_at_the_reference(straight_run: Path) -> None:
+    """Adapters start at zero: no KL, nothing clipped, s_G = 0, so sigmoid = 1/2 and the loss is log(2) / beta."""
+    first, second = read_metrics(straight_run)[:2]
+    assert (first["kl"], first["clip_fraction"], first["group_weight_mean"]) == (0, 0, 0.5)
+    assert first["dgpo_loss"] == first["loss"] == pytest.approx(math.log(2) / 100, rel=4 * 2**-24)
+    assert first["grad_norm"] > 0
+    assert second["kl"] > 0
+    assert second["group_weight_mean"] != 0.5
+
+
+def test_evaluations_compare_with_the_base(straight_run: Path) -> None:
+    lines = read_evaluations(straight_run)
+    assert [line["step"] for line in lines] == [0, 3, 6]
+    assert lines[0]["tuned"] == lines[0]["base"] == lines[1]["base"] == lines[2]["base"]
+    assert lines[2]["tuned"]["soft"] != lines[0]["base"]["soft"]
+    assert {(line["split"], line["num_prompts"], line["images_per_prompt"]) for line in lines} == {("test", 2, 1)}
+
+
+def test_the_three_views_are_three(straight_run: Path) -> None:
+    tensors = load_checkpoint(list_checkpoints(straight_run)[-1]).tensors
+    policy, old, ema = (tensors[view] for view in ("policy", "old", "ema"))
+    assert not torch.equal(policy, old)
+    assert not torch.equal(policy, ema)
+    assert not torch.equal(old, ema)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_the_best_checkpoint_is_the_one_with_the_highest_score(straight_run: Path) -> None:
+    scores = {line["step"]: (line["tuned"]["strict"], line["step"]) for line in read_evaluations(straight_run)[1:]}
+    best = max(scores, key=lambda step: scores[step])
+    assert (straight_run / "checkpoints" / "best").resolve().name == f"step-{best:06d}"
+
+
+def test_stages_add_up(straight_run: Path) -> None:
+    seconds = json.loads((straight_run / "stages.json").read_text())
+    assert seconds.keys() >= STAGES
+    for outer in ("rollout", "train"):
+        inner = sum(value for name, value in seconds.items() if name.rpartition("/")[0] == outer)
+        # Each is rounded to a millisecond.
+        assert inner <= seconds[outer] + 1e-3 * len(seconds)
+
+
+# Samples and gradients that are not finite
+
+
+def test_skipped_samples_are_counted(tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reward fails for one image of the first step; the run goes on."""
+    monkeypatch.setenv("MISBEHAVE", "2:inf")
+    Trainer(load_recipe("tiny-dgpo", [*quick, "steps=2", "rewards.on_failure=skip"]), tmp_path).train()
+    lines = read_metrics(tmp_path)
+    assert [line["failed_samples"] for line in lines] == [1, 0]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+
+
+def test_a_failed_sample_changes_no_gradient(
+    tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the image that no reward could be found for looks like, the step is the same to the bit."""
+    config = load_recipe("tiny-dgpo", [*quick, "rewards.on_failure=skip"])
+
+    def gradient_norm(replacement: float | None) -> float:
+        monkeypatch.setenv("MISBEHAVE", "1:nan")
+        trainer = Trainer(config, tmp_path)
+        draw = trainer.algorithm.rollout
+
+        def with_another_first_image(*arguments: object) -> Rollout:
+            rollout = draw(*arguments)  # type: ignore[arg-type]
+            if replacement is not None:
+                rollout.x0_BCHW[0] = replacement
+            return rollout
+
+        monkeypatch.setattr(trainer.algorithm, "rollout", with_another_first_image)
+        report = trainer.run_iteration()
+        assert report.failed_samples == 1
+        return report.grad_norm
+
+    assert gradient_norm(None) == gradient_norm(3.0) > 0
+
+
+def test_an_iteration_without_any_score_is_an_error(
+    tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(load_recipe("tiny-dgpo", [*quick, "rewards.on_failure=skip"]), tmp_path)
+
+    def nothing(images_BCHW: Tensor, prompts: list[str]) -> dict[str, list[float]]:
+        return {"soft": [math.nan] * len(prompts)}
+
+    trainer.scorer.terms = [(term, nothing) for term, _ in trainer.scorer.terms]
+    with pytest.raises(UserError, match="no image of the iteration has a valid reward"):
+        trainer.run_iteration()
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path, quick: tuple[str, ...]) -> None:
+    trainer = Trainer(load_recipe("tiny-dgpo", quick), tmp_path)
+    before = trainer.policy.trainable.detach().clone()
+    assert trainer.policy.trainable.grad is not None
+    trainer.policy.trainable.grad[0] = math.inf
+    with pytest.raises(UserError, match="the gradient of step 1 is not finite: no step made, checkpoints are intact"):
+        trainer.run_iteration()
+    assert trainer.step == 0
+    assert torch.equal(trainer.policy.trainable, before)
