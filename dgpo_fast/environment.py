@@ -6,7 +6,9 @@ import importlib.metadata
 import os
 import platform
 import resource
+import shlex
 import sys
+from pathlib import Path
 
 import torch
 
@@ -18,7 +20,8 @@ PACKAGES = (
 
 def describe_environment() -> dict[str, object]:
     """{"versions": {package: version}, "machine": str, "command": str}."""
-    return {"versions": package_versions(), "machine": machine_name(), "command": " ".join(sys.argv)}
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"versions": package_versions(), "machine": machine_name(), "command": command}
 
 
 def package_versions() -> dict[str, str]:

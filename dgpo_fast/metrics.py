@@ -52,7 +52,7 @@ class MetricsLog:
     """
 
     def __init__(self, run_dir: Path, *, tensorboard: bool, wandb: bool, resume_step: int | None) -> None:
-        self._wandb = _wandb_run(run_dir) if wandb else None
+        self._wandb = _wandb_run(run_dir, resumed=resume_step is not None) if wandb else None
         mode = "w" if resume_step is None else "a"
         if resume_step is not None:
             for name in (METRICS, EVALUATIONS):
@@ -170,8 +170,8 @@ def _summary_writer(run_dir: Path, resume_step: int | None) -> SummaryWriter:
     return SummaryWriter(str(run_dir), purge_step=purge_step)
 
 
-def _wandb_run(run_dir: Path) -> Any:
-    """An open Weights & Biases run: a new one, or the one that `run_dir` began.
+def _wandb_run(run_dir: Path, *, resumed: bool) -> Any:
+    """An open Weights & Biases run: a new one, or the one that `run_dir` began if `resumed`.
 
     Steps that a resumed run repeats reach Weights & Biases twice; it keeps the first, and both are equal.
     """
@@ -182,7 +182,7 @@ def _wandb_run(run_dir: Path) -> Any:
             "logging.wandb is true, but wandb is not installed: pip install wandb, or set logging.wandb=false"
         ) from None
     id_file = run_dir / "wandb.id"
-    if not id_file.exists():
+    if not (resumed and id_file.exists()):
         id_file.write_text(secrets.token_hex(4))
     config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import TracebackType
 
 from torch import Tensor
 
@@ -24,6 +25,7 @@ class RunDirectory:
     Args:
         out: created where it does not exist.
         config: written to config.yaml.
+        clock: whose stages go to stages.json.
         start_step: steps made before this process.
         resumed: whether the run goes on: its logs are then cut back to `start_step`, which may be 0, not begun anew.
         is_first: whether this process is rank 0.
@@ -32,8 +34,10 @@ class RunDirectory:
         UserError: `out` cannot be written.
     """
 
-    def __init__(self, out: Path, config: Config, *, start_step: int, resumed: bool, is_first: bool) -> None:
-        self.out, self.config, self.is_first = out, config, is_first
+    def __init__(
+        self, out: Path, config: Config, *, clock: StageClock, start_step: int, resumed: bool, is_first: bool
+    ) -> None:
+        self.out, self.config, self.clock, self.is_first = out, config, clock, is_first
         self.progress = TrainingProgress(config.steps, start_step, enabled=is_first)
         if not is_first:
             return
@@ -52,20 +56,24 @@ class RunDirectory:
         self.progress.__enter__()
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.progress.__exit__(None, None, None)
-        if self.is_first:
-            self._log.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.__exit__(kind, error, trace)
+        if not self.is_first:
+            return
+        self._log.close()
+        if kind is None or issubclass(kind, SystemExit):  # a report of a failed run could fail too, and hide why
+            seconds = {"/".join(path): round(value, 3) for path, value in sorted(self.clock.seconds.items())}
+            (self.out / "stages.json").write_text(json.dumps(seconds, indent=2) + "\n")
             write_report(self.out)
 
-    def log_step(self, report: StepReport, clock: StageClock) -> None:
-        """A line of metrics.jsonl, the progress display, and the seconds of all stages so far."""
+    def log_step(self, report: StepReport) -> None:
+        """A line of metrics.jsonl, and the progress display."""
         if self.is_first:
             with stage("logging"):
                 self._log.write(report)
                 self.progress.update(report)
-                seconds = {"/".join(path): round(value, 3) for path, value in sorted(clock.seconds.items())}
-                (self.out / "stages.json").write_text(json.dumps(seconds, indent=2) + "\n")
 
     def log_evaluation(self, step: int, *, num_prompts: int, base: dict[str, float], tuned: dict[str, float]) -> None:
         """A line of evaluations.jsonl."""

@@ -40,10 +40,13 @@ class SampleOptions:
         """The options of a model; what is None is taken from the run that made `lora`, if it lies in one.
 
         Raises:
-            UserError: no such model, or no adapter in `lora`.
+            UserError: no such model, no adapter in `lora`, or a resolution that is no multiple of 16.
         """
         if lora is not None and not (lora / LORA_FILE).is_file():
             raise UserError(f"--lora {lora}: no {LORA_FILE} there; expected a checkpoint's lora/ directory")
+        if resolution is not None and resolution % 16:
+            nearest = max(16, 16 * round(resolution / 16))
+            raise UserError(f"--resolution: expected a multiple of 16, got {resolution}; nearest: {nearest}")
         run = None if lora is None else _run_of(lora)
         model = ModelConfig(
             name=name,

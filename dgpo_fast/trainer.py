@@ -53,7 +53,9 @@ class Trainer:
         use_clock(self.clock)
         self.interruption = Interruption(self.world)
         self.algorithm: Algorithm = DGPO(config)  # type: ignore[type-arg]
-        self.policy = Policy(load_model(config.model, device=self.world.device), config.adapter, seed=config.seed)
+        with stage("loading"):
+            self.policy = Policy(load_model(config.model, device=self.world.device), config.adapter, seed=config.seed)
+            self.unconditional = self.policy.model.encode([""])
         settings = config.optimizer
         self.optimizer = torch.optim.AdamW(
             [self.policy.trainable], lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay,
@@ -66,20 +68,20 @@ class Trainer:
         if saved is not None:
             self._restore(saved)
         self.policy.check_adapters_act()
-        self.unconditional = self.policy.model.encode([""])
 
     def train(self) -> None:
         """Runs until `steps` optimizer steps are done. On SIGINT or SIGTERM saves and raises SystemExit(130 or 143)."""
         run = RunDirectory(
-            self.out, self.config, start_step=self.step, resumed=self.resumed, is_first=self.world.is_first
-        )
+            self.out, self.config, clock=self.clock, start_step=self.step, resumed=self.resumed,
+            is_first=self.world.is_first,
+        )  # fmt: skip
         with run, self.interruption:
             try:
                 if self.base_metrics is None:
                     self._evaluate(run)
                     self._save_samples(run)
                 while self.step < self.config.steps:
-                    run.log_step(self.run_iteration(), self.clock)
+                    run.log_step(self.run_iteration())
                     self._look_up_from_work(run)
             except Interrupted as interrupted:
                 self._save_checkpoint()
@@ -214,6 +216,7 @@ class Trainer:
                 }
                 score = self.score[1] if self.score and self.score[0] == self.step else None
                 values = {"wall_s": self.wall_s, "score": score, "base_metrics": self.base_metrics}
+                values["stages"] = {"/".join(path): seconds for path, seconds in self.clock.seconds.items()}
                 state = State(step=self.step, tensors=tensors, values=values)
                 save_checkpoint(
                     self.out, state, save_lora=self.policy.save_lora, keep_last=self.config.checkpoints.keep_last
@@ -229,4 +232,6 @@ class Trainer:
         }
         # The count of steps too: the fused AdamW reads it on the device.
         self.optimizer.state[trainable] = {name: value.to(device) for name, value in moments.items()}
+        for path, seconds in saved.values["stages"].items():
+            self.clock.seconds[tuple(path.split("/"))] += seconds
         self.step, self.wall_s, self.base_metrics = saved.step, saved.values["wall_s"], saved.values["base_metrics"]

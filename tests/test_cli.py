@@ -310,7 +310,7 @@ def test_an_image_depends_on_its_seed_alone(dgpo_fast: CommandLine, tmp_path: Pa
     [
         (["embeded"], "no model 'embeded'; did you mean 'embedded'?"),
         (["embedded", "--lora", "nowhere"], "--lora nowhere: no pytorch_lora_weights.safetensors there"),
-        (["embedded", "--resolution", "70"], "resolution"),
+        (["embedded", "--resolution", "70"], "--resolution: expected a multiple of 16, got 70; nearest: 64"),
     ],
 )
 def test_sample_refuses(arguments: list[str], message: str, dgpo_fast: CommandLine, tmp_path: Path) -> None:

@@ -179,13 +179,14 @@ def test_wandb_gets_every_metric_and_a_resumed_run_continues_its_own(
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     (tmp_path / "config.yaml").write_text("name: tiny\n")
-    for resume_step in (None, 1):
+    for resume_step in (None, 1, None):
         log = MetricsLog(tmp_path, tensorboard=False, wandb=True, resume_step=resume_step)
         log.write(report((resume_step or 0) + 1))
         log.close()
-    first, second = fake.opened
-    assert first["id"] == second["id"] and first["config"] == {"name": "tiny"} and fake.finished == 2
-    (step, values), _ = fake.logged
+    first, second, another = fake.opened
+    assert first["id"] == second["id"] != another["id"]
+    assert first["config"] == {"name": "tiny"} and fake.finished == 3
+    (step, values), *_ = fake.logged
     assert step == 1 and values["loss/kl"] == report(1).kl and len(values) == len(dataclasses.fields(StepReport)) - 2
 
 

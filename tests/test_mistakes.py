@@ -254,23 +254,12 @@ def assert_nothing_lost(run: Path, straight_run: Path) -> None:
 # In a process of its own, as users see it
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--set=groups.size=1"], "tiny-dgpo: groups.size: input should be greater than or equal to 2, got 1"),
-        ([], "rewards: 'misbehaving:Shapes' returned nan for 1 of 2 images; "
-             "set rewards.on_failure=skip to leave such samples out"),
-    ],
-    ids=["recipe", "reward"],
-)  # fmt: skip
-def test_stderr_is_one_line(
-    arguments: list[str], message: str, tmp_path: Path, quick: tuple[str, ...], child_environment: dict[str, str]
-) -> None:
+def test_stderr_is_one_line(tmp_path: Path) -> None:
     process = subprocess.run(
-        [sys.executable, "-m", "dgpo_fast", "train", "tiny-dgpo", "--out", tmp_path / "run",
-         *(f"--set={item}" for item in quick), *arguments],
-        env={**child_environment, "MISBEHAVE": "1:nan"},
+        [sys.executable, "-m", "dgpo_fast", "train", "tiny-dgpo", "--out", tmp_path / "run", "--set=groups.size=1"],
+        cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
-    )  # fmt: skip
-    assert (process.returncode, process.stdout, process.stderr) == (2, "", f"error: {message}\n")
+    )
+    message = "error: tiny-dgpo: groups.size: input should be greater than or equal to 2, got 1\n"
+    assert (process.returncode, process.stdout, process.stderr) == (2, "", message)

@@ -21,7 +21,7 @@ from dgpo_fast.parallel.world import World
 # The reward depends on every pixel and on the prompt. An eps far above every gradient makes Adam's step proportional to
 # the gradient: with the usual one it is nearly the gradient's sign, which rounding flips where that is about zero.
 OVERRIDES = (
-    "steps=2", "rewards.terms=[{name: 'misbehaving:Brightness'}]",
+    "steps=2", "rewards.terms=[{name: 'misbehaving:Brightness'}]", "algorithm.train_timesteps=2",
     "optimizer.eps=1.0", "optimizer.lr=1.0", "optimizer.warmup_steps=0", "optimizer.weight_decay=0",
 )  # fmt: skip
 

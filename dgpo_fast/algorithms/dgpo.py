@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dgpo_fast import rng
@@ -47,6 +48,7 @@ class GroupWeights:
     """The weights of a round's groups, and the anchors that went into them, so that they are computed once."""
 
     weight_G: Tensor  # sigmoid(s_G) of the whole groups
+    objective: Tensor  # an equal share of their softplus(s_G) / beta for each micro-batch, so that the shares add up
     anchors: Anchors
 
 
@@ -95,11 +97,12 @@ class DGPO:
                     beta=self.settings.beta,
                 )
             )  # fmt: skip
-        weight_G = torch.sigmoid(torch.stack(scores).sum(0))
-        return [GroupWeights(weight_G=weight_G, anchors=anchor) for anchor in anchors]
+        score_G = torch.stack(scores).sum(0)
+        weight_G, share = torch.sigmoid(score_G), F.softplus(score_G).sum() / self.settings.beta / len(batches)
+        return [GroupWeights(weight_G=weight_G, objective=share, anchors=anchor) for anchor in anchors]
 
     def loss(self, policy: Policy, batch: DGPOBatch, weights: GroupWeights | None) -> LossOutput:
-        """softplus(s_G) / beta of whole groups, or the surrogate of cut ones (same gradient), and the KL term."""
+        """softplus(s_G) / beta and the KL term; cut groups take their gradient, which is the same, from the surrogate."""
         anchors = self._anchors(policy, batch) if weights is None else weights.anchors
         with stage("policy"):
             velocity_MCHW = self._policy_velocity(policy, batch)
@@ -113,8 +116,9 @@ class DGPO:
             objective, surrogate, weight_G = preference.objective, preference.surrogate, preference.weight_G
         else:
             weight_G = weights.weight_G
-            objective = weighted_errors(error_M, *groups, weight_G, clipped_M=clipped_M)
-            surrogate = objective.detach()
+            part = weighted_errors(error_M, *groups, weight_G, clipped_M=clipped_M)
+            surrogate = part.detach()
+            objective = weights.objective + (part - surrogate)
         dgpo_loss = batch.group_share * objective
         kl = batch.sample_share * self._kl(velocity_MCHW, anchors, batch)
         loss = dgpo_loss + self.settings.kl_coef * kl

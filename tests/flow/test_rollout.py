@@ -24,7 +24,8 @@ PROMPTS = ["two red circles", "a blue square left of a green triangle", "a black
 
 def tiny(*overrides: str) -> Config:
     euler = ("rollout.solver=euler", "rollout.schedule=flow_match")
-    return load_recipe("tiny-dgpo", ["adapter.rank=4", *euler, *overrides])
+    one_sigma = ("algorithm.trunc=0", "algorithm.train_timesteps=1")  # allows any number of steps
+    return load_recipe("tiny-dgpo", ["adapter.rank=4", *euler, *one_sigma, *overrides])
 
 
 def make_noise(policy: Policy) -> Tensor:
