@@ -42,7 +42,7 @@ $(STAMP): $(INPUTS)
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) --quiet -c constraints-cuda.txt setuptools wheel cmake ninja
 	@$(PIP_INSTALL) -c constraints-cuda.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
-	@flavour=$$($(PY) -c 'import torch; print("cuda" if torch.version.cuda else "cpu")'); \
+	@flavour=$$($(PY) -W ignore -c 'import torch; print("cuda" if torch.version.cuda else "cpu")'); \
 		DGPO_FAST_REQUIRE_NATIVE=$(NATIVE) $(PIP_INSTALL) --quiet -c constraints-$$flavour.txt --no-build-isolation -e '.[dev]'
 	@$(MAKE) --no-print-directory report-native
 	@touch $@

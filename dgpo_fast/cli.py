@@ -9,12 +9,13 @@ import errno
 import json
 import logging
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -26,11 +27,11 @@ from dgpo_fast.errors import UserError
 app = typer.Typer(
     name="dgpo-fast",
     help="Fine-tunes Stable Diffusion 3.5 with online reinforcement learning (DGPO).",
-    no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-tiny = typer.Typer(help="The embedded pipeline.", no_args_is_help=True)
+tiny = typer.Typer(help="The embedded pipeline.")
 app.add_typer(tiny, name="tiny")
 
 USER_ERROR = 2
@@ -38,32 +39,45 @@ LIBRARIES = ("accelerate", "deepspeed", "diffusers", "peft", "torch", "transform
 # What the operator of a machine can mend, and no bug of ours causes: permissions, a full disk, a read-only one.
 MENDABLE = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
-Recipe = Annotated[str, typer.Argument(help="A name that `dgpo-fast recipes` lists, or a YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change a setting, such as optimizer.lr=1e-4.")]
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A name that `dgpo-fast recipes` lists, or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as optimizer.lr=1e-4.")
+]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What `dgpo-fast train` wrote.")]
-Steps = Annotated[int | None, typer.Option(help="Optimizer steps; short for --set steps=N.")]
-Seed = Annotated[int | None, typer.Option(help="Short for --set seed=S.")]
-SaveEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints; short for --set checkpoints.every=K.")]
-Model = Annotated[str | None, typer.Option(help="A directory or a name; short for --set model.name=...")]
+Steps = Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps; short for --set steps=N.")]
+Seed = Annotated[int | None, typer.Option(metavar="S", help="Short for --set seed=S.")]
+SaveEvery = Annotated[
+    int | None, typer.Option(metavar="K", help="Steps between checkpoints; short for --set checkpoints.every=K.")
+]
+Model = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="A directory or a name; short for --set model.name=...")
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits: 0 on success, 2 for a mistake of the user, 130 or 143 after a signal, else 1."""
     _quiet_libraries()
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="dgpo-fast")
+        status: int | None = app(given or ["--help"], prog_name="dgpo-fast", standalone_mode=False)
     except UserError as error:
         _refuse(str(error))
+    except typer.TyperException as error:
+        message = error.format_message().rstrip(".")
+        _refuse(f"{message[0].lower()}{message[1:]} (see dgpo-fast --help)")
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
         _refuse(f"{error.filename or 'output'}: {error.strerror}")
+    raise SystemExit(status)
 
 
 @app.command()
 def train(
     recipe: Recipe,
-    out: Annotated[Path | None, typer.Option(help="Run directory; runs/<recipe>-<time> where not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Run directory; runs/<recipe>-<time> where not given.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan; load nothing.")
@@ -112,16 +126,18 @@ def evaluate(
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Argument(help="`embedded`, a directory in diffusers' format, or a hub name.")],
-    prompt: Annotated[str, typer.Option(help="What to draw.")],
-    out: Annotated[Path, typer.Option(help="Directory for the images.")],
-    lora: Annotated[Path | None, typer.Option(help="A checkpoint's lora/ directory.")] = None,
-    num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Image i starts from the noise of seed + i.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps. [default: the run's, else 28]")] = None,
-    guidance: Annotated[float | None, typer.Option(min=1, help="[default: the run's, else 4.5]")] = None,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="`embedded`, a directory in diffusers' format, or a hub name.")
+    ],
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to draw.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the images go.")],
+    lora: Annotated[Path | None, typer.Option(metavar="DIR", help="A checkpoint's lora/ directory.")] = None,
+    num: Annotated[int, typer.Option(metavar="N", min=1, help="Number of images.")] = 1,
+    seed: Annotated[int, typer.Option(metavar="S", min=0, help="Image i starts from the noise of seed + i.")] = 0,
+    steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Solver steps; else the run's, or 28.")] = None,
+    guidance: Annotated[float | None, typer.Option(metavar="G", min=1, help="Else the run's, or 4.5.")] = None,
     resolution: Annotated[
-        int | None, typer.Option(min=16, help="Pixels. [default: the run's, else the model's]")
+        int | None, typer.Option(metavar="PIXELS", min=16, help="Else the run's, or the model's.")
     ] = None,
 ) -> None:
     """Draw images with diffusers' own pipeline. With --lora, settings not given are those of the adapter's run."""
@@ -157,9 +173,9 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
 @app.command()
 def profile(
     recipe: Recipe,
-    out: Annotated[Path, typer.Option(help="Directory for trace.json and stages.csv.")],
-    iterations: Annotated[int, typer.Option(min=1, help="Iterations to measure.")] = 3,
-    warmup: Annotated[int, typer.Option(min=0, help="Iterations before them.")] = 1,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where stages.csv and trace.json go.")],
+    iterations: Annotated[int, typer.Option(metavar="N", min=1, help="Iterations to measure.")] = 3,
+    warmup: Annotated[int, typer.Option(metavar="N", min=0, help="Iterations before them.")] = 1,
     trace: Annotated[bool, typer.Option(help="Write trace.json; not under Nsight.")] = True,
     overrides: Overrides = None,
     model: Model = None,
@@ -174,8 +190,8 @@ def profile(
 
 @tiny.command("build")
 def tiny_build(
-    out: Annotated[Path, typer.Option(help="Directory for the pipeline.")],
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the pipeline goes.")],
+    seed: Annotated[int, typer.Option(metavar="S", min=0)] = 0,
 ) -> None:
     """Train the embedded pipeline from nothing (an hour on two CPU cores)."""
     _check_writable(out)
@@ -274,6 +290,6 @@ def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str) -> NoReturn:
     Console(stderr=True).print(f"error: {' '.join(message.split())}", markup=False, highlight=False, soft_wrap=True)
     raise SystemExit(USER_ERROR)

@@ -16,7 +16,7 @@ from dgpo_fast.profiling import StageClock, stage
 from dgpo_fast.progress import TrainingProgress
 from dgpo_fast.records import StepReport
 from dgpo_fast.report import write_report
-from dgpo_fast.samples import save_grid
+from dgpo_fast.samples import save_grid, write_atomically
 
 
 class RunDirectory:
@@ -43,7 +43,7 @@ class RunDirectory:
             return
         try:
             (out / "samples").mkdir(parents=True, exist_ok=True)
-            (out / "config.yaml").write_text(dump_config(config))
+            write_atomically(out / "config.yaml", dump_config(config).encode())  # without it no run can be resumed
             (out / "environment.json").write_text(json.dumps(describe_environment(), indent=2) + "\n")
         except OSError as error:
             raise UserError(f"cannot write the run directory {out}: {error.strerror}") from None

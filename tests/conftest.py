@@ -34,13 +34,13 @@ QUICK = (
     "algorithm.trunc=2", "algorithm.train_timesteps=1", "old_policy.rate=0.1", "evaluation_ema.every=2",
     "evaluation.every=3", "evaluation.steps=2", "evaluation.num_prompts=2", "evaluation.images_per_prompt=1",
     "checkpoints.every=3", "logging.num_samples=2", "logging.samples_every=0", "logging.tensorboard=false",
-    "rewards.terms=[{name: 'misbehaving:Shapes', metric: soft}]",
+    "rewards.terms=[{name: 'misbehaving:Brightness'}, {name: shapes, metric: soft, weight: 0.1}]",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def quick() -> tuple[str, ...]:
-    """Overrides that make a short run of `tiny-dgpo`, scored by the reward in rewards/misbehaving.py."""
+    """Overrides that make a short run of `tiny-dgpo`, scored by the reward in rewards/misbehaving.py and by its own."""
     if str(OWN_REWARDS) not in sys.path:
         sys.path.append(str(OWN_REWARDS))
     return QUICK
@@ -77,7 +77,7 @@ def embedded_pipeline() -> StableDiffusion3Pipeline:
     return pipeline
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model(embedded_pipeline: StableDiffusion3Pipeline) -> Callable[[Config], StableDiffusion3]:
     """Makes the model of a configuration from a copy of the embedded pipeline."""
     import torch
@@ -93,18 +93,31 @@ def make_model(embedded_pipeline: StableDiffusion3Pipeline) -> Callable[[Config]
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_policy(make_model: Callable[[Config], StableDiffusion3]) -> Callable[..., Policy]:
-    """Makes the policy of a configuration; `spread` fills every view with weights of its own of that deviation."""
+    """Gives the policy of a configuration as a new one would be; equal configurations share it, one test at a time.
+
+    `spread` fills every view with random weights of its own of that deviation.
+    """
     import torch
 
     from dgpo_fast.models.policy import TRAINED, Policy
 
+    made: dict[tuple[object, ...], tuple[Policy, torch.Tensor]] = {}
+
     def make(config: Config, *, spread: float = 0.0) -> Policy:
-        policy = Policy(make_model(config), config.adapter, seed=config.seed)
+        key = (config.model, config.adapter, config.seed)
+        if key not in made:
+            policy = Policy(make_model(config), config.adapter, seed=config.seed)
+            made[key] = policy, policy.trainable.detach().clone()
+        policy, initial = made[key]
         generator = torch.Generator().manual_seed(1)
-        for view in TRAINED if spread else ():
-            policy.set_weights(view, spread * torch.randn(len(policy.trainable), generator=generator))
+        for view in TRAINED:
+            random = spread * torch.randn(len(initial), generator=generator)
+            policy.set_weights(view, random if spread else initial)
+        policy.collect_gradient()
+        assert policy.trainable.grad is not None
+        policy.trainable.grad.zero_()
         return policy
 
     return make

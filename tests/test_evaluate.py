@@ -92,10 +92,10 @@ def test_an_image_without_a_score_is_left_out(
     how: str, policy: Policy, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = draw_images(policy, "ref", PROMPTS, config, images_per_prompt=1)
-    others = Scorer(config.rewards)(images, PROMPTS).metrics["soft"][1:]
+    others = Scorer(config.rewards)(images, PROMPTS).metrics["brightness"][1:]
     monkeypatch.setenv("MISBEHAVE", f"1:{how}")
     metrics = evaluate_view(policy, "ref", PROMPTS, config, Scorer(config.rewards), ALONE)
-    assert metrics["soft"] == others.double().mean().item()
+    assert metrics["brightness"] == others.double().mean().item()
 
 
 def test_more_ranks_than_prompts_is_a_mistake_of_the_user(policy: Policy, config: Config) -> None:

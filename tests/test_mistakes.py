@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dgpo_fast import checkpoint
+from dgpo_fast import checkpoint, load_recipe
 from dgpo_fast.checkpoint import list_checkpoints
 from dgpo_fast.cli import main
-from dgpo_fast.metrics import read_evaluations, read_metrics
+from dgpo_fast.errors import UserError
+from dgpo_fast.metrics import MetricsLog, read_evaluations, read_metrics
 from dgpo_fast.models.sources import EMBEDDED
+from dgpo_fast.profiling import StageClock
+from dgpo_fast.run_directory import RunDirectory
 
 Refusal = Callable[..., str]
 
@@ -207,10 +211,10 @@ def test_resume_without_a_checkpoint(refusal: Refusal, run: Path) -> None:
 # Seen while a run goes on: steps 7 and 8 of a run that saved six
 
 MISBEHAVIOUR = {
-    "nan": "'misbehaving:Shapes' returned nan for 1 of 8 images; set rewards.on_failure=skip",
-    "inf": "'misbehaving:Shapes' returned inf for 1 of 8 images; set rewards.on_failure=skip",
-    "short": "'misbehaving:Shapes' returned [7] scores (soft) for 8 images; expected one for each",
-    "raise": "'misbehaving:Shapes' raised RuntimeError: the reward's server is gone",
+    "nan": "'misbehaving:Brightness' returned nan for 1 of 8 images; set rewards.on_failure=skip",
+    "inf": "'misbehaving:Brightness' returned inf for 1 of 8 images; set rewards.on_failure=skip",
+    "short": "'misbehaving:Brightness' returned [7] scores (brightness) for 8 images; expected one for each",
+    "raise": "'misbehaving:Brightness' raised RuntimeError: the reward's server is gone",
 }
 
 
@@ -238,10 +242,25 @@ def test_a_disk_that_is_full_while_saving(
 def test_a_disk_that_is_full_while_logging(
     refusal: Refusal, run: Path, straight_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """/dev/full takes no byte, as a full disk."""
-    (run / "stages.json").unlink()
-    (run / "stages.json").symlink_to("/dev/full")
-    assert "No space left on device" in refusal("--out", run, "--resume", "--steps=7")
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(MetricsLog, "write", full)
+    assert refusal("--out", run, "--resume", "--steps=7") == "metrics.jsonl: No space left on device"
+    assert_nothing_lost(run, straight_run)
+
+
+def test_a_disk_that_is_full_on_resume(run: Path, straight_run: Path) -> None:
+    """The system itself refuses to write a file as large as config.yaml; the old one stays."""
+    config = load_recipe(run / "config.yaml")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((run / "config.yaml").stat().st_size // 2, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write the run directory .*: File too large"):
+            RunDirectory(run, config, clock=StageClock(), start_step=6, resumed=True, is_first=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (run / "config.yaml").read_bytes() == (straight_run / "config.yaml").read_bytes()
     assert_nothing_lost(run, straight_run)
 
 

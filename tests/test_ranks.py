@@ -18,10 +18,10 @@ from dgpo_fast.models.policy import Policy
 from dgpo_fast.models.sd3 import load_model
 from dgpo_fast.parallel.world import World
 
-# The reward depends on every pixel and on the prompt. An eps far above every gradient makes Adam's step proportional to
-# the gradient: with the usual one it is nearly the gradient's sign, which rounding flips where that is about zero.
+# An eps far above every gradient makes Adam's step proportional to the gradient: with the usual one it is nearly the
+# gradient's sign, which rounding flips where that is about zero.
 OVERRIDES = (
-    "steps=2", "rewards.terms=[{name: 'misbehaving:Brightness'}]", "algorithm.train_timesteps=2",
+    "steps=2", "algorithm.train_timesteps=2", "rewards.terms=[{name: 'misbehaving:Brightness'}]",
     "optimizer.eps=1.0", "optimizer.lr=1.0", "optimizer.warmup_steps=0", "optimizer.weight_decay=0",
 )  # fmt: skip
 
@@ -54,13 +54,16 @@ def two_ranks(
 
 
 def test_the_first_step_draws_and_scores_the_same(one_rank: Path, two_ranks: Path) -> None:
-    """Before any gradient, everything is equal to the bit; nothing is logged twice."""
+    """Pooled text rounds by the number of prompts, 2e-7 of it; another prompt or noise would change all by 1e-2."""
     one, two = read_metrics(one_rank), read_metrics(two_ranks)
     assert [line["step"] for line in two] == [1, 2]
-    for key in ("reward_mean", "reward_std", "images_seen", "zero_std_groups", "group_weight_mean", "kl"):
+    for key in ("images_seen", "zero_std_groups", "group_weight_mean", "kl"):
         assert two[0][key] == one[0][key]
-    assert one[0]["reward_std"] > 0
-    assert read_evaluations(two_ranks)[0] == read_evaluations(one_rank)[0]
+    for key, rounding in (("reward_mean", 1e-5), ("reward_std", 1e-5), ("grad_norm", 1e-4)):
+        assert two[0][key] == pytest.approx(one[0][key], rel=rounding)
+    base = [read_evaluations(run)[0]["base"]["brightness"] for run in (one_rank, two_ranks)]
+    assert base[1] == pytest.approx(base[0], rel=1e-5)
+    assert one[0]["reward_std"] > 1e-2
 
 
 def test_the_weights_are_those_of_one_rank(one_rank: Path, two_ranks: Path, quick: tuple[str, ...]) -> None:
@@ -69,18 +72,17 @@ def test_the_weights_are_those_of_one_rank(one_rank: Path, two_ranks: Path, quic
     start = Policy(load_model(config.model, device="cpu"), config.adapter, seed=config.seed).trainable.detach()
     learned = (one - start).norm()
     assert learned > 0
-    # Four gradients of a step (two groups, two sigmas) add up in another order: up to 3 float32 roundings of each, and
-    # the second step's gradients are those of weights that differ by as much. Weights themselves are rounded twice.
-    rounding = 2**-24 * (2 * 4 * learned + 2 * start.double().norm())
-    assert (one - two).norm() <= rounding
+    # Weights are rounded to float32 after each of two steps in each run. Gradients differ by what the rounding of the
+    # pooled text, and of a sum of four in another order, makes of them: 4e-6 of the norm of the first.
+    assert (one - two).norm() <= 4 * 2**-24 * start.double().norm() + 1e-4 * learned
 
 
 def test_the_second_step_goes_on_from_the_same(one_rank: Path, two_ranks: Path) -> None:
-    """Rewards of images are means over pixels near 1/2: what is left of weights that agree to rounding."""
+    """Images, losses and gradients of weights that agree to rounding."""
     one, two = read_metrics(one_rank)[1], read_metrics(two_ranks)[1]
     assert one["reward_mean"] != read_metrics(one_rank)[0]["reward_mean"]
-    for key in ("reward_mean", "loss", "dgpo_loss", "group_weight_mean", "grad_norm"):
-        assert two[key] == pytest.approx(one[key], rel=1e-5), key
+    for key in ("reward_mean", "reward_std", "loss", "dgpo_loss", "kl", "group_weight_mean", "grad_norm"):
+        assert two[key] == pytest.approx(one[key], rel=1e-4), key
 
 
 def test_one_rank_writes(two_ranks: Path) -> None:

@@ -74,7 +74,7 @@ def test_evaluations_compare_with_the_base(straight_run: Path) -> None:
     lines = read_evaluations(straight_run)
     assert [line["step"] for line in lines] == [0, 3, 6]
     assert lines[0]["tuned"] == lines[0]["base"] == lines[1]["base"] == lines[2]["base"]
-    assert lines[2]["tuned"]["soft"] != lines[0]["base"]["soft"]
+    assert lines[2]["tuned"] != lines[2]["base"]
     assert {(line["split"], line["num_prompts"], line["images_per_prompt"]) for line in lines} == {("test", 2, 1)}
 
 
@@ -145,7 +145,7 @@ def test_an_iteration_without_any_score_is_an_error(
     trainer = Trainer(load_recipe("tiny-dgpo", [*quick, "rewards.on_failure=skip"]), tmp_path)
 
     def nothing(images_BCHW: Tensor, prompts: list[str]) -> dict[str, list[float]]:
-        return {"soft": [math.nan] * len(prompts)}
+        return {name: [math.nan] * len(prompts) for name in ("brightness", "soft")}
 
     trainer.scorer.terms = [(term, nothing) for term, _ in trainer.scorer.terms]
     with pytest.raises(UserError, match="no image of the iteration has a valid reward"):

@@ -16,8 +16,8 @@
 namespace dgpo_fast::cpu {
 namespace {
 
-// Elements below which a thread costs more than it gives (benchmarks/bench_solver_step.py).
-constexpr int64_t kGrainSize = 16384;
+// Elements a thread should have at least: what torch gives the threads of its own elementwise loops.
+constexpr int64_t kGrainSize = 32768;
 
 bool is_floating(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||

@@ -102,7 +102,7 @@ class DGPO:
         return [GroupWeights(weight_G=weight_G, objective=share, anchors=anchor) for anchor in anchors]
 
     def loss(self, policy: Policy, batch: DGPOBatch, weights: GroupWeights | None) -> LossOutput:
-        """softplus(s_G) / beta and the KL term; cut groups take their gradient, which is the same, from the surrogate."""
+        """softplus(s_G) / beta and the KL term; the gradient of a cut group is its surrogate's, which is the same."""
         anchors = self._anchors(policy, batch) if weights is None else weights.anchors
         with stage("policy"):
             velocity_MCHW = self._policy_velocity(policy, batch)
@@ -116,9 +116,9 @@ class DGPO:
             objective, surrogate, weight_G = preference.objective, preference.surrogate, preference.weight_G
         else:
             weight_G = weights.weight_G
-            part = weighted_errors(error_M, *groups, weight_G, clipped_M=clipped_M)
-            surrogate = part.detach()
-            objective = weights.objective + (part - surrogate)
+            errors = weighted_errors(error_M, *groups, weight_G, clipped_M=clipped_M)
+            surrogate = errors.detach()
+            objective = weights.objective + (errors - surrogate)
         dgpo_loss = batch.group_share * objective
         kl = batch.sample_share * self._kl(velocity_MCHW, anchors, batch)
         loss = dgpo_loss + self.settings.kl_coef * kl

@@ -109,6 +109,7 @@ def _load_pipeline(source: ModelSource, config: ModelConfig) -> StableDiffusion3
 
     diffusers.utils.logging.disable_progress_bar()  # nine bars for nine parts; downloads still show theirs
     transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # what it logs as an error it raises, too
     try:
         return StableDiffusion3Pipeline.from_pretrained(
             source.location,

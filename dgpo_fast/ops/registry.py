@@ -176,7 +176,7 @@ def _choice_for_cpu(name: str) -> tuple[str, str]:
         return "reference", _NATIVE_MISSING
     if not _has_native_cpu_kernel(name):
         return "reference", "the native library has no kernel for it"
-    return "native", "C++, the fastest on a CPU" if _CHOICE == "auto" else forced
+    return "native", "C++, one pass over memory" if _CHOICE == "auto" else forced
 
 
 def _choice_for_cuda() -> tuple[str, str]:

@@ -21,8 +21,11 @@ MakePolicy = Callable[..., Policy]
 
 EPS = torch.finfo(torch.float32).eps
 PROMPTS = ("two red circles", "a blue square left of a green triangle")
-SPREAD = 0.1
-"""Deviation of the adapters' weights: policy, old and ema differ visibly from each other and from the base."""
+BETA = 10
+ROUNDING = 4 * EPS * BETA
+"""Of what a report says: errors d of order 1 carry a few roundings, and s_G is beta times their differences."""
+SPREAD = 0.2
+"""Deviation of the adapters' weights: they change the output as much as the base's own weights do."""
 
 
 def tiny(*overrides: str, size: int = 4, micro: int = 8) -> Config:
@@ -32,23 +35,26 @@ def tiny(*overrides: str, size: int = 4, micro: int = 8) -> Config:
         [
             "adapter.rank=4", "adapter.alpha=8", f"groups.size={size}", "groups.per_iteration=2",
             f"optimizer.images_per_micro_batch={micro}", "rollout.steps=3", "rollout.images_per_forward=4",
-            "algorithm.trunc=1", "algorithm.train_timesteps=1", "algorithm.beta=10", *overrides,
+            "algorithm.trunc=1", "algorithm.train_timesteps=1", f"algorithm.beta={BETA}", *overrides,
         ],
     )  # fmt: skip
 
 
-def prompt_batch(
-    policy: Policy, config: Config, *, iteration: int = 0, group_ids: tuple[int, ...] = (0, 1)
-) -> PromptBatch:
-    prompts = tuple(PROMPTS[group] for group in group_ids)
+def prompt_batch(policy: Policy, config: Config, *, iteration: int = 0) -> PromptBatch:
     return PromptBatch(
         iteration=iteration,
-        prompts=prompts,
-        group_ids=group_ids,
+        prompts=PROMPTS,
+        group_ids=(0, 1),
         group_size=config.groups.size,
-        conditioning=policy.model.encode(prompts),
+        conditioning=policy.model.encode(PROMPTS),
         unconditional=policy.model.encode([""]),
     )
+
+
+def second_alone(prompts: PromptBatch) -> PromptBatch:
+    """The second group, as another rank has it."""
+    conditioning = prompts.conditioning[slice(1, 2)]
+    return replace(prompts, prompts=PROMPTS[1:], group_ids=(1,), conditioning=conditioning)
 
 
 def score(rollout: Rollout, config: Config, *, invalid: Sequence[int] = ()) -> ScoredGroups:
@@ -60,9 +66,9 @@ def score(rollout: Rollout, config: Config, *, invalid: Sequence[int] = ()) -> S
     return ScoredGroups(rollout=rollout, reward_B=reward_B, valid_B=valid_B, advantage_B=advantages.advantage_B)
 
 
-def scored_groups(policy: Policy, config: Config, *, iteration: int = 0, invalid: Sequence[int] = ()) -> ScoredGroups:
+def scored_groups(policy: Policy, config: Config, *, invalid: Sequence[int] = ()) -> ScoredGroups:
     """Random latents instead of a rollout's: the loss does not care where they come from."""
-    prompts = prompt_batch(policy, config, iteration=iteration)
+    prompts = prompt_batch(policy, config)
     generator = torch.Generator().manual_seed(4)
     x0_BCHW = torch.randn(prompts.num_samples, *policy.model.latent_shape, generator=generator)
     rollout = Rollout(prompts=prompts, x0_BCHW=x0_BCHW, images_BCHW=torch.zeros(0), sigmas=DGPO(config).sampler.sigmas)
@@ -139,9 +145,11 @@ def test_training_sigmas_are_points_of_the_rollouts_schedule(make_policy: MakePo
     policy = make_policy(config)
     algorithm = DGPO(config)
     allowed = (1000 * algorithm.sampler.sigmas[:5]).astype("float32").tolist()
+    scored = scored_groups(policy, config)
     drawn = []
     for iteration in range(40):
-        rounds = list(algorithm.batches(scored_groups(policy, config, iteration=iteration)))
+        prompts = replace(scored.rollout.prompts, iteration=iteration)
+        rounds = list(algorithm.batches(replace(scored, rollout=replace(scored.rollout, prompts=prompts))))
         told = [batch.timestep_M[0].item() for (batch,) in rounds]
         assert told[::2] == told[1::2], "each group trains at the same sigmas"
         assert len(set(told)) == 3
@@ -170,17 +178,16 @@ def test_integer_timesteps_truncate_sigma_too(make_policy: MakePolicy) -> None:
 
 
 def test_batches_of_a_group_do_not_depend_on_the_rank(make_policy: MakePolicy) -> None:
-    """The second group alone, as another rank has it, is the second half of both."""
+    """The second group alone is the second half of both."""
     config = tiny(micro=4)
     policy = make_policy(config)
     both = scored_groups(policy, config)
     alone = ScoredGroups(
-        rollout=Rollout(
-            prompts=prompt_batch(policy, config, group_ids=(1,)), x0_BCHW=both.rollout.x0_BCHW[4:],
-            images_BCHW=torch.zeros(0), sigmas=both.rollout.sigmas,
-        ),
-        reward_B=both.reward_B[4:], valid_B=both.valid_B[4:], advantage_B=both.advantage_B[4:],
-    )  # fmt: skip
+        rollout=replace(both.rollout, prompts=second_alone(both.rollout.prompts), x0_BCHW=both.rollout.x0_BCHW[4:]),
+        reward_B=both.reward_B[4:],
+        valid_B=both.valid_B[4:],
+        advantage_B=both.advantage_B[4:],
+    )
     _, (second,) = DGPO(config).batches(both)
     ((only,),) = DGPO(config).batches(alone)
     for name in ("x_t_MCHW", "target_MCHW", "timestep_M", "advantage_M", "group_M", "group_size_G"):
@@ -263,12 +270,10 @@ def test_the_report_is_the_written_loss(
     scored = scored_groups(policy, config, invalid=invalid)
     written = written_loss(policy, config, single_batch(config, scored))
     _, found = learn(policy, config, scored)
-    # Errors d of order 1 to 10 carry a few roundings; s_G is beta times their differences.
-    tolerance = 16 * EPS * config.algorithm.beta
     assert found.keys() == written.keys()
     for name, value in written.items():
-        assert found[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
-    assert abs(written["group_weight_mean"] - 0.5) > 100 * tolerance, "the weights say something"
+        assert found[name] == pytest.approx(value, rel=ROUNDING, abs=ROUNDING), name
+    assert abs(written["group_weight_mean"] - 0.5) > 100 * ROUNDING, "the weights say something"
     assert 0 < written["clip_fraction"] < 1
 
 
@@ -281,7 +286,7 @@ def test_two_sigmas_are_averaged(make_policy: MakePolicy) -> None:
     assert len(written) == 2
     for name, value in found.items():
         expected = (written[0][name] + written[1][name]) / 2
-        assert value == pytest.approx(expected, rel=16 * EPS * 10, abs=16 * EPS * 10), name
+        assert value == pytest.approx(expected, rel=ROUNDING, abs=ROUNDING), name
 
 
 def test_the_gradient_is_that_of_the_surrogate_and_the_kl_term(make_policy: MakePolicy) -> None:
@@ -298,7 +303,7 @@ def test_the_gradient_is_that_of_the_surrogate_and_the_kl_term(make_policy: Make
     velocity = policy.velocity("policy", *inputs)[0]
     d, a, kept = velocity_errors(velocity, batch.target_MCHW), batch.advantage_M, batch.valid_M
     weight_M = torch.cat(
-        [torch.sigmoid(10 * (a * (d - d_ref))[g][kept[g]].mean()).expand(4) for g in (slice(4), slice(4, 8))]
+        [torch.sigmoid(BETA * (a * (d - d_ref))[g][kept[g]].mean()).expand(4) for g in (slice(4), slice(4, 8))]
     ).detach()
     size_M = torch.cat([kept[g].sum().expand(4) for g in (slice(4), slice(4, 8))])
     ratio = torch.exp(d_old - d).detach()
@@ -309,23 +314,23 @@ def test_the_gradient_is_that_of_the_surrogate_and_the_kl_term(make_policy: Make
     assert policy.trainable.grad is not None
     expected = policy.trainable.grad - gradient
     error = (gradient - expected).norm() / expected.norm()
-    assert error < 64 * EPS
+    assert error < 8 * EPS
 
 
-@pytest.mark.parametrize("micro", [4, 8, 16])
 @pytest.mark.parametrize("kl_cfg", [1.0, 4.5])
-def test_cutting_groups_changes_neither_gradient_nor_report(make_policy: MakePolicy, micro: int, kl_cfg: float) -> None:
+def test_cutting_groups_changes_neither_gradient_nor_report(make_policy: MakePolicy, kl_cfg: float) -> None:
     """Groups of 16 in micro-batches of 4, 8 and 16, against both groups in one of 32."""
     overrides = ("algorithm.clip=0.001", f"algorithm.kl_cfg={kl_cfg}")
-    config, undivided = tiny(*overrides, size=16, micro=micro), tiny(*overrides, size=16, micro=32)
-    policy = make_policy(config, spread=SPREAD)
-    scored = scored_groups(policy, config, invalid=[3, 20])
-    gradient, found = learn(policy, config, scored)
+    undivided = tiny(*overrides, size=16, micro=32)
+    policy = make_policy(undivided, spread=SPREAD)
+    scored = scored_groups(policy, undivided, invalid=[3, 20])
     expected, report = learn(policy, undivided, scored)
-    error = ((gradient - expected).norm() / expected.norm()).item()
-    assert error < 64 * EPS
-    for name, value in report.items():
-        assert found[name] == pytest.approx(value, rel=16 * EPS * 10, abs=16 * EPS * 10), name
+    for micro in (4, 8, 16):
+        gradient, found = learn(policy, tiny(*overrides, size=16, micro=micro), scored)
+        # The gradients of 32 samples, summed in another order.
+        assert (gradient - expected).norm() / expected.norm() < 32 * EPS
+        for name, value in report.items():
+            assert found[name] == pytest.approx(value, rel=ROUNDING, abs=ROUNDING), (micro, name)
 
 
 def test_pieces_taken_for_groups_would_be_noticed(make_policy: MakePolicy) -> None:
@@ -427,7 +432,7 @@ def test_equal_rewards_leave_the_kl_term_alone(make_policy: MakePolicy) -> None:
     flat = replace(scored, advantage_B=torch.zeros_like(scored.advantage_B))
     gradient, found = learn(policy, config, flat)
     assert not gradient.any()
-    assert found["dgpo_loss"] == pytest.approx(math.log(2) / 10)
+    assert found["dgpo_loss"] == pytest.approx(math.log(2) / BETA)
     assert learn(policy, tiny("algorithm.kl_coef=0.1"), flat)[0].any()
 
 
@@ -499,9 +504,11 @@ def test_a_rollout_is_named_by_iteration_group_and_sample(make_policy: MakePolic
     config = tiny()
     policy = make_policy(config, spread=SPREAD)
     algorithm = DGPO(config)
-    both = algorithm.rollout(policy, prompt_batch(policy, config)).x0_BCHW
-    alone = algorithm.rollout(policy, prompt_batch(policy, config, group_ids=(1,))).x0_BCHW
-    later = algorithm.rollout(policy, prompt_batch(policy, config, iteration=1)).x0_BCHW
+    prompts = prompt_batch(policy, config)
+    both, alone, later = (
+        algorithm.rollout(policy, batch).x0_BCHW
+        for batch in (prompts, second_alone(prompts), replace(prompts, iteration=1))
+    )
     assert torch.equal(both[4:], alone)
     everything = torch.cat([both, later]).flatten(1)
     distance = torch.cdist(everything, everything) + 1e9 * torch.eye(16)

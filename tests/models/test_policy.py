@@ -22,6 +22,7 @@ from dgpo_fast.records import Conditioning
 
 MakePolicy = Callable[..., Policy]
 
+EPS = torch.finfo(torch.float32).eps
 VIEWS: tuple[View, ...] = (*TRAINED, "ref")
 PROMPTS = ["two red circles", "a blue square left of a green triangle", "a black circle"]
 
@@ -132,7 +133,7 @@ def test_averages_follow_the_formula(make_policy: MakePolicy, view: View, decay:
     average = policy.views[view].master
     assert average.dtype == torch.float32
     # A product and a sum of numbers below max |w|: three roundings.
-    rounding = 3 * torch.finfo(torch.float32).eps * masters[view].abs().max().item()
+    rounding = 3 * EPS * masters[view].abs().max().item()
     torch.testing.assert_close(average.double(), expected, rtol=0, atol=rounding)
     assert differing(before, velocities(policy)) == {view}
     for other in set(TRAINED) - {view}:
@@ -214,9 +215,9 @@ def test_guidance_batches_the_empty_prompt_beside_the_prompts(make_policy: MakeP
         v_cond, v_uncond = policy.velocity("policy", x_BCHW, timestep_B, conditioning, empty)
         alone = [policy.velocity("policy", x_BCHW, timestep_B, text)[0] for text in (conditioning, empty_rows)]
     assert v_uncond is not None
-    # Other batch sizes take other kernels: some hundreds of roundings through six blocks.
+    # Other batch sizes may take other kernels: a few dozen roundings through six blocks.
     for batched, single in zip((v_cond, v_uncond), alone, strict=True):
-        torch.testing.assert_close(batched, single, rtol=0, atol=1e-5 * single.abs().max().item())
+        torch.testing.assert_close(batched, single, rtol=0, atol=64 * EPS * single.abs().max().item())
     assert not torch.allclose(v_cond, v_uncond, atol=1e-3)
 
 
@@ -258,11 +259,12 @@ def test_targets_choose_the_layers(make_policy: MakePolicy) -> None:
     }
 
 
-def test_initial_weights_are_named_by_the_seed(make_policy: MakePolicy) -> None:
+def test_initial_weights_are_named_by_the_seed(make_model: Callable[[Config], StableDiffusion3]) -> None:
+    config = tiny()
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    same, again, other = (make_policy(tiny(f"seed={seed}")) for seed in (7, 7, 8))
+    same, again, other = (Policy(make_model(config), config.adapter, seed=seed) for seed in (7, 7, 8))
     assert torch.equal(torch.rand(4), expected), "the global generator was touched"
     assert torch.equal(same.trainable, again.trainable)
     assert not torch.equal(same.trainable, other.trainable)
@@ -341,10 +343,9 @@ def test_diffusers_draws_from_a_saved_adapter_what_the_view_draws(
     ).images  # fmt: skip
 
     drawn = ours("ema", noise_BCHW)
-    # The yardstick is what one rounding of the noise does to the image.
-    eps = torch.finfo(torch.float32).eps
-    rounding = (ours("ema", noise_BCHW * (1 + eps)) - drawn).abs().max().item()
-    assert (drawn - theirs).abs().max().item() <= 8 * rounding
+    # The yardstick is what one rounding of the noise does to the image; each of four steps adds another.
+    rounding = (ours("ema", noise_BCHW * (1 + EPS)) - drawn).abs().max().item()
+    assert (drawn - theirs).abs().max().item() <= 4 * rounding
     assert (drawn - ours("ref", noise_BCHW)).abs().max().item() > 0.05
 
 

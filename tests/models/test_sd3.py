@@ -20,6 +20,7 @@ from dgpo_fast.models.sources import EMBEDDED
 
 MakeModel = Callable[[Config], StableDiffusion3]
 
+EPS = torch.finfo(torch.float32).eps
 TINY = load_recipe("tiny-dgpo")
 PROMPTS = ["two red circles", "", "a blue square left of a green triangle"]
 
@@ -64,9 +65,9 @@ def test_conditioning_has_a_row_for_each_prompt_in_order(make_model: MakeModel) 
     together = model.encode(PROMPTS)
     for row, prompt in enumerate(PROMPTS):
         alone = model.encode([prompt])
-        # Another batch size may take other kernels; two layers of text encoder leave a few dozen roundings.
-        torch.testing.assert_close(together[slice(row, row + 1)].text_BND, alone.text_BND, rtol=0, atol=1e-5)
-        torch.testing.assert_close(together[slice(row, row + 1)].pooled_BD, alone.pooled_BD, rtol=0, atol=1e-5)
+        # Another batch size may take other kernels; two layers of text encoder leave a few dozen roundings of 4.
+        torch.testing.assert_close(together[slice(row, row + 1)].text_BND, alone.text_BND, rtol=0, atol=128 * EPS)
+        torch.testing.assert_close(together[slice(row, row + 1)].pooled_BD, alone.pooled_BD, rtol=0, atol=128 * EPS)
     picked = together[torch.tensor([2, 2, 0])]
     assert torch.equal(picked.text_BND, together.text_BND[[2, 2, 0]])
     assert torch.equal(picked.pooled_BD, together.pooled_BD[[2, 2, 0]])
@@ -99,7 +100,7 @@ def test_images_are_those_of_the_pipeline(make_model: MakeModel, embedded_pipeli
     assert images.min() >= 0
     assert images.max() <= 1
     # (x / 2 + 1/2) against (x + 1) / 2, in whichever order: two roundings of a number below 1.
-    torch.testing.assert_close(images, expected, rtol=0, atol=2 * torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(images, expected, rtol=0, atol=2 * EPS)
 
 
 @pytest.mark.parametrize("images_per_forward", [1, 2, 5, 64])
@@ -107,7 +108,8 @@ def test_decoding_a_few_at_a_time_gives_the_same_images(make_model: MakeModel, i
     model = make_model(TINY)
     latents = torch.randn(5, *model.latent_shape, generator=torch.Generator().manual_seed(2))
     found, expected = (model.decode(latents, images_per_forward=n) for n in (images_per_forward, 5))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    # A decoder's convolutions sum some hundred products a time, in the order of whichever kernel the batch size takes.
+    torch.testing.assert_close(found, expected, rtol=0, atol=128 * EPS)
 
 
 def test_images_of_a_bfloat16_model_are_float32(make_model: MakeModel) -> None:

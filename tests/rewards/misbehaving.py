@@ -9,23 +9,23 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dgpo_fast.rewards.shapes import ShapesReward
 
+class Brightness:
+    """A reward of every pixel and of the prompt: two runs that score the same have drawn the same.
 
-class Shapes:
-    """The shapes reward; MISBEHAVE=CALL:HOW makes its call number CALL, counted from 1, go wrong.
-
-    HOW: nan or inf (for the first image), short (a score too few), raise, or the name of a signal to this process.
+    MISBEHAVE=CALL:HOW makes its call number CALL, counted from 1, go wrong. HOW: nan or inf (for the first image),
+    short (a score too few), raise, or the name of a signal to this process.
     """
 
     def __init__(self) -> None:
         call, _, self.how = os.environ.get("MISBEHAVE", "0:").partition(":")
         self.calls_left = int(call)
-        self.verifier = ShapesReward()
 
     def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Mapping[str, Sequence[float]]:
         self.calls_left -= 1
-        scores = {name: list(values) for name, values in self.verifier(images_BCHW, prompts).items()}
+        factor_B = torch.tensor([1 + len(prompt) / 100 for prompt in prompts])
+        std_B, mean_B = torch.std_mean(images_BCHW, (1, 2, 3))
+        scores = {"brightness": (mean_B * factor_B).tolist(), "contrast": (std_B * factor_B).tolist()}
         if self.calls_left == 0:
             self._misbehave(scores)
         return scores
@@ -38,14 +38,6 @@ class Shapes:
         else:
             for values in scores.values():
                 values[:1] = [] if self.how == "short" else [float(self.how)]
-
-
-class Brightness:
-    """A reward of every pixel and of the prompt: two runs that score the same have drawn the same."""
-
-    def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> list[float]:
-        factor_B = torch.tensor([1 + len(prompt) / 100 for prompt in prompts])
-        return (images_BCHW.mean((1, 2, 3)) * factor_B).tolist()
 
 
 class Broken:

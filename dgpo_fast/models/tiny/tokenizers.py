@@ -25,10 +25,12 @@ def train_clip_tokenizer(texts: Sequence[str], *, pad_token: str) -> CLIPTokeniz
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
+    # The trainer would find the letters that end words by itself, but number them in the order of a hash table.
+    last_letters = [f"{letter}</w>" for letter in string.ascii_lowercase]
     trainer = trainers.BpeTrainer(
         vocab_size=1024,
-        special_tokens=["<|startoftext|>", "<|endoftext|>", "!"],
-        initial_alphabet=[chr(c) for c in range(ord("a"), ord("z") + 1)],
+        special_tokens=["<|startoftext|>", "<|endoftext|>", "!", *last_letters],
+        initial_alphabet=list(string.ascii_lowercase),
         end_of_word_suffix="</w>",
         show_progress=False,
     )
