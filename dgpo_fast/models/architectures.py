@@ -203,7 +203,7 @@ class TransformerShape:
         and its second attention. Attention is counted without recomputing its scores: twice its forward.
         """
         adapted = self.adapted(targets)
-        gemm = sum(2 * x.inputs * x.outputs * tokens.of(x.stream) for x in self.linears if _after_adapters(x))
+        gemm: float = sum(2 * x.inputs * x.outputs * tokens.of(x.stream) for x in self.linears if _after_adapters(x))
         gemm += 2 * self.adapter_flops(tokens, targets, rank=rank).gemm
         gemm -= sum(2 * rank * x.inputs * tokens.of(x.stream) for x in adapted if not _after_adapters(x))
         joint, dual = self._attention_flops(tokens)
