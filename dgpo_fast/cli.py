@@ -183,9 +183,14 @@ def profile(
     """Measure where the time of an iteration goes."""
     config = load_recipe(recipe, [*(overrides or []), *_as_overrides({"model.name": model})])
     _check_writable(out)
-    from dgpo_fast.profile_run import profile_run, render
+    from dgpo_fast.profile_run import nsight_commands, profile_run, render
 
-    Console().print(render(profile_run(config, out, iterations=iterations, warmup=warmup, trace=trace)))
+    measured = profile_run(config, out, iterations=iterations, warmup=warmup, trace=trace)
+    Console().print(render(measured))
+    for path in filter(None, (measured.stages, measured.trace)):
+        print(path)
+    # Not through rich, which would break the lines that are to be copied.
+    print("", "With Nsight:", *nsight_commands(out), sep="\n")
 
 
 @tiny.command("build")

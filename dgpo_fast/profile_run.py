@@ -105,7 +105,7 @@ def _write_stages(profile: Profile) -> None:
 
 
 def render(profile: Profile) -> RenderableType:
-    """The profile for a terminal, with the command lines for Nsight."""
+    """The profile for a terminal."""
     purposes = Table(title=f"Mean of {profile.iterations} iterations", title_justify="left")
     purposes.add_column("purpose")
     for column in ("ms", "share"):
@@ -127,8 +127,7 @@ def render(profile: Profile) -> RenderableType:
             f"{1000 * seconds / profile.iterations:.1f}",
             f"{seconds / profile.wall_s:.1%}",
         )
-    written = [str(path) for path in (profile.stages, profile.trace) if path is not None]
-    return Group(purposes, stages, f"written: {', '.join(written)}", *nsight_commands(profile.stages.parent))
+    return Group(purposes, stages)
 
 
 def nsight_commands(out: Path) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from dgpo_fast.shapes.captions import BACKGROUND, COLORS, COUNTS, RELATIONS, SHAPES, Caption, Item
+from dgpo_fast.shapes.captions import BACKGROUND, COLORS, COUNTS, RELATIONS, SHAPES, Caption
 
 T = TypeVar("T")
 Floats = npt.NDArray[np.floating[Any]]
@@ -96,19 +96,31 @@ def render(caption: Caption, rng: np.random.Generator) -> npt.NDArray[np.float32
 
 
 def corrupt(caption: Caption, rng: np.random.Generator) -> Caption:
-    """`caption` with one of its words changed: a colour, a shape, the count or the relation ("and" is one of them)."""
+    """`caption` with one word wrong: a colour or a shape, and where it has one, the count or the relation."""
+    while True:
+        wrong = _change_a_word(caption, rng)
+        if len(set(wrong.items)) == len(wrong.items):  # two alike would be another family, "two red circles"
+            return wrong
+
+
+def _change_a_word(caption: Caption, rng: np.random.Generator) -> Caption:
+    words = {
+        "count": ("color", "shape", "count"),
+        "pair": ("color", "shape"),
+        "relation": ("color", "shape", "relation"),
+    }
     position = int(rng.integers(len(caption.items)))
     item = caption.items[position]
-    structural = "count" if caption.family == "count" else "relation"
-    match str(rng.choice(["color", "shape", structural])):
+    match str(rng.choice(("color", "shape", *structure))):
         case "color":
             item = dataclasses.replace(item, color=_other(tuple(COLORS), item.color, rng))
         case "shape":
             item = dataclasses.replace(item, shape=_other(SHAPES, item.shape, rng))
         case "count":
-            item = Item(int(rng.choice([n for n in COUNTS if n != item.count])), item.color, item.shape)
+            item = dataclasses.replace(item, count=_other(tuple(COUNTS), item.count, rng))
         case _:
-            return dataclasses.replace(caption, relation=_other((None, *RELATIONS), caption.relation, rng))
+            assert caption.relation is not None
+            return dataclasses.replace(caption, relation=_other(RELATIONS, caption.relation, rng))
     items = tuple(item if i == position else other for i, other in enumerate(caption.items))
     return dataclasses.replace(caption, items=items)
 

@@ -146,7 +146,7 @@ def test_corruption_reaches_every_word() -> None:
     rng = np.random.default_rng(0)
     caption = parse_caption("a red circle left of a blue square")
     seen = {corrupt(caption, rng) for _ in range(400)}
-    colors, shapes, relations = len(COLORS) - 1, len(SHAPES) - 1, len(RELATIONS)
+    colors, shapes, relations = len(COLORS) - 1, len(SHAPES) - 1, len(RELATIONS) - 1
     assert len(seen) == 2 * (colors + shapes) + relations
     counts = {corrupt(Caption((Item(2, "red", "circle"),)), rng).items[0].count for _ in range(100)}
     assert counts == {1, 2, 3}
