@@ -104,11 +104,7 @@ def corrupt(caption: Caption, rng: np.random.Generator) -> Caption:
 
 
 def _change_a_word(caption: Caption, rng: np.random.Generator) -> Caption:
-    words = {
-        "count": ("color", "shape", "count"),
-        "pair": ("color", "shape"),
-        "relation": ("color", "shape", "relation"),
-    }
+    structure = {"count": ("count",), "pair": (), "relation": ("relation",)}[caption.family]
     position = int(rng.integers(len(caption.items)))
     item = caption.items[position]
     match str(rng.choice(("color", "shape", *structure))):
