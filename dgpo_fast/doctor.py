@@ -18,15 +18,13 @@ from dgpo_fast.ops.registry import NATIVE_CPU_LIBRARY
 
 
 def examine() -> dict[str, Any]:
-    """Findings as plain data: machine, versions, parts (None where absent), and what serves each operator."""
+    """Findings as plain data: machine, versions and parts (None where absent), and what serves each operator."""
     return {
         "machine": machine_name(),
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
-        "versions": package_versions(),
+        "versions": {"triton": None, **package_versions(), "flash-attn": _version("flash-attn")},
         "parts": {
             "native library": str(NATIVE_CPU_LIBRARY) if NATIVE_CPU_LIBRARY.exists() else None,
-            "flash-attn": _version("flash-attn"),
-            "triton": _version("triton"),
             "embedded model": str(EMBEDDED) if (EMBEDDED / "model_index.json").exists() else None,
         },
         "environment": {name: os.environ.get(name) for name in ("DGPO_FAST_OPS", "TRITON_INTERPRET")},

@@ -21,8 +21,8 @@ GPU_PEAKS = {
 GPU_SHARE = 0.35
 """Of the peak that an eager bfloat16 iteration is expected to reach, estimated from its counted bytes and FLOPs."""
 CPU_SHARE = 0.8
-"""Of a measured matrix product that an iteration reaches on a CPU: 0.85 and 0.89 of numpy's OpenBLAS in two iterations of
-tiny-dgpo on one thread of a Xeon (torch 2.13, whose oneDNN multiplies faster)."""
+"""Of a measured matrix product that an iteration reaches on a CPU: 0.85 and 0.89 of numpy's OpenBLAS in two iterations
+of tiny-dgpo on one thread of an EPYC (torch 2.13, whose oneDNN multiplies faster)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
