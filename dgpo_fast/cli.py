@@ -217,7 +217,6 @@ def tiny_build(
 @app.command()
 def report(run_dir: RunDirectory) -> None:
     """Write report.html of a run again."""
-    _check_run_directory(run_dir)
     from dgpo_fast.report import write_report
 
     print(write_report(run_dir))
@@ -253,18 +252,14 @@ def _check_writable(directory: Path) -> None:
         raise UserError(f"cannot write to {directory}: {error.strerror}") from None
 
 
-def _check_run_directory(run_dir: Path) -> None:
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
-
-
 def _is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
 def _print_outcome(out: Path) -> None:
-    lines = (out / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
-    last = json.loads(lines[-1])
+    from dgpo_fast.metrics import read_evaluations
+
+    last = read_evaluations(out)[-1]
     title = f"{last['num_prompts']} held-out prompts, step {last['step']}"
     console = Console()
     console.print(_score_table(title, base=last["base"], tuned=last["tuned"]))

@@ -267,6 +267,17 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
     return parse_config(data, source=str(name_or_path))
 
 
+def load_run_config(run_dir: Path) -> Config:
+    """The configuration of a run, from its directory.
+
+    Raises:
+        UserError: `run_dir` is no run directory, or its configuration was changed into a bad one.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
+    return load_recipe(run_dir / "config.yaml")
+
+
 def parse_config(data: Mapping[str, Any], *, source: str) -> Config:
     """The validated configuration of plain data; `source` names it in errors."""
     try:

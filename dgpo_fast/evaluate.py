@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dgpo_fast import rng
 from dgpo_fast.checkpoint import last_checkpoint, load_checkpoint
-from dgpo_fast.config import Config, load_recipe
+from dgpo_fast.config import Config, load_run_config
 from dgpo_fast.errors import UserError
 from dgpo_fast.flow.rollout import Sampler, sample_latents
 from dgpo_fast.models.policy import Policy, View
@@ -84,9 +84,7 @@ def evaluate_run(run_dir: Path, *, split: Literal["train", "test"] = "test") -> 
     Raises:
         UserError: `run_dir` is no run, has no checkpoint, or has no prompts of that split.
     """
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
-    config = load_recipe(run_dir / "config.yaml")
+    config = load_run_config(run_dir)
     state = load_checkpoint(last_checkpoint(run_dir))
     source = config.prompts.test if split == "test" else config.prompts.train
     prompts = load_prompts(source, key=f"prompts.{split}")[: config.evaluation.num_prompts]

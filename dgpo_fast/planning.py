@@ -240,12 +240,8 @@ def _describe_model(source: ModelSource, config: Config) -> tuple[str, list[str]
     return f"{source.location}, from the Hugging Face hub", [warning]
 
 
-REWARDS_TO_COME = ("geneval", "ocr", "pickscore")
-"""Of the published recipes; not part of this version."""
-
-
 def _missing_rewards(config: Config) -> Iterator[str]:
-    from dgpo_fast.rewards import known_rewards, load_reward
+    from dgpo_fast.rewards.base import REWARDS_TO_COME, known_rewards, load_reward
 
     for term in config.rewards.terms:
         if term.name in REWARDS_TO_COME and term.name not in known_rewards():

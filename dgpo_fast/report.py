@@ -21,7 +21,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dgpo_fast.charts import Floats, Series, line_chart, power_of_ten, smooth, value_axis
-from dgpo_fast.config import Config, load_recipe
+from dgpo_fast.config import Config, load_run_config
 from dgpo_fast.errors import UserError
 from dgpo_fast.metrics import read_evaluations, read_metrics
 from dgpo_fast.samples import Tile, read_grid, write_atomically
@@ -131,12 +131,10 @@ def read_run(run_dir: Path) -> Run:
     Raises:
         UserError: `run_dir` is no run directory, or one of its files is damaged.
     """
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
     grids = sorted((run_dir / "samples").glob("step-*.png"))
     samples = [(int(grid.stem.removeprefix("step-")), read_grid(grid)) for grid in (*grids[:1], *grids[1:][-1:])]
     return Run(
-        config=load_recipe(run_dir / "config.yaml"),
+        config=load_run_config(run_dir),
         metrics=read_metrics(run_dir),
         evaluations=read_evaluations(run_dir),
         stage_seconds=_read_json(run_dir / "stages.json"),

@@ -27,7 +27,8 @@ class Reward(Protocol):
 
 R = TypeVar("R", bound=Callable[[], Any])
 
-_LATER = ("geneval", "ocr", "pickscore")
+REWARDS_TO_COME = ("geneval", "ocr", "pickscore")
+"""Of the published recipes; not part of this version."""
 _FACTORIES: dict[str, Callable[[], Reward]] = {}
 _BUILT_IN = {"shapes": "dgpo_fast.rewards.shapes:ShapesReward"}
 
@@ -55,7 +56,9 @@ def load_reward(name: str) -> Reward:
     """
     module_name, colon, attribute = _BUILT_IN.get(name, name).partition(":")
     if not colon and name not in _FACTORIES:
-        hint = "; it is not part of this version, give your own as package.module:Class" if name in _LATER else ""
+        hint = (
+            "; it is not part of this version, give your own as package.module:Class" if name in REWARDS_TO_COME else ""
+        )
         raise UserError(
             f"rewards: no reward {name!r}{suggest(name, known_rewards())} known: {', '.join(known_rewards())}{hint}"
         )
