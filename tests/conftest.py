@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +38,25 @@ QUICK = (
     "checkpoints.every=3", "logging.num_samples=2", "logging.samples_every=0", "logging.tensorboard=false",
     "rewards.terms=[{name: 'misbehaving:Brightness'}, {name: shapes, metric: soft, weight: 0.1}]",
 )  # fmt: skip
+
+
+@pytest.fixture
+def files_up_to() -> Callable[[int], AbstractContextManager[None]]:
+    """`with files_up_to(n)`: the system itself refuses to let a file grow beyond n bytes, as a full disk would.
+
+    Only around the call under test: pytest's own report is written by this process too, often to a larger file.
+    """
+
+    @contextmanager
+    def limited(num_bytes: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 @pytest.fixture(scope="session")

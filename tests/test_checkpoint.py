@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,8 @@ from dgpo_fast.errors import UserError
 
 FILES = ("lora/weights.bin", "state/tensors.safetensors", "state/state.json", "manifest.json")
 NUM_VALUES = 1000
+
+FilesUpTo = Callable[[int], AbstractContextManager[None]]
 
 
 class Killed(BaseException):
@@ -197,18 +199,10 @@ def best(run_dir: Path) -> str:
 # A full disk
 
 
-@pytest.fixture
-def small_files() -> Iterator[Callable[[], None]]:
-    """A call after which no file may grow beyond half of a state: the system itself refuses to write more."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4 * NUM_VALUES // 2, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_file_that_cannot_be_written_is_a_clear_error(tmp_path: Path, small_files: Callable[[], None]) -> None:
+def test_a_file_that_cannot_be_written_is_a_clear_error(tmp_path: Path, files_up_to: FilesUpTo) -> None:
     before = contents(save(tmp_path, 1))
-    small_files()
-    with pytest.raises(UserError, match=r"cannot save .*step-000002: .*; earlier checkpoints are untouched") as error:
+    refusal = r"cannot save .*step-000002: .*; earlier checkpoints are untouched"
+    with pytest.raises(UserError, match=refusal) as error, files_up_to(4 * NUM_VALUES // 2):
         save(tmp_path, 2)
     assert "\n" not in str(error.value)
     assert contents(tmp_path / "checkpoints" / "step-000001") == before

@@ -6,11 +6,11 @@ import errno
 import hashlib
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -250,16 +250,14 @@ def test_a_disk_that_is_full_while_logging(
     assert_nothing_lost(run, straight_run)
 
 
-def test_a_disk_that_is_full_on_resume(run: Path, straight_run: Path) -> None:
+def test_a_disk_that_is_full_on_resume(
+    run: Path, straight_run: Path, files_up_to: Callable[[int], AbstractContextManager[None]]
+) -> None:
     """The system itself refuses to write a file as large as config.yaml; the old one stays."""
     config = load_recipe(run / "config.yaml")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((run / "config.yaml").stat().st_size // 2, hard))
-    try:
-        with pytest.raises(UserError, match=r"cannot write the run directory .*: File too large"):
-            RunDirectory(run, config, clock=StageClock(), start_step=6, resumed=True, is_first=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    refusal = r"cannot write the run directory .*: File too large"
+    with pytest.raises(UserError, match=refusal), files_up_to((run / "config.yaml").stat().st_size // 2):
+        RunDirectory(run, config, clock=StageClock(), start_step=6, resumed=True, is_first=True)
     assert (run / "config.yaml").read_bytes() == (straight_run / "config.yaml").read_bytes()
     assert_nothing_lost(run, straight_run)
 
