@@ -65,7 +65,7 @@ def test_the_same_noise_whichever_prompts_are_drawn_together(policy: Policy, con
         draw_images(policy, "ref", [prompt], config, images_per_prompt=2, first_prompt=place)
         for place, prompt in enumerate(PROMPTS)
     ]
-    assert together.shape == (6, 3, 64, 64)
+    assert together.shape == (6, 3, 72, 72)
     # The pooled text of a batch of prompts comes from one product, which rounds by their number (2e-7 of 1).
     torch.testing.assert_close(together, torch.cat(apart), rtol=0, atol=1e-5)
     assert (together[:-1] - together[1:]).abs().amax((1, 2, 3)).min() > 0.1, "other noise gives another image"

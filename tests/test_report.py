@@ -26,9 +26,9 @@ from dgpo_fast.shapes.captions import parse_caption
 from dgpo_fast.shapes.render import draw, place
 
 PROMPTS = (
-    "two red circles", "a blue square left of a green triangle", "a black circle and a yellow square",
-    "three purple triangles", "a red square above a blue circle", "a green circle",
-    "a yellow triangle below a black square", "two blue squares",
+    "two red circles", "a blue square left of a green triangle", "a blue circle and a yellow square",
+    "three yellow triangles", "a red square above a blue circle", "a green circle",
+    "a yellow triangle below a blue square", "two blue squares",
 )  # fmt: skip
 STAGES = {
     "rollout": 0.52, "rollout/transformer": 0.41, "rollout/vae": 0.06, "rollout/solver": 0.01, "rollout/text": 0.005,
@@ -81,9 +81,9 @@ def scenes(*, mistakes: float) -> torch.Tensor:
     for seed, prompt in enumerate(PROMPTS):
         rng = np.random.default_rng(seed)
         objects = place(parse_caption(prompt), rng)
-        color = str(rng.choice(["red", "green", "purple"]))
+        color = str(rng.choice(["red", "green", "yellow"]))
         wrong = [dataclasses.replace(o, color=color) if rng.random() < mistakes else o for o in objects]
-        images.append(torch.from_numpy(draw(wrong) + mistakes * rng.normal(0, 0.04, (3, 64, 64))))
+        images.append(torch.from_numpy(draw(wrong) + mistakes * rng.normal(0, 0.04, (3, 72, 72))))
     return torch.stack(images)
 
 

@@ -1,7 +1,7 @@
 """Captions of the shapes world: their grammar, what they mean, and which of them training never sees.
 
 Three families of captions, after the tasks of GenEval (arXiv 2310.11513): counting ("two red circles"), two different
-objects with their attributes ("a red circle and a black square") and position ("a blue square left of a green
+objects with their attributes ("a red circle and a yellow square") and position ("a blue square left of a green
 triangle").
 """
 
@@ -18,8 +18,6 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "green": (52, 164, 72),
     "blue": (44, 92, 224),
     "yellow": (242, 190, 28),
-    "purple": (154, 66, 190),
-    "black": (38, 38, 44),
 }
 BACKGROUND: tuple[int, int, int] = (247, 246, 242)
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle")
@@ -134,7 +132,7 @@ def _parse_item(words: str, text: str) -> Item:
 
 def _not_a_caption(text: str) -> ValueError:
     return ValueError(
-        f"not a caption of the shapes world: {text!r}; expected e.g. 'two red circles', 'a red circle and a black "
+        f"not a caption of the shapes world: {text!r}; expected e.g. 'two red circles', 'a red circle and a yellow "
         f"square' or 'a blue square left of a green triangle' (colours: {', '.join(COLORS)}; "
         f"shapes: {', '.join(SHAPES)})"
     )

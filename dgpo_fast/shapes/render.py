@@ -1,4 +1,4 @@
-"""Images of captions: objects placed at random where the caption allows, drawn with smooth edges."""
+"""Images of captions: objects in random places of a grid where the caption allows, drawn with smooth edges."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from dgpo_fast.shapes.captions import BACKGROUND, COLORS, COUNTS, RELATIONS, SHA
 T = TypeVar("T")
 Floats = npt.NDArray[np.floating[Any]]
 
-IMAGE_SIZE = 64
+PLACES = 3
+"""Places along each side of an image; an object stands in one of the PLACES x PLACES squares."""
+PLACE_SIZE = 24
+"""Side of a place in pixels."""
+IMAGE_SIZE = PLACES * PLACE_SIZE
 """Side of an image in pixels."""
-RADIUS = (8.5, 11.5)
+RADIUS = (8.5, 9.5)
 """Range of half the side of an object's bounding box, in pixels."""
-GAP = 3.0
-"""Pixels of background between the bounding boxes of two objects, and between an object and the border, at least."""
+JITTER = 0.5
+"""Pixels by which an object may be off the centre of its place, along each axis."""
 RELATION_MARGIN = 6.0
 """Pixels by which the axis of a relation exceeds the other axis."""
 
@@ -45,16 +49,13 @@ def excess(relation: str, dx: float, dy: float) -> float:
 
 
 def place(caption: Caption, rng: np.random.Generator) -> list[PlacedObject]:
-    """A random scene of `caption`: objects apart from each other and from the border, in the stated relation."""
+    """A random scene of `caption`: objects in places of their own, in the stated relation."""
     kinds = [item for item in caption.items for _ in range(item.count)]
-    low, high = RADIUS
     while True:
-        radii = rng.uniform(low, high, len(kinds))
-        centres = rng.uniform(radii[:, None] + GAP, IMAGE_SIZE - radii[:, None] - GAP, (len(kinds), 2))
-        offsets = np.abs(centres[:, None] - centres[None, :]).max(-1) - radii[:, None] - radii[None, :]
-        np.fill_diagonal(offsets, np.inf)
-        if offsets.min() < GAP:
-            continue
+        radii = rng.uniform(*RADIUS, len(kinds))
+        places = rng.permutation(PLACES**2)[: len(kinds)]
+        centres = (np.stack([places % PLACES, places // PLACES], axis=1) + 0.5) * PLACE_SIZE
+        centres += rng.uniform(-JITTER, JITTER, centres.shape)
         if caption.relation is not None:
             dx, dy = centres[1] - centres[0]
             if excess(caption.relation, dx, dy) < RELATION_MARGIN:

@@ -34,16 +34,16 @@ EDGE_PIXELS = 2
 STRICT_STRAYS = 12
 """Stray pixels that a strict verdict still overlooks."""
 RUINOUS_STRAYS = 400
-"""Stray pixels, a tenth of a 64 x 64 image, that make an image worthless."""
+"""Stray pixels, the area of an object, that make an image worthless."""
 COLOR_MARGIN = 0.2
-"""RGB distance by which a pixel is nearer to its colour than to any other, to count in full (blue and purple: 0.46)."""
+"""RGB distance by which a pixel is nearer to its colour than to any other, to count in full (red and yellow: 0.57)."""
 SHAPE_FIT = (0.7, 0.92)
 """Overlap with the ideal shape that counts nothing, and in full; a diamond and a circle of its area overlap by 0.83."""
 SHAPE_MARGIN = 0.08
 """Overlap by which the right shape beats the others, to count in full; for an ideal circle or square it is 0.16."""
 SIZE_TOO_SMALL = (6.0, 13.0)
 SIZE_TOO_LARGE = (28.0, 42.0)
-"""Longer sides of a bounding box, in pixels, between which an object fades in or out; rendered ones have 17 to 23."""
+"""Longer sides of a bounding box, in pixels, between which an object fades in or out; rendered ones have 17 to 19."""
 STRICT_PART = 0.9
 """What each of colour, shape and size must reach for a strict verdict."""
 

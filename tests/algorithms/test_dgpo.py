@@ -494,7 +494,7 @@ def test_a_rollout_is_guided_where_the_recipe_says(
     rollout = DGPO(config).rollout(policy, prompt_batch(policy, config))
     assert {size for _, size in forwards} == {images}
     assert rollout.x0_BCHW.shape == (8, *policy.model.latent_shape)
-    assert rollout.images_BCHW.shape == (8, 3, 64, 64)
+    assert rollout.images_BCHW.shape == (8, 3, 72, 72)
     assert rollout.images_BCHW.min() >= 0
     assert rollout.images_BCHW.max() <= 1
 

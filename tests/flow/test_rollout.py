@@ -19,7 +19,7 @@ from dgpo_fast.models.policy import Policy
 MakePolicy = Callable[..., Policy]
 
 EPS = torch.finfo(torch.float32).eps
-PROMPTS = ["two red circles", "a blue square left of a green triangle", "a black circle", "three green squares"]
+PROMPTS = ["two red circles", "a blue square left of a green triangle", "a yellow circle", "three green squares"]
 
 
 def tiny(*overrides: str) -> Config:
@@ -59,7 +59,7 @@ def test_euler_equals_the_pipelines_call(
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
         PROMPTS, latents=noise_BCHW, num_inference_steps=steps, guidance_scale=guidance, output_type="latent",
-        height=64, width=64, max_sequence_length=config.model.text_length,
+        height=72, width=72, max_sequence_length=config.model.text_length,
     ).images  # fmt: skip
 
     ours = latents(policy, config, noise_BCHW)

@@ -24,7 +24,7 @@ MakePolicy = Callable[..., Policy]
 
 EPS = torch.finfo(torch.float32).eps
 VIEWS: tuple[View, ...] = (*TRAINED, "ref")
-PROMPTS = ["two red circles", "a blue square left of a green triangle", "a black circle"]
+PROMPTS = ["two red circles", "a blue square left of a green triangle", "a yellow circle"]
 
 
 def tiny(*overrides: str) -> Config:
@@ -338,7 +338,7 @@ def test_diffusers_draws_from_a_saved_adapter_what_the_view_draws(
     fresh.set_progress_bar_config(disable=True)
     fresh.load_lora_weights(tmp_path)
     theirs = fresh(
-        PROMPTS, latents=noise_BCHW, num_inference_steps=4, guidance_scale=guidance, height=64, width=64,
+        PROMPTS, latents=noise_BCHW, num_inference_steps=4, guidance_scale=guidance, height=72, width=72,
         max_sequence_length=config.model.text_length, output_type="pt",
     ).images  # fmt: skip
 

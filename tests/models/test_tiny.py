@@ -103,7 +103,7 @@ def test_shipped_tokenizers_cut_captions_as_trained_ones_do(
 @pytest.mark.parametrize("which", ["untrained", "embedded_pipeline"])
 def test_training_encodes_text_as_the_pipeline_does(which: str, request: pytest.FixtureRequest) -> None:
     pipeline = request.getfixturevalue(which)
-    texts = ["", "a red circle", "a purple triangle right of a yellow square", "three black squares"]
+    texts = ["", "a red circle", "a green triangle right of a yellow square", "three blue squares"]
     with torch.no_grad():
         text, pooled = encode_tokens(pipeline, token_ids(pipeline, texts))
         expected_text, _, expected_pooled, _ = pipeline.encode_prompt(
@@ -138,7 +138,7 @@ def test_a_share_of_captions_is_dropped() -> None:
     train = split_captions("train")
     assert all(text in ("", str(train[index])) for index, text in enumerate(texts))
     assert texts.count("") / 400 == pytest.approx(0.25, abs=5 * (0.1875 / 400) ** 0.5)
-    assert images.shape == (400, 3, 64, 64)
+    assert images.shape == (400, 3, 72, 72)
     assert images.dtype == torch.float32
     assert -1 <= images.min() < 0 < images.max() <= 1
 

@@ -48,10 +48,10 @@ def test_captions_are_distinct_and_complete() -> None:
 
 
 def test_spelling() -> None:
-    circle, square = Item(1, "red", "circle"), Item(1, "black", "square")
+    circle, square = Item(1, "red", "circle"), Item(1, "yellow", "square")
     assert str(Caption((Item(2, "red", "circle"),))) == "two red circles"
-    assert str(Caption((circle, square))) == "a red circle and a black square"
-    assert str(Caption((circle, square), "left of")) == "a red circle left of a black square"
+    assert str(Caption((circle, square))) == "a red circle and a yellow square"
+    assert str(Caption((circle, square), "left of")) == "a red circle left of a yellow square"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Rendered scenes: objects where the caption puts them, drawn to the pixel."""
 
-import itertools
-
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -21,8 +19,9 @@ from dgpo_fast.shapes.captions import (
     parse_caption,
 )
 from dgpo_fast.shapes.render import (
-    GAP,
     IMAGE_SIZE,
+    JITTER,
+    PLACE_SIZE,
     RADIUS,
     RELATION_MARGIN,
     PlacedObject,
@@ -42,18 +41,29 @@ background = np.array(BACKGROUND) / 255
 
 
 @given(captions, seeds)
-def test_placed_objects_are_the_captions_and_keep_their_distance(caption: Caption, seed: int) -> None:
+def test_placed_objects_are_the_captions_and_have_places_of_their_own(caption: Caption, seed: int) -> None:
     objects = place(caption, np.random.default_rng(seed))
     kinds = [(item.color, item.shape) for item in caption.items for _ in range(item.count)]
     assert [(thing.color, thing.shape) for thing in objects] == kinds
     for thing in objects:
         assert RADIUS[0] <= thing.radius <= RADIUS[1]
-        assert all(thing.radius + GAP <= v <= IMAGE_SIZE - thing.radius - GAP for v in (thing.x, thing.y))
-    for one, other in itertools.combinations(objects, 2):
-        assert max(abs(one.x - other.x), abs(one.y - other.y)) >= one.radius + other.radius + GAP
+        assert all(abs(v % PLACE_SIZE - PLACE_SIZE / 2) <= JITTER for v in (thing.x, thing.y))
+        assert all(0 < v < IMAGE_SIZE for v in (thing.x, thing.y))
+    assert len({(thing.x // PLACE_SIZE, thing.y // PLACE_SIZE) for thing in objects}) == len(objects)
     if caption.relation is not None:
         first, second = objects
         assert excess(caption.relation, second.x - first.x, second.y - first.y) >= RELATION_MARGIN
+
+
+def test_every_place_is_used() -> None:
+    rng = np.random.default_rng(0)
+    seen = [place(parse_caption("two red circles"), rng) for _ in range(200)]
+    assert len({(thing.x // PLACE_SIZE, thing.y // PLACE_SIZE) for things in seen for thing in things}) == 9
+
+
+def test_objects_in_neighbouring_places_are_apart() -> None:
+    """By more than the blur of a decoder, so that each is a connected component of its own."""
+    assert PLACE_SIZE - 2 * (RADIUS[1] + JITTER) >= 3
 
 
 @given(offsets, offsets)

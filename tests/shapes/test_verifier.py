@@ -225,7 +225,7 @@ def test_specks_alone_score_nothing() -> None:
 
 
 def test_a_ghost_beside_the_object_is_seen() -> None:
-    ghost = scene(("black", "square", 48, 48))
+    ghost = scene(("blue", "square", 48, 48))
     image = scene(("red", "circle", 16, 16)) - 0.3 * (BLANK - ghost)
     assert not verify(image, RED_CIRCLE).strict
 

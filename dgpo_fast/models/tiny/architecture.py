@@ -6,35 +6,40 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from dgpo_fast.models.tiny.tokenizers import MAX_TOKENS
-from dgpo_fast.shapes.render import IMAGE_SIZE
+from dgpo_fast.shapes.render import IMAGE_SIZE, PLACES
 
 CLIP_WIDTHS = (32, 48)
 T5_WIDTH = 96
-LATENT_CHANNELS = 16
+LATENT_CHANNELS = 8
 LATENT_SIZE = IMAGE_SIZE // 8
+PATCH = LATENT_SIZE // PLACES
 
 
 def make_transformer() -> SD3Transformer2DModel:
-    """Six joint blocks of width 128 with qk-norm, the first two with dual attention as in SD3.5-Medium."""
+    """Four joint blocks of width 128 with qk-norm, the first two with dual attention as in SD3.5-Medium.
+
+    A patch of latents is one place of the shapes world: no object is spread over tokens that would have to learn to
+    agree on its colour, which is what takes a small model longest.
+    """
     return SD3Transformer2DModel(
         sample_size=LATENT_SIZE,
-        patch_size=2,
+        patch_size=PATCH,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        num_layers=6,
+        num_layers=4,
         attention_head_dim=32,
         num_attention_heads=4,
         caption_projection_dim=128,
         joint_attention_dim=T5_WIDTH,
         pooled_projection_dim=sum(CLIP_WIDTHS),
-        pos_embed_max_size=16,
+        pos_embed_max_size=LATENT_SIZE // PATCH,  # any larger, and the crop of it has positions that hardly differ
         dual_attention_layers=(0, 1),
         qk_norm="rms_norm",
     )
 
 
 def make_vae() -> AutoencoderKL:
-    """Three halvings and sixteen latent channels, as SD3's."""
+    """Three halvings, as SD3's, and half of its latent channels."""
     return AutoencoderKL(
         block_out_channels=(8, 16, 32, 48),
         down_block_types=("DownEncoderBlock2D",) * 4,

@@ -45,17 +45,17 @@ class BuildOptions:
     """What `dgpo-fast tiny build` does by default; the shipped pipeline was made with these values."""
 
     seed: int = 0
-    num_images: int = 24_000
-    wrong_captions: float = 0.3
+    num_images: int = 48_000
+    wrong_captions: float = 0.35
     dropped_captions: float = 0.1
-    vae_steps: int = 2500
+    vae_steps: int = 1500
     vae_batch: int = 16
     vae_lr: float = 4e-3
-    kl_weight: float = 1e-6
-    flow_steps: int = 4000
-    flow_batch: int = 64
-    flow_lr: float = 1e-3
-    flow_shift: float = 3.0
+    latent_noise: float = 1.5
+    flow_steps: int = 25_000
+    flow_batch: int = 32
+    flow_lr: float = 1.5e-3
+    flow_shift: float = 5.0
     ema_decay: float = 0.999
 
 
@@ -113,7 +113,8 @@ def draw_dataset(options: BuildOptions, rng: np.random.Generator) -> tuple[Tenso
         images.append(render(caption, rng))
         text = str(wrong(caption, rng) if rng.random() < options.wrong_captions else caption)
         texts.append("" if rng.random() < options.dropped_captions else text)
-    return torch.from_numpy(np.stack(images)).mul_(2).sub_(1), texts
+    stacked = torch.from_numpy(np.stack(images)).mul_(2).sub_(1)
+    return stacked.contiguous(memory_format=torch.channels_last), texts  # twice as fast in a VAE on a CPU
 
 
 def wrong(caption: Caption, rng: np.random.Generator) -> Caption:
@@ -124,16 +125,20 @@ def wrong(caption: Caption, rng: np.random.Generator) -> Caption:
 
 
 def train_vae(vae: AutoencoderKL, images: Tensor, options: BuildOptions, report: Report) -> list[float]:
-    """Trains `vae` to reconstruct (squared error, a little KL), then shifts and scales its latents to unit variance."""
+    """Trains `vae` to reconstruct images from noisy latents, then shifts and scales its latents to unit variance.
+
+    The noise, of up to `latent_noise` standard deviations of the latents, stands in place of the usual KL term. The KL
+    term bounds the information in the latents but not their geometry: red and yellow came to lie six times closer than
+    black and white, so that the transformer, which sees latents through noise, mixed them. What has to survive noise
+    is kept far apart.
+    """
 
     def loss_of(index: Tensor) -> Tensor:
-        x = images[index]
-        posterior = vae.encode(x).latent_dist
-        reconstruction = vae.decode(posterior.sample()).sample
-        divergence: Tensor = posterior.kl().mean()
-        return F.mse_loss(reconstruction, x) + options.kl_weight * divergence
+        latents = vae.encode(images[index]).latent_dist.mean
+        level = options.latent_noise * latents.std() * torch.rand(len(index), 1, 1, 1)
+        return F.mse_loss(vae.decode(latents + level * torch.randn_like(latents)).sample, images[index])
 
-    vae.train()
+    vae.to(memory_format=torch.channels_last).train()
     losses = train(
         "vae", vae.parameters(), loss_of, len(images), options.vae_steps, options.vae_batch, options.vae_lr, report
     )
@@ -147,7 +152,7 @@ def train_vae(vae: AutoencoderKL, images: Tensor, options: BuildOptions, report:
 def encode_dataset(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """The latents of `images` as the transformer sees them: shifted and scaled."""
     means = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in images.split(256)])
-    return means.sub_(vae.config.shift_factor).mul_(vae.config.scaling_factor)
+    return means.sub_(vae.config.shift_factor).mul_(vae.config.scaling_factor).contiguous()
 
 
 def train_flow(
@@ -169,7 +174,7 @@ def train_flow(
 
     def loss_of(index: Tensor) -> Tensor:
         x0, noise = latents[index], torch.randn_like(latents[index])
-        u = torch.rand(len(index))
+        u = (torch.rand(len(index)) + torch.randperm(len(index))) / len(index)  # one in each of equal parts of [0, 1]
         sigma = options.flow_shift * u / (1 + (options.flow_shift - 1) * u)
         x_t = torch.lerp(x0, noise, sigma[:, None, None, None])
         text, pooled = encode_tokens(pipeline, [ids[index] for ids in tokens])
