@@ -18,6 +18,8 @@ DEMO := runs/demo
 # With a compiler at hand a failed build of csrc/ is an error; without one the operators run on PyTorch.
 NATIVE := $(if $(shell command -v $${CXX:-c++}),1,0)
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check
+# With torch in sight, as without build isolation, its setup.py asks for nvcc; its dependencies come with the package.
+DEEPSPEED := $(PIP_INSTALL) --quiet --no-deps deepspeed
 
 .PHONY: help setup test test-full demo bench lint clean
 
@@ -41,7 +43,8 @@ $(STAMP): $(INPUTS)
 		{ echo 'setup: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.11'; exit 2; }
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) --quiet -c constraints-cuda.txt setuptools wheel cmake ninja
-	@$(PIP_INSTALL) -c constraints-cuda.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@$(PIP_INSTALL) -c constraints-cuda.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
+	@$(DEEPSPEED) -c constraints-cuda.txt
 	@flavour=$$($(PY) -W ignore -c 'import torch; print("cuda" if torch.version.cuda else "cpu")'); \
 		DGPO_FAST_REQUIRE_NATIVE=$(NATIVE) $(PIP_INSTALL) --quiet -c constraints-$$flavour.txt --no-build-isolation -e '.[dev]'
 	@$(MAKE) --no-print-directory report-native
@@ -53,6 +56,7 @@ $(STAMP): $(INPUTS)
 	@$(PY) -c 'import torch; print(f"torch=={torch.__version__}")' > build/torch.txt || \
 		{ echo 'setup: the active environment has no torch; install one (2.11 or newer), or leave VENV unset'; exit 2; }
 	@$(PIP_INSTALL) --quiet -c build/torch.txt 'setuptools>=77' wheel cmake ninja
+	@$(DEEPSPEED) -c build/torch.txt
 	@DGPO_FAST_REQUIRE_NATIVE=$(NATIVE) $(PIP_INSTALL) --quiet -c build/torch.txt --no-build-isolation -e '.[dev]'
 	@$(MAKE) --no-print-directory report-native
 	@touch $@
@@ -74,10 +78,12 @@ test-full: setup
 demo: setup
 	@if test -e $(DEMO) && ! test -e $(DEMO)/config.yaml; then \
 		echo 'demo: $(DEMO) exists and is no run directory; move it away'; exit 2; fi
+	@test ! -e $(DEMO) || echo 'demo: replaces $(DEMO), an earlier run.'
 	@rm -rf $(DEMO)
 	@echo 'demo: fine-tunes the embedded pipeline; 5 to 10 minutes on two CPU cores; results in $(DEMO).'
 	$(PY) -m dgpo_fast train tiny-dgpo --out $(DEMO)
-	$(PY) -m dgpo_fast eval $(DEMO)
+	$(PY) -m dgpo_fast eval $(DEMO) --picture $(DEMO)/before-after.png
+	@echo 'demo: look at $(DEMO)/report.html and $(DEMO)/before-after.png'
 
 bench: setup
 	@echo 'bench: times every operator on this machine; a few minutes; CSV files in runs/bench.'

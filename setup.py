@@ -62,7 +62,7 @@ def build_with_cmake(*, build_dir: Path, output_dir: Path) -> None:
             except FileNotFoundError:
                 raise NativeBuildError("cmake not found") from None
             except subprocess.CalledProcessError:
-                raise NativeBuildError(f"see {log}") from None
+                raise NativeBuildError("".join(log.read_text().splitlines(keepends=True)[-30:])) from None
 
 
 setup(
