@@ -17,7 +17,10 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """While entered, the first SIGINT or SIGTERM is remembered; a second one has its usual effect at once."""
+    """While entered, the first SIGINT and the first SIGTERM are remembered; a second one has its usual effect at once.
+
+    A launcher that Ctrl-C interrupts, as it does the ranks, may then terminate them: the two together are one request.
+    """
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -32,7 +35,8 @@ class Interruption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
+        for number, handler in self._usual.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
 
     def check(self) -> None:
         """Raises `Interrupted` on every rank once any has received a signal; all must call it at the same places."""
@@ -41,9 +45,5 @@ class Interruption:
             raise Interrupted(128 + code)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._usual.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        self.received = self.received or number
+        signal.signal(number, self._usual[number])  # type: ignore[arg-type]

@@ -40,11 +40,22 @@ def test_the_first_signal_waits_for_a_check(number: signal.Signals, status: int)
     assert interrupted.value.status == status
 
 
-@pytest.mark.parametrize("second", SIGNALS)
-@pytest.mark.parametrize("first", SIGNALS)
-def test_the_second_signal_has_its_usual_effect(first: signal.Signals, second: signal.Signals) -> None:
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_second_of_a_signal_has_its_usual_effect(number: signal.Signals) -> None:
     with Interruption(ALONE):
+        signal.raise_signal(number)
+        with pytest.raises(Asked):
+            signal.raise_signal(number)
+
+
+@pytest.mark.parametrize(("first", "second"), [SIGNALS, [*SIGNALS][::-1]])
+def test_one_of_each_signal_is_one_request(first: signal.Signals, second: signal.Signals) -> None:
+    with Interruption(ALONE) as interruption:
         signal.raise_signal(first)
+        signal.raise_signal(second)
+        with pytest.raises(Interrupted) as interrupted:
+            interruption.check()
+        assert interrupted.value.status == SIGNALS[first]
         with pytest.raises(Asked):
             signal.raise_signal(second)
 

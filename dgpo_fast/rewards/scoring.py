@@ -80,11 +80,12 @@ class Scorer:
     def _call(
         self, term: RewardConfig, reward: Reward, images_BCHW: Tensor, prompts: Sequence[str]
     ) -> dict[str, Tensor]:
-        output = reward(images_BCHW, prompts)
+        with torch.no_grad():  # a graph of the reward's own model would reach the advantages
+            output = reward(images_BCHW, prompts)
         named = output if isinstance(output, Mapping) else {term.name: output}
         if not named:
             raise UserError(f"rewards: {term.name!r} returned no scores")
-        metrics = {name: torch.as_tensor(values, dtype=torch.float32).cpu() for name, values in named.items()}
+        metrics = {name: torch.as_tensor(values, dtype=torch.float32).detach().cpu() for name, values in named.items()}
         for name, values in metrics.items():
             if values.shape != (len(prompts),):
                 raise UserError(

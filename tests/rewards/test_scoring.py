@@ -46,6 +46,15 @@ def constant(*values: float) -> Callable[[Tensor, Sequence[str]], list[float]]:
     return lambda images_BCHW, prompts: list(values)
 
 
+def test_scores_carry_no_gradient(score: Score) -> None:
+    """Not even those of a reward that returns what its own model computed."""
+    weight = torch.ones(3, requires_grad=True)
+    scores = score(lambda images_BCHW, prompts: {"score": 2 * weight, "weight": weight})
+    assert scores.reward_B.tolist() == [2, 2, 2]
+    assert not scores.reward_B.requires_grad
+    assert not any(values.requires_grad for values in scores.metrics.values())
+
+
 def by_prompt(values: Mapping[str, float | Exception]) -> Callable[[Tensor, Sequence[str]], list[float]]:
     """A reward that gives each prompt its value, or raises it."""
 
@@ -174,4 +183,4 @@ def test_the_shapes_reward_looks_at_the_image() -> None:
 
 def test_a_prompt_outside_the_world_is_a_mistake_of_the_user() -> None:
     with pytest.raises(UserError, match="rewards: shapes: "):
-        ShapesReward()(torch.zeros(1, 3, 64, 64), ["a portrait of a cat"])
+        ShapesReward()(torch.zeros(1, 3, 72, 72), ["a portrait of a cat"])
