@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dgpo_fast.config import Config, load_recipe, recipe_names
+from dgpo_fast.config import Config, load_recipe, recipe_names, refuse_used
 from dgpo_fast.errors import UserError
 
 app = typer.Typer(
@@ -57,6 +57,8 @@ Model = Annotated[
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits: 0 on success, 2 for a mistake of the user, 130 or 143 after a signal, else 1."""
     _quiet_libraries()
+    if os.getcwd() not in sys.path:  # as `python -m` has it: rewards of the user's own may lie there
+        sys.path.append(os.getcwd())
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         status: int | None = app(given or ["--help"], prog_name="dgpo-fast", standalone_mode=False)
@@ -110,11 +112,16 @@ def evaluate(
     run_dir: RunDirectory,
     split: Annotated[Literal["train", "test"], typer.Option(help="Which prompts.")] = "test",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Save base above tuned images as a PNG.")] = None,
 ) -> None:
     """Compare base and fine-tuned model on held-out prompts, from the same noise."""
+    if picture is not None:
+        if picture.is_dir():
+            raise UserError(f"--picture {picture} is a directory; expected a file such as {picture / 'eval.png'}")
+        _check_writable(picture.parent)
     from dgpo_fast.evaluate import evaluate_run
 
-    result: dict[str, Any] = evaluate_run(run_dir, split=split)
+    result: dict[str, Any] = evaluate_run(run_dir, split=split, picture=picture)
     if not _is_first_rank():
         return
     if as_json:
@@ -236,8 +243,7 @@ def _run_directory_to_write(out: Path | None, config: Config, *, resume: bool) -
             raise UserError("several processes need --out RUN_DIR: each would pick a name of its own")
         out = Path("runs") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
     if _is_first_rank() and not resume:
-        if (out / "config.yaml").exists():
-            raise UserError(f"{out} already holds a run: give --resume to go on with it, or another --out")
+        refuse_used(out)
         _check_writable(out)
     return out
 

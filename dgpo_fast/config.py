@@ -8,6 +8,7 @@ recipe is refused before anything heavy is imported.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ PUBLISHED_TARGETS = (
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -48,8 +49,8 @@ class ModelConfig(Section):
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the frozen base and of the compute copy of the adapters; adapters themselves are float32."""
-    resolution: Annotated[int, Field(ge=16, multiple_of=16)] = 512
-    """Side of the square images, in pixels."""
+    resolution: Annotated[int, Field(ge=8, multiple_of=8)] = 512
+    """Side of the square images, in pixels: a multiple of what one token covers, 16 in SD3."""
     text_length: Count = 128
     """Tokens of the T5 encoder; the 77 of CLIP come on top."""
 
@@ -96,8 +97,8 @@ class AdvantageConfig(Section):
     std: Literal["group", "global"] = "group"
     """Divide by the standard deviation of the group, or of the whole iteration."""
     clamp: Positive = 5.0
-    epsilon: NonNegative = 1e-4
-    """Added to the standard deviation."""
+    epsilon: Positive = 1e-4
+    """Added to the standard deviation, which is 0 where all of a group score the same."""
 
 
 class DGPOConfig(Section):
@@ -250,6 +251,26 @@ class Config(Section):
         return self.groups.size * self.groups.per_iteration
 
 
+def check_ranks(config: Config, num_ranks: int) -> None:
+    """Makes sure that an iteration divides among the ranks, and a rank's share of it into micro-batches.
+
+    Raises:
+        UserError: it does not; the nearest value that does is named.
+    """
+    groups, micro = config.groups.per_iteration, config.optimizer.images_per_micro_batch
+    if groups % num_ranks:
+        raise UserError(
+            f"groups.per_iteration must divide among the ranks, got {groups} for {num_ranks}; "
+            f"nearest that does: {max(1, round(groups / num_ranks)) * num_ranks}"
+        )
+    share = config.images_per_iteration // num_ranks
+    if share % micro:
+        raise UserError(
+            f"optimizer.images_per_micro_batch must divide a rank's share of an iteration, {share} images on each of "
+            f"{num_ranks} ranks, got {micro}; nearest that does: {math.gcd(share, micro)}"
+        )
+
+
 MAY_CHANGE_ON_RESUME = (
     "name", "description", "steps", "device", "evaluation.every", "checkpoints.", "logging.", "parallel.",
 )  # fmt: skip
@@ -276,6 +297,16 @@ def load_run_config(run_dir: Path) -> Config:
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
     return load_recipe(run_dir / "config.yaml")
+
+
+def refuse_used(out: Path) -> None:
+    """Makes sure that `out` holds no run.
+
+    Raises:
+        UserError: it does, and a new one would overwrite it.
+    """
+    if (out / "config.yaml").exists():
+        raise UserError(f"{out} already holds a run: give --resume to go on with it, or another --out")
 
 
 def parse_config(data: Mapping[str, Any], *, source: str) -> Config:
@@ -311,6 +342,11 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2 floats: PyYAML takes 3e-4 for a string."""
 
 
+# JSON, which validates, has no dates: 2024-01-01 is a string here.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
@@ -335,6 +371,8 @@ def _read_recipe(name_or_path: str, extended_by: tuple[str, ...] = ()) -> dict[s
     parent = data.pop("extends", None)
     if parent is None:
         return data
+    if is_file and str(parent).endswith((".yaml", ".yml")):
+        parent = path.parent / parent
     return _merge(_read_recipe(str(parent), (*extended_by, name_or_path)), data)
 
 

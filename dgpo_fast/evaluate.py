@@ -19,8 +19,12 @@ from dgpo_fast.parallel.world import World
 from dgpo_fast.profiling import stage
 from dgpo_fast.prompts import load_prompts
 from dgpo_fast.rewards import Scorer
+from dgpo_fast.samples import save_grid
 
 Metrics = dict[str, float]
+
+PICTURED_PROMPTS = 8
+"""Prompts in the picture of an evaluation."""
 
 
 def draw_images(
@@ -78,8 +82,13 @@ def headline(metrics: Metrics, config: Config) -> float:
     return metrics["strict"] if "strict" in metrics else metrics[chosen]
 
 
-def evaluate_run(run_dir: Path, *, split: Literal["train", "test"] = "test") -> dict[str, object]:
+def evaluate_run(
+    run_dir: Path, *, split: Literal["train", "test"] = "test", picture: Path | None = None
+) -> dict[str, object]:
     """{"split", "num_prompts", "base": metrics, "tuned": metrics} of the newest checkpoint: `dgpo-fast eval`.
+
+    Args:
+        picture: where to save the first images of the base, and below them those of the tuned model.
 
     Raises:
         UserError: `run_dir` is no run, has no checkpoint, or has no prompts of that split.
@@ -94,4 +103,9 @@ def evaluate_run(run_dir: Path, *, split: Literal["train", "test"] = "test") -> 
     policy.check_adapters_act()
     scorer = Scorer(config.rewards)
     base, tuned = (evaluate_view(policy, view, prompts, config, scorer, world) for view in ("ref", "ema"))
+    if picture is not None and world.is_first:
+        shown = prompts[:PICTURED_PROMPTS]
+        images = [draw_images(policy, view, shown, config, images_per_prompt=1) for view in ("ref", "ema")]
+        captions = [f"{prompt} ({side})" for side in ("base", "tuned") for prompt in shown]
+        save_grid(torch.cat(images), captions, picture, columns=len(shown))
     return {"split": split, "num_prompts": len(prompts), "base": base, "tuned": tuned}

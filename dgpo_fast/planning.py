@@ -9,14 +9,20 @@ from dataclasses import dataclass
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from dgpo_fast.config import Config
-from dgpo_fast.errors import UserError
+from dgpo_fast.config import Config, check_ranks
 from dgpo_fast.flow.schedules import schedule_sigmas
-from dgpo_fast.models.architectures import SD3_TEXT_ENCODERS, Flops, TransformerShape, VAEShape, text_flops
-from dgpo_fast.models.sources import ModelSource, cached_file, find_model, transformer_shape, vae_shape
+from dgpo_fast.models.architectures import (
+    SD3_TEXT_ENCODERS,
+    Flops,
+    TransformerShape,
+    VAEShape,
+    check_resolution,
+    check_targets,
+    text_flops,
+)
+from dgpo_fast.models.sources import ModelSource, cached_file, clip_tokens, find_model, transformer_shape, vae_shape
 from dgpo_fast.throughput import Throughput, expected_throughputs
 
-CLIP_TOKENS = 77
 GB = 1e9
 
 
@@ -78,12 +84,22 @@ def plan(config: Config) -> Plan:
     """The plan of a run of `config` on this machine, with as many ranks as the launcher's environment says.
 
     Raises:
-        UserError: the model, a reward or a prompt file cannot be what the recipe says.
+        UserError: the model, its size, the adapter, a reward or a prompt file cannot be what the recipe says, or an
+            iteration does not divide among the ranks.
     """
     source = find_model(config.model.name, revision=config.model.revision)
-    num_ranks = _num_ranks(config)
+    num_ranks = _num_ranks()
+    check_ranks(config, num_ranks)
     shape = transformer_shape(source, revision=config.model.revision)
     vae = vae_shape(source, revision=config.model.revision)
+    if shape is not None:
+        check_resolution(
+            config.model.resolution,
+            vae_factor=vae.factor,
+            patch=shape.patch,
+            pos_embed_max_size=shape.pos_embed_max_size,
+        )
+        check_targets(config.adapter.targets, [linear.name for linear in shape.linears])
     model, model_warnings = _describe_model(source, config)
     sigmas = schedule_sigmas(config.rollout.schedule, config.rollout.steps, shift=config.rollout.shift)
     images_per_rank = config.images_per_iteration // num_ranks
@@ -100,13 +116,8 @@ def plan(config: Config) -> Plan:
     )
 
 
-def _num_ranks(config: Config) -> int:
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.groups.per_iteration % num_ranks:
-        raise UserError(
-            f"groups.per_iteration must divide among the ranks, got {config.groups.per_iteration} for {num_ranks}"
-        )
-    return num_ranks
+def _num_ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def placement(config: Config) -> Placement:
@@ -153,9 +164,14 @@ def cost(config: Config, source: ModelSource, shape: TransformerShape, vae: VAES
     )
 
 
+def text_tokens(config: Config, source: ModelSource) -> int:
+    """Tokens of a prompt: CLIP's, both encoders' side by side, and T5's."""
+    return clip_tokens(source, revision=config.model.revision) + config.model.text_length
+
+
 def _stages(config: Config, source: ModelSource, shape: TransformerShape, vae: VAEShape) -> Iterator[Stage]:
     targets, rank = config.adapter.targets, config.adapter.rank
-    tokens = shape.tokens(config.model.resolution, CLIP_TOKENS + config.model.text_length, vae_factor=vae.factor)
+    tokens = shape.tokens(config.model.resolution, text_tokens(config, source), vae_factor=vae.factor)
     base = shape.forward_flops(tokens)
     adapted = base + shape.adapter_flops(tokens, targets, rank=rank)
     backward = shape.backward_flops(tokens, targets, rank=rank)
@@ -185,13 +201,13 @@ def _memory(
     config: Config, source: ModelSource, shape: TransformerShape, vae: VAEShape, trained: int
 ) -> dict[str, float]:
     size = 4 if config.model.dtype == "float32" else 2
-    tokens = shape.tokens(config.model.resolution, CLIP_TOKENS + config.model.text_length, vae_factor=vae.factor)
+    tokens = shape.tokens(config.model.resolution, text_tokens(config, source), vae_factor=vae.factor)
     joint, dual = SAVED_WIDTHS[config.model.dtype]
     saved = shape.layers * joint * (tokens.image + tokens.text) + len(shape.dual_attention_layers) * dual * tokens.image
     pixels = config.model.resolution**2
     # The widest tensors of the decoder stand at full resolution: the input, the output and the copy of a convolution.
     decoding = 3 * vae.block_channels[min(1, len(vae.block_channels) - 1)] * pixels
-    images_per_rank = config.images_per_iteration // _num_ranks(config)
+    images_per_rank = config.images_per_iteration // _num_ranks()
     memory = {
         "transformer": float(size * (shape.parameters + shape.position_values)),
         "VAE": float(size * vae.parameters),
@@ -245,7 +261,7 @@ def _missing_rewards(config: Config) -> Iterator[str]:
 
     for term in config.rewards.terms:
         if term.name in REWARDS_TO_COME and term.name not in known_rewards():
-            yield f"reward {term.name!r} is not part of this version: register one of that name, or set rewards.terms"
+            yield f"reward {term.name!r} is not part of this version: give your own as package.module:Class"
         else:
             load_reward(term.name)
 

@@ -36,7 +36,7 @@ class Tile(NamedTuple):
     image: Image.Image
 
 
-def save_grid(images_BCHW: Tensor, prompts: Sequence[str], path: Path) -> None:
+def save_grid(images_BCHW: Tensor, prompts: Sequence[str], path: Path, *, columns: int | None = None) -> None:
     """Writes images and their prompts to `path` as a PNG grid, completely or not at all.
 
     The PNG carries the prompts and the place of each image as text, for `read_grid`.
@@ -44,6 +44,7 @@ def save_grid(images_BCHW: Tensor, prompts: Sequence[str], path: Path) -> None:
     Args:
         images_BCHW: float in [0, 1], on any device; values outside are clamped.
         prompts: one per image.
+        columns: images in a row; None for a grid wider than high.
     """
     enlargement = max(1, math.ceil(MIN_TILE / images_BCHW.shape[-1]))
     images = [_to_image(pixels_HWC, enlargement) for pixels_HWC in _to_bytes(images_BCHW)]
@@ -53,7 +54,7 @@ def save_grid(images_BCHW: Tensor, prompts: Sequence[str], path: Path) -> None:
     captions = [_wrap(prompt, font, side) for prompt in prompts]
     line_height = math.ceil(font_size * 1.3)
     caption_height = line_height * max(caption.count("\n") + 1 for caption in captions)
-    columns = _columns(len(images))
+    columns = columns or _columns(len(images))
     rows = math.ceil(len(images) / columns)
     step_x, step_y = side + gap, images[0].height + gap // 3 + caption_height + gap
     grid = Image.new("RGB", (gap + columns * step_x, gap + rows * step_y), BACKGROUND)

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import StableDiffusion3Pipeline
+from safetensors import SafetensorError
 
 from dgpo_fast.config import Config, ModelConfig, load_recipe
 from dgpo_fast.errors import UserError
+from dgpo_fast.models.architectures import SD35_MEDIUM, check_resolution
 from dgpo_fast.models.sd3 import load_model
 from dgpo_fast.models.sources import find_model, transformer_shape, vae_shape
 
@@ -18,8 +21,6 @@ DEFAULT_STEPS = 28
 DEFAULT_GUIDANCE = 4.5
 DEFAULT_TEXT_LENGTH = 256
 """T5 tokens, where the tokenizer takes as many."""
-DEFAULT_RESOLUTION = 1024
-"""Of models whose own is not known before they are loaded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,19 +41,22 @@ class SampleOptions:
         """The options of a model; what is None is taken from the run that made `lora`, if it lies in one.
 
         Raises:
-            UserError: no such model, no adapter in `lora`, or a resolution that is no multiple of 16.
+            UserError: no such model, no adapter in `lora`, or a resolution that the model has no positions for.
         """
         if lora is not None and not (lora / LORA_FILE).is_file():
             raise UserError(f"--lora {lora}: no {LORA_FILE} there; expected a checkpoint's lora/ directory")
-        if resolution is not None and resolution % 16:
-            nearest = max(16, 16 * round(resolution / 16))
-            raise UserError(f"--resolution: expected a multiple of 16, got {resolution}; nearest: {nearest}")
+        source = find_model(name)
+        shape, vae = transformer_shape(source) or SD35_MEDIUM, vae_shape(source)
+        if resolution is not None:
+            check_resolution(
+                resolution, vae_factor=vae.factor, patch=shape.patch, pos_embed_max_size=shape.pos_embed_max_size
+            )
         run = None if lora is None else _run_of(lora)
         model = ModelConfig(
             name=name,
             revision=run.model.revision if run else None,
             dtype=run.model.dtype if run else ("bfloat16" if torch.cuda.is_available() else "float32"),
-            resolution=resolution or (run.model.resolution if run else _own_resolution(name)),
+            resolution=resolution or (run.model.resolution if run else shape.sample_size * vae.factor),
         )
         return cls(
             model=model,
@@ -69,8 +73,10 @@ def draw(options: SampleOptions, prompt: str, *, out: Path, num: int, seed: int)
     pipeline = load_model(options.model, device=device).pipeline
     pipeline.set_progress_bar_config(disable=True)
     if options.lora is not None:
-        pipeline.load_lora_weights(options.lora)
-    text_length = options.text_length or min(DEFAULT_TEXT_LENGTH, pipeline.tokenizer_3.model_max_length)
+        _load_lora(pipeline, options.lora)
+    t5_tokenizer = pipeline.tokenizer_3  # none in a pipeline that was saved without T5
+    longest = t5_tokenizer.model_max_length if t5_tokenizer else DEFAULT_TEXT_LENGTH
+    text_length = options.text_length or min(DEFAULT_TEXT_LENGTH, longest)
     for index in range(num):
         image = pipeline(
             prompt,
@@ -88,11 +94,12 @@ def draw(options: SampleOptions, prompt: str, *, out: Path, num: int, seed: int)
 
 def _run_of(lora: Path) -> Config | None:
     """The configuration of the run that holds `RUN/checkpoints/step-NNNNNN/lora`."""
-    config = lora.resolve().parents[2] / "config.yaml"
-    return load_recipe(config) if config.is_file() else None
+    holders = [parent / "config.yaml" for parent in lora.resolve().parents[2:3]]
+    return next((load_recipe(config) for config in holders if config.is_file()), None)
 
 
-def _own_resolution(name: str) -> int:
-    source = find_model(name)
-    shape = transformer_shape(source)
-    return DEFAULT_RESOLUTION if shape is None else shape.sample_size * vae_shape(source).factor
+def _load_lora(pipeline: StableDiffusion3Pipeline, lora: Path) -> None:
+    try:
+        pipeline.load_lora_weights(lora)
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:  # of another model, or damaged
+        raise UserError(f"--lora {lora} does not load into this model: {' '.join(str(error).split())}") from error

@@ -15,8 +15,8 @@ from torch import nn
 
 from dgpo_fast.algorithms.base import Algorithm
 from dgpo_fast.algorithms.dgpo import DGPO
-from dgpo_fast.checkpoint import State, last_checkpoint, load_checkpoint, save_checkpoint
-from dgpo_fast.config import Config
+from dgpo_fast.checkpoint import State, last_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from dgpo_fast.config import Config, check_ranks, refuse_used
 from dgpo_fast.environment import peak_memory_gb
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluate import Metrics, draw_images, evaluate_view, headline
@@ -40,11 +40,16 @@ class Trainer:
     """
 
     def __init__(self, config: Config, out: Path, *, resume: bool = False) -> None:
-        self.config, self.out, self.resumed = config, out, resume
+        self.config, self.out = config, out
         if resume:
             refuse_conflicts(out, config)
-        saved = load_checkpoint(last_checkpoint(out)) if resume else None
+        # A run that ended before its first checkpoint goes on from its beginning.
+        saved = load_checkpoint(last_checkpoint(out)) if resume and list_checkpoints(out) else None
+        self.resumed = saved is not None
         self.world = World.from_environment(config)
+        if self.world.is_first and not resume:
+            refuse_used(out)
+        check_ranks(config, self.world.size)
         self.scorer = Scorer(config.rewards)
         self.test_prompts = load_prompts(config.prompts.test, key="prompts.test")[: config.evaluation.num_prompts]
         train_prompts = load_prompts(config.prompts.train, key="prompts.train")

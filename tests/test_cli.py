@@ -20,6 +20,7 @@ from dgpo_fast import cli
 from dgpo_fast.cli import main
 from dgpo_fast.config import load_recipe, recipe_names
 from dgpo_fast.errors import UserError
+from dgpo_fast.samples import read_grid
 
 
 class Result(NamedTuple):
@@ -228,10 +229,20 @@ def test_eval_prints_one_json_object(dgpo_fast: CommandLine, straight_run: Path)
 
 def test_eval_prints_a_table(dgpo_fast: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = {"split": "test", "num_prompts": 64, "base": {"strict": 0.4}, "tuned": {"strict": 0.9}}
-    monkeypatch.setattr("dgpo_fast.evaluate.evaluate_run", lambda run_dir, split: scores)
+    monkeypatch.setattr("dgpo_fast.evaluate.evaluate_run", lambda run_dir, **options: scores)
     status, stdout, stderr = dgpo_fast("eval", "anywhere")
     assert (status, stderr) == (0, "")
     assert re.search(r"strict\W+0\.400\W+0\.900\W+\+0\.500", stdout)
+
+
+def test_eval_saves_a_picture(dgpo_fast: CommandLine, straight_run: Path, tmp_path: Path) -> None:
+    assert dgpo_fast("eval", straight_run, "--json", "--picture", tmp_path / "new" / "eval.png").status == 0
+    tiles = read_grid(tmp_path / "new" / "eval.png")
+    prompts = read_grid(straight_run / "samples" / "step-000000.png")
+    assert [tile.prompt for tile in tiles] == [
+        f"{prompt} ({side})" for side in ("base", "tuned") for prompt, _ in prompts
+    ]
+    assert [tile.image.tobytes() for tile in tiles[: len(prompts)]] == [image.tobytes() for _, image in prompts]
 
 
 def test_eval_of_no_run(dgpo_fast: CommandLine, tmp_path: Path) -> None:
@@ -291,8 +302,8 @@ def test_sample_draws_what_diffusers_draws(
     for index in range(2):
         expected = pipeline(
             "two red circles",
-            height=64,
-            width=64,
+            height=72,
+            width=72,
             num_inference_steps=config.evaluation.steps,
             guidance_scale=config.rollout.guidance,
             max_sequence_length=config.model.text_length,
@@ -306,7 +317,7 @@ def test_an_image_depends_on_its_seed_alone(dgpo_fast: CommandLine, tmp_path: Pa
     assert dgpo_fast(*options, "--num", "2", "--seed", "0", "--out", tmp_path / "both").status == 0
     assert dgpo_fast(*options, "--num", "1", "--seed", "1", "--out", tmp_path / "one").status == 0
     first, second = (read(tmp_path / "both" / f"{index:04d}.png") for index in range(2))
-    assert first.shape == (64, 64, 3)
+    assert first.shape == (72, 72, 3)
     assert (first != second).any()
     np.testing.assert_array_equal(second, read(tmp_path / "one" / "0000.png"))
 
@@ -316,7 +327,10 @@ def test_an_image_depends_on_its_seed_alone(dgpo_fast: CommandLine, tmp_path: Pa
     [
         (["embeded"], "no model 'embeded'; did you mean 'embedded'?"),
         (["embedded", "--lora", "nowhere"], "--lora nowhere: no pytorch_lora_weights.safetensors there"),
-        (["embedded", "--resolution", "70"], "--resolution: expected a multiple of 16, got 70; nearest: 64"),
+        (
+            ["embedded", "--resolution", "70"],
+            "model.resolution: expected a multiple of 24 up to 72 for this model, got 70",
+        ),
     ],
 )
 def test_sample_refuses(arguments: list[str], message: str, dgpo_fast: CommandLine, tmp_path: Path) -> None:

@@ -102,6 +102,17 @@ def test_a_recipe_extends_another(folder: Path) -> None:
     assert child.advantages == parent.advantages
 
 
+def test_a_recipe_extends_the_file_beside_it(folder: Path) -> None:
+    Path("mine").mkdir()
+    Path("mine/parent.yaml").write_text("extends: tiny-dgpo\nalgorithm:\n  beta: 7\n")
+    Path("mine/child.yaml").write_text("extends: parent.yaml\n")
+    assert load_recipe("mine/child.yaml").algorithm.beta == 7
+
+
+def test_a_date_is_a_string() -> None:
+    assert load_recipe("tiny-dgpo", ["description=2024-01-01"]).description == "2024-01-01"
+
+
 def test_a_list_is_replaced_and_not_merged(folder: Path) -> None:
     Path("mine.yaml").write_text("extends: tiny-dgpo\nrewards:\n  terms:\n    - name: other\n")
     assert [term.name for term in load_recipe("mine.yaml").rewards.terms] == ["other"]
@@ -137,7 +148,8 @@ MISTAKES = {
     "logging: {tensorboard: yes please}": "logging.tensorboard: input should be a valid boolean",
     "rollout: {solver: heunn}": "rollout.solver: input should be 'euler'",
     "rollout: {guidance: 0.5}": "rollout.guidance: input should be greater than or equal to 1, got 0.5",
-    "model: {resolution: 100}": "model.resolution: input should be a multiple of 16, got 100",
+    "optimizer: {lr: .inf}": "optimizer.lr: input should be a finite number, got inf",
+    "model: {resolution: 100}": "model.resolution: input should be a multiple of 8, got 100",
     "adapter: {targets: []}": "adapter.targets:",
     "rewards: {terms: []}": "rewards.terms:",
     "rewards: {}": "rewards.terms is required",

@@ -203,9 +203,11 @@ def test_resume_without_a_run(refusal: Refusal, tmp_path: Path) -> None:
     assert "--resume needs --out" in refusal("--resume")
 
 
-def test_resume_without_a_checkpoint(refusal: Refusal, run: Path) -> None:
+def test_eval_without_a_checkpoint(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(run / "checkpoints")
-    assert f"no checkpoint in {run / 'checkpoints'}" in refusal("--out", run, "--resume")
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", str(run)])
+    assert f"no checkpoint in {run / 'checkpoints'}" in capfd.readouterr().err
 
 
 # Seen while a run goes on: steps 7 and 8 of a run that saved six

@@ -12,11 +12,11 @@ import torch
 
 from dgpo_fast import Trainer, load_recipe
 from dgpo_fast.checkpoint import last_checkpoint, list_checkpoints, load_checkpoint
+from dgpo_fast.config import check_ranks
 from dgpo_fast.errors import UserError
 from dgpo_fast.metrics import read_evaluations, read_metrics
 from dgpo_fast.models.policy import Policy
 from dgpo_fast.models.sd3 import load_model
-from dgpo_fast.parallel.world import World
 
 # An eps far above every gradient makes Adam's step proportional to the gradient: with the usual one it is nearly the
 # gradient's sign, which rounding flips where that is about zero.
@@ -91,7 +91,12 @@ def test_one_rank_writes(two_ranks: Path) -> None:
     assert (two_ranks / "report.html").is_file()
 
 
-def test_groups_must_divide_among_ranks(quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
+def test_groups_must_divide_among_ranks(quick: tuple[str, ...]) -> None:
     with pytest.raises(UserError, match=r"groups\.per_iteration must divide among the ranks, got 2 for 3; .*: 3"):
-        World.from_environment(load_recipe("tiny-dgpo", quick))
+        check_ranks(load_recipe("tiny-dgpo", quick), 3)
+
+
+def test_micro_batches_must_divide_a_ranks_share(quick: tuple[str, ...]) -> None:
+    refusal = r"images_per_micro_batch must divide .* share .*, 4 images on each of 2 ranks, got 8; .*: 4"
+    with pytest.raises(UserError, match=refusal):
+        check_ranks(load_recipe("tiny-dgpo", [*quick, "optimizer.images_per_micro_batch=8"]), 2)

@@ -98,6 +98,15 @@ def test_a_signal_saves_and_the_run_goes_on(
     assert_ends_alike(tmp_path, straight_run)
 
 
+def test_a_run_that_never_saved_goes_on_from_its_beginning(tmp_path: Path, straight_run: Path, config: Config) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError):
+        patch.setenv("MISBEHAVE", f"{IN_BASE_EVALUATION + 2}:raise")
+        Trainer(config, tmp_path).train()
+    assert list_checkpoints(tmp_path) == []
+    Trainer(config, tmp_path, resume=True).train()
+    assert_ends_alike(tmp_path, straight_run)
+
+
 def test_what_may_change_on_resume_changes_nothing_else(tmp_path: Path, straight_run: Path, config: Config) -> None:
     """Stopped in an evaluation, then on with other intervals: the weights are those of six steps straight."""
     assert stopped_run(config.model_copy(update={"steps": 9}), tmp_path, in_call=IN_EVALUATION, by="SIGTERM") == 143

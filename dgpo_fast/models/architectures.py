@@ -8,10 +8,12 @@ Letters: D width, N tokens (image and text), r adapter rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
+
+from dgpo_fast.errors import UserError, suggest
 
 TIME_CHANNELS = 256
 """Width of the sinusoidal time embedding."""
@@ -51,8 +53,40 @@ class Linear(NamedTuple):
         return rank * (self.inputs + self.outputs)
 
     def is_target(self, targets: Sequence[str]) -> bool:
-        """Whether peft would put an adapter on it: a target is a name, or the end of one after a dot."""
-        return f".{self.name}".endswith(tuple(f".{target}" for target in targets))
+        """Whether peft would put an adapter on it."""
+        return any(is_target(self.name, target) for target in targets)
+
+
+def is_target(name: str, target: str) -> bool:
+    """Whether peft counts module `name` to `target`: a target is a name, or the end of one after a dot."""
+    return f".{name}".endswith(f".{target}")
+
+
+def check_targets(targets: Sequence[str], names: Iterable[str]) -> None:
+    """Makes sure that every target of an adapter is one of the modules `names`; peft is content with one of them.
+
+    Raises:
+        UserError: one is not; the nearest name is given.
+    """
+    modules = list(names)
+    for target in targets:
+        if not any(is_target(name, target) for name in modules):
+            known = {name.split(".", 2)[-1] for name in modules if name.startswith("transformer_blocks.")}
+            raise UserError(f"adapter.targets: no layer is called {target!r}{suggest(target, known)}")
+
+
+def check_resolution(resolution: int, *, vae_factor: int, patch: int, pos_embed_max_size: int) -> None:
+    """Makes sure that images of `resolution` pixels a side divide into tokens, for each of which there is a position.
+
+    Raises:
+        UserError: they do not.
+    """
+    step = vae_factor * patch
+    if resolution % step or resolution > step * pos_embed_max_size:
+        raise UserError(
+            f"model.resolution: expected a multiple of {step} up to {step * pos_embed_max_size} for this model, "
+            f"got {resolution}"
+        )
 
 
 class Tokens(NamedTuple):

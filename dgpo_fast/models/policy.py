@@ -9,6 +9,7 @@ optimizer steps one tensor, and a checkpoint writes one.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,8 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from dgpo_fast.config import AdapterConfig
-from dgpo_fast.errors import UserError, suggest
+from dgpo_fast.errors import UserError
+from dgpo_fast.models.architectures import check_targets
 from dgpo_fast.models.sd3 import StableDiffusion3
 from dgpo_fast.records import Conditioning
 
@@ -174,17 +176,10 @@ class Policy:
         # The published targets adapt them all the same.
         return f"transformer_blocks.{self.model.transformer.config.num_layers - 1}.attn.add_q_proj."
 
-    def _check_targets(self, targets: tuple[str, ...]) -> None:
-        # peft is content when one of them matches.
-        names = [name for name, _ in self.model.transformer.named_modules()]
-        for target in targets:
-            if not any(f".{name}".endswith(f".{target}") for name in names):
-                known = {name.split(".", 2)[-1] for name in names if name.startswith("transformer_blocks.")}
-                raise UserError(f"adapter.targets: no layer is called {target!r}{suggest(target, known)}")
-
     def _inject(self, config: AdapterConfig, seed: int) -> None:
-        self._check_targets(config.targets)
-        with torch.random.fork_rng():
+        check_targets(config.targets, [name for name, _ in self.model.transformer.named_modules()])
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # that of the view before
             torch.manual_seed(seed)
             for view in TRAINED:
                 lora = LoraConfig(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dgpo_fast.config import ModelConfig
 from dgpo_fast.errors import UserError
+from dgpo_fast.models.architectures import check_resolution
 from dgpo_fast.models.random_weights import random_pipeline
 from dgpo_fast.models.sources import ModelSource, find_model
 from dgpo_fast.profiling import stage
@@ -36,14 +37,11 @@ class StableDiffusion3:
         for module in pipeline.components.values():
             if isinstance(module, torch.nn.Module):
                 module.requires_grad_(False).eval()
+        check_resolution(
+            config.resolution, vae_factor=pipeline.vae_scale_factor, patch=pipeline.patch_size,
+            pos_embed_max_size=self.transformer.config.pos_embed_max_size,
+        )  # fmt: skip
         side = config.resolution // pipeline.vae_scale_factor
-        limit = self.transformer.config.pos_embed_max_size * pipeline.patch_size
-        if side % pipeline.patch_size or side > limit:
-            step = pipeline.vae_scale_factor * pipeline.patch_size
-            raise UserError(
-                f"model.resolution: expected a multiple of {step} up to {limit * pipeline.vae_scale_factor} for this "
-                f"model, got {config.resolution}"
-            )
         self.latent_shape = (int(self.transformer.config.in_channels), side, side)
 
     @property
@@ -52,17 +50,22 @@ class StableDiffusion3:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of `prompts`, a row each, in the model's dtype: text [P, N, D] and pooled [P, D]."""
+        """Conditioning of `prompts`, a row each, in the model's dtype: text [P, N, D] and pooled [P, D].
+
+        Distinct prompts are encoded once.
+        """
+        row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         with stage("text"):
             text, _, pooled, _ = self.pipeline.encode_prompt(
-                prompt=list(prompts),
+                prompt=list(row_of),
                 prompt_2=None,
                 prompt_3=None,
                 device=self.device,
                 do_classifier_free_guidance=False,
                 max_sequence_length=self.text_length,
             )
-        return Conditioning(text_BND=text.to(self.dtype), pooled_BD=pooled.to(self.dtype))
+        rows = torch.tensor([row_of[prompt] for prompt in prompts], device=self.device)
+        return Conditioning(text_BND=text.to(self.dtype)[rows], pooled_BD=pooled.to(self.dtype)[rows])
 
     def velocity(self, x_BCHW: Tensor, timestep_B: Tensor, conditioning: Conditioning) -> Tensor:
         """The transformer's velocity [B, C, H, W] in the model's dtype.
@@ -96,7 +99,7 @@ def load_model(config: ModelConfig, *, device: torch.device | str) -> StableDiff
     Raises:
         UserError: no such model, not a Stable Diffusion 3, gated without a token, or weights that cannot be read.
     """
-    source, target = find_model(config.name), torch.device(device)
+    source, target = find_model(config.name, revision=config.revision), torch.device(device)
     if source.kind == "random":
         pipeline = random_pipeline(source.location, dtype=DTYPES[config.dtype], device=target)
     else:

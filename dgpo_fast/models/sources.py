@@ -76,6 +76,12 @@ def vae_shape(source: ModelSource, *, revision: str | None = None) -> VAEShape:
     return VAEShape() if config is None else VAEShape.from_config(config)
 
 
+def clip_tokens(source: ModelSource, *, revision: str | None = None) -> int:
+    """Tokens that CLIP makes of every prompt: 77 where nothing else is known."""
+    config = None if source.kind == "random" else _config(source, "text_encoder", revision)
+    return 77 if config is None else int(config["max_position_embeddings"])
+
+
 def cached_file(source: ModelSource, filename: str, *, revision: str | None = None) -> Path | None:
     """A file of the model on this machine, in its directory or in the hub's local cache; None where there is none."""
     if source.kind in ("embedded", "directory"):

@@ -26,18 +26,16 @@ class World:
         """Joins the process group that torchrun or DeepSpeed's launcher describes in the environment, if any.
 
         Raises:
-            UserError: `device: cuda` without CUDA, or groups that do not divide among the ranks.
+            UserError: `device: cuda` without CUDA, or more ranks than GPUs.
         """
         size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         if config.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device: cuda was asked for, but torch sees no CUDA device")
         on_cuda = config.device != "cpu" and torch.cuda.is_available()
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_cuda else torch.device("cpu")
-        if config.groups.per_iteration % size:
-            raise UserError(
-                f"groups.per_iteration must divide among the ranks, got {config.groups.per_iteration} for {size}; "
-                f"nearest that does: {max(1, round(config.groups.per_iteration / size)) * size}"
-            )
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if on_cuda and local_rank >= torch.cuda.device_count():
+            raise UserError(f"{local_rank + 1} or more ranks on this machine, but {torch.cuda.device_count()} GPUs")
+        device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
         if size > 1 and not dist.is_initialized():
             backend = config.parallel.backend
             dist.init_process_group(("nccl" if on_cuda else "gloo") if backend == "auto" else backend)

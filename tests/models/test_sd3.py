@@ -44,7 +44,7 @@ def test_everything_is_frozen_in_the_configured_precision(dtype: str) -> None:
         assert not module.training
         assert {parameter.dtype for parameter in module.parameters()} == {getattr(torch, dtype)}
         assert not any(parameter.requires_grad for parameter in module.parameters())
-    assert model.latent_shape == (16, 8, 8)
+    assert model.latent_shape == (8, 9, 9)
 
 
 def test_text_is_encoded_as_the_pipeline_does(
@@ -58,6 +58,18 @@ def test_text_is_encoded_as_the_pipeline_does(
     assert torch.equal(found.pooled_BD, pooled)
     assert text.shape == (3, 24, 96)
     assert not text.requires_grad
+
+
+def test_distinct_prompts_are_encoded_once(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, encoded = make_model(TINY), []
+    encode_prompt = model.pipeline.encode_prompt
+    monkeypatch.setattr(
+        model.pipeline, "encode_prompt", lambda **options: encoded.append(options["prompt"]) or encode_prompt(**options)
+    )
+    conditioning = model.encode([PROMPTS[0], PROMPTS[1], PROMPTS[0]])
+    assert encoded == [PROMPTS[:2]]
+    assert torch.equal(conditioning.text_BND[0], conditioning.text_BND[2])
+    assert torch.equal(conditioning.pooled_BD[[0, 1]], model.encode(PROMPTS[:2]).pooled_BD)
 
 
 def test_conditioning_has_a_row_for_each_prompt_in_order(make_model: MakeModel) -> None:
@@ -96,7 +108,7 @@ def test_images_are_those_of_the_pipeline(make_model: MakeModel, embedded_pipeli
         decoded = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
     expected = embedded_pipeline.image_processor.postprocess(decoded, output_type="pt")
     assert images.dtype == torch.float32
-    assert images.shape == (5, 3, 64, 64)
+    assert images.shape == (5, 3, 72, 72)
     assert images.min() >= 0
     assert images.max() <= 1
     # (x / 2 + 1/2) against (x + 1) / 2, in whichever order: two roundings of a number below 1.
@@ -119,10 +131,10 @@ def test_images_of_a_bfloat16_model_are_float32(make_model: MakeModel) -> None:
 
 
 def test_images_too_large_for_the_position_table_are_refused(make_model: MakeModel) -> None:
-    largest = make_model(load_recipe("tiny-dgpo", ["model.resolution=256"]))
-    assert largest.latent_shape == (16, 32, 32)
-    with pytest.raises(UserError, match=r"model\.resolution: expected a multiple of 16 up to 256 .*got 272"):
-        make_model(load_recipe("tiny-dgpo", ["model.resolution=272"]))
+    smaller = make_model(load_recipe("tiny-dgpo", ["model.resolution=48"]))
+    assert smaller.latent_shape == (8, 6, 6)
+    with pytest.raises(UserError, match=r"model\.resolution: expected a multiple of 24 up to 72 .*got 96"):
+        make_model(load_recipe("tiny-dgpo", ["model.resolution=96"]))
 
 
 def test_a_directory_loads_as_the_embedded_pipeline_does(
