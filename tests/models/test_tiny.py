@@ -201,7 +201,7 @@ def test_the_shipped_pipeline_is_small_and_says_how_it_was_made() -> None:
     assert record["options"] == asdict(BuildOptions(seed=seed))
 
 
-@pytest.mark.xfail(strict=True, reason="the pipeline that ships is trained too briefly: 0.004 of its images are right")
+@pytest.mark.xfail(strict=True, reason="0.285 of its images are right at the recipe's guidance of 1, 0.496 at 2")
 def test_the_shipped_pipeline_is_honestly_imperfect() -> None:
     """Strictly correct images of held-out prompts, with the recipe's guidance, solver and evaluation: 0.35 to 0.6."""
     config = load_recipe("tiny-dgpo", ["device=cpu"])
