@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class NativeBuildError(Exception):
-    """Why there is no native library, in one line."""
+    """Why there is no native library: a line, and where it helps the end of the build's log."""
 
 
 class CMakeBuild(build_ext):
@@ -34,7 +34,8 @@ class CMakeBuild(build_ext):
         except NativeBuildError as error:
             if os.environ.get("DGPO_FAST_REQUIRE_NATIVE") == "1":
                 raise
-            print(f"dgpo-fast: native library not built, operators use PyTorch instead: {error}", file=sys.stderr)
+            reason = str(error).partition("\n")[0]
+            print(f"dgpo-fast: native library not built, operators use PyTorch instead: {reason}", file=sys.stderr)
 
 
 def build_with_cmake(*, build_dir: Path, output_dir: Path) -> None:
@@ -62,7 +63,8 @@ def build_with_cmake(*, build_dir: Path, output_dir: Path) -> None:
             except FileNotFoundError:
                 raise NativeBuildError("cmake not found") from None
             except subprocess.CalledProcessError:
-                raise NativeBuildError("".join(log.read_text().splitlines(keepends=True)[-30:])) from None
+                end = "\n".join(log.read_text().splitlines()[-30:])
+                raise NativeBuildError(f"{' '.join(command[:2])} failed\n{end}") from None
 
 
 setup(

@@ -264,7 +264,7 @@ def test_the_report_is_the_written_loss(
     make_policy: MakePolicy, kl_cfg: float, reference: str, invalid: tuple[int, ...]
 ) -> None:
     """Samples that failed do not count; with kl_cfg the reference is guided; either reference."""
-    clipped = ("algorithm.clip=0.001", "algorithm.kl_coef=0.3")
+    clipped = ("algorithm.clip=0.001", "algorithm.kl_coef=0.3", "algorithm.beta=300")
     config = tiny(f"algorithm.kl_cfg={kl_cfg}", f"algorithm.reference={reference}", *clipped)
     policy = make_policy(config, spread=SPREAD)
     scored = scored_groups(policy, config, invalid=invalid)
