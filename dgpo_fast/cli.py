@@ -205,7 +205,7 @@ def tiny_build(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the pipeline goes.")],
     seed: Annotated[int, typer.Option(metavar="S", min=0)] = 0,
 ) -> None:
-    """Train the embedded pipeline from nothing (an hour on two CPU cores)."""
+    """Train the embedded pipeline from nothing (78 minutes on two CPU cores)."""
     _check_writable(out)
     from rich.progress import Progress
 
