@@ -15,7 +15,7 @@ from torch import nn
 
 from dgpo_fast.algorithms.base import Algorithm
 from dgpo_fast.algorithms.dgpo import DGPO
-from dgpo_fast.checkpoint import State, last_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from dgpo_fast.checkpoint import State, list_checkpoints, load_checkpoint, save_checkpoint
 from dgpo_fast.config import Config, check_ranks, refuse_used
 from dgpo_fast.environment import peak_memory_gb
 from dgpo_fast.errors import UserError
@@ -44,7 +44,8 @@ class Trainer:
         if resume:
             refuse_conflicts(out, config)
         # A run that ended before its first checkpoint goes on from its beginning.
-        saved = load_checkpoint(last_checkpoint(out)) if resume and list_checkpoints(out) else None
+        checkpoints = list_checkpoints(out) if resume else []
+        saved = load_checkpoint(checkpoints[-1]) if checkpoints else None
         self.resumed = saved is not None
         self.world = World.from_environment(config)
         if self.world.is_first and not resume:

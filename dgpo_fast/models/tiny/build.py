@@ -128,9 +128,9 @@ def train_vae(vae: AutoencoderKL, images: Tensor, options: BuildOptions, report:
     """Trains `vae` to reconstruct images from noisy latents, then shifts and scales its latents to unit variance.
 
     The noise, of up to `latent_noise` standard deviations of the latents, stands in place of the usual KL term. The KL
-    term bounds the information in the latents but not their geometry: red and yellow came to lie six times closer than
-    black and white, so that the transformer, which sees latents through noise, mixed them. What has to survive noise
-    is kept far apart.
+    term bounds the information in the latents but not their geometry: it left some colours many times closer to each
+    other than others, and the transformer, which sees latents through noise, mixed them. What has to survive noise is
+    kept far apart.
     """
 
     def loss_of(index: Tensor) -> Tensor:
