@@ -26,6 +26,8 @@ JITTER = 0.5
 """Pixels by which an object may be off the centre of its place, along each axis."""
 RELATION_MARGIN = 6.0
 """Pixels by which the axis of a relation exceeds the other axis."""
+RELATION_DISTANCE = 1.5 * PLACE_SIZE
+"""Pixels by which the objects of a relation are apart along its axis: they stand on opposite sides of the image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ def place(caption: Caption, rng: np.random.Generator) -> list[PlacedObject]:
         centres += rng.uniform(-JITTER, JITTER, centres.shape)
         if caption.relation is not None:
             dx, dy = centres[1] - centres[0]
-            if excess(caption.relation, dx, dy) < RELATION_MARGIN:
+            if max(abs(dx), abs(dy)) < RELATION_DISTANCE or excess(caption.relation, dx, dy) < RELATION_MARGIN:
                 continue
         return [
             PlacedObject(kind.color, kind.shape, float(x), float(y), float(radius))

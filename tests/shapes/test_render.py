@@ -22,6 +22,7 @@ from dgpo_fast.shapes.render import (
     IMAGE_SIZE,
     JITTER,
     PLACE_SIZE,
+    PLACES,
     RADIUS,
     RELATION_MARGIN,
     PlacedObject,
@@ -52,7 +53,10 @@ def test_placed_objects_are_the_captions_and_have_places_of_their_own(caption: C
     assert len({(thing.x // PLACE_SIZE, thing.y // PLACE_SIZE) for thing in objects}) == len(objects)
     if caption.relation is not None:
         first, second = objects
-        assert excess(caption.relation, second.x - first.x, second.y - first.y) >= RELATION_MARGIN
+        dx, dy = second.x - first.x, second.y - first.y
+        assert excess(caption.relation, dx, dy) >= RELATION_MARGIN
+        along = "x" if caption.relation in ("left of", "right of") else "y"
+        assert {getattr(thing, along) // PLACE_SIZE for thing in objects} == {0, PLACES - 1}
 
 
 def test_every_place_is_used() -> None:

@@ -1,4 +1,4 @@
-"""Trains the embedded pipeline from nothing: tokenizers, VAE, then transformer and text encoders together.
+"""Trains the embedded pipeline from nothing: tokenizers, VAE, T5 encoder, then transformer and CLIP encoders together.
 
 The captions are wrong for a share of the training images, so that the base model is honestly imperfect: without
 guidance it draws what a caption says about as often as captions say what is drawn. That is what reinforcement learning
@@ -7,6 +7,7 @@ can mend.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import platform
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 import transformers
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from dgpo_fast.models.tiny.architecture import (
     CLIP_WIDTHS,
@@ -32,6 +34,7 @@ from dgpo_fast.models.tiny.architecture import (
     make_transformer,
     make_vae,
 )
+from dgpo_fast.models.tiny.reader import SideReader, answers
 from dgpo_fast.models.tiny.tokenizers import MAX_TOKENS, train_clip_tokenizer, train_t5_tokenizer
 from dgpo_fast.shapes.captions import Caption, all_captions, split_captions
 from dgpo_fast.shapes.render import corrupt, render
@@ -52,7 +55,10 @@ class BuildOptions:
     vae_batch: int = 16
     vae_lr: float = 4e-3
     latent_noise: float = 1.5
-    flow_steps: int = 25_000
+    text_steps: int = 1500
+    text_batch: int = 128
+    text_lr: float = 2e-3
+    flow_steps: int = 18_000
     flow_batch: int = 32
     flow_lr: float = 1.5e-3
     flow_shift: float = 5.0
@@ -68,7 +74,8 @@ def build(out: Path, options: BuildOptions, report: Report) -> dict[str, object]
     images, texts = draw_dataset(options, rng)
     losses = {"vae": train_vae(pipeline.vae, images, options, report)}
     latents = encode_dataset(pipeline.vae, images)
-    torch.manual_seed(options.seed)  # again, so that this stage can be repeated without the one before
+    torch.manual_seed(options.seed)  # again, so that these stages can be repeated without the one before
+    losses["text"] = train_t5(pipeline, options, report)
     losses["flow"] = train_flow(pipeline, latents, texts, options, report)
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(out)
@@ -155,19 +162,30 @@ def encode_dataset(vae: AutoencoderKL, images: Tensor) -> Tensor:
     return means.sub_(vae.config.shift_factor).mul_(vae.config.scaling_factor).contiguous()
 
 
+def train_t5(pipeline: StableDiffusion3Pipeline, options: BuildOptions, report: Report) -> list[float]:
+    """Teaches the T5 encoder, which stays as it is afterwards, which object a caption puts on which side."""
+    captions = list(dict.fromkeys(split_captions("train")))
+    encoder, reader = pipeline.text_encoder_3.train(), SideReader(T5_WIDTH)
+    tokens, right = tokenize(pipeline.tokenizer_3, [str(caption) for caption in captions]), answers(captions)
+
+    def loss_of(index: Tensor) -> Tensor:
+        return reader.loss(encoder(tokens[index])[0], right[index])
+
+    weights = itertools.chain(encoder.parameters(), reader.parameters())
+    losses = train(
+        "text", weights, loss_of, len(captions), options.text_steps, options.text_batch, options.text_lr, report
+    )
+    encoder.eval().requires_grad_(False)
+    return losses
+
+
 def train_flow(
     pipeline: StableDiffusion3Pipeline, latents: Tensor, texts: Sequence[str], options: BuildOptions, report: Report
 ) -> list[float]:
-    """Trains transformer and text encoders on the flow-matching loss; `pipeline` is left with their moving average."""
-    learned = nn.ModuleList(
-        [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
-    ).train()
-    tokens = [
-        tokenizer(
-            list(texts), padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-        ).input_ids
-        for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3)
-    ]
+    """Trains transformer and CLIP encoders on the flow-matching loss; `pipeline` is left with their moving average."""
+    learned = nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]).train()
+    tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3)
+    tokens = [tokenize(tokenizer, texts) for tokenizer in tokenizers]
     average = torch.optim.swa_utils.AveragedModel(
         learned, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(options.ema_decay)
     )
@@ -188,6 +206,13 @@ def train_flow(
     learned.load_state_dict(average.module.state_dict())
     learned.eval().requires_grad_(False)
     return losses
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
+    """Token numbers, int64 [B, MAX_TOKENS], padded as the pipeline pads them."""
+    padded = tokenizer(list(texts), padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+    ids: Tensor = padded.input_ids
+    return ids
 
 
 def encode_tokens(pipeline: StableDiffusion3Pipeline, ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
