@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import isnan
+from math import inf, isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ class State:
     values: Mapping[str, Any]
 
 
-def save_checkpoint(run_dir: Path, state: State, *, save_lora: Callable[[Path], None], keep_last: int) -> Path:
-    """Writes the checkpoint of `state.step` and returns its directory; then removes old ones, never the best.
+def save_checkpoint(run_dir: Path, state: State, *, save_lora: Callable[[Path], None]) -> Path:
+    """Writes the checkpoint of `state.step` and returns its directory.
 
     It is written beside and renamed at the end: a process killed at any moment leaves a whole checkpoint or none.
 
@@ -64,8 +64,39 @@ def save_checkpoint(run_dir: Path, state: State, *, save_lora: Callable[[Path], 
         shutil.rmtree(partial, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot save {target}: {reason}; earlier checkpoints are untouched") from error
-    _rotate(run_dir, keep_last)
     return target
+
+
+def rotate(run_dir: Path, scores: Mapping[int, float], *, keep_last: int) -> None:
+    """Makes `checkpoints/best` point to the best checkpoint and removes old others.
+
+    Args:
+        scores: held-out scores by step. The best is the one with the highest, of equal ones the newest; one without a
+            score, or with NaN because no image had one, is below all others.
+        keep_last: newest checkpoints to keep.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    checkpoints = list_checkpoints(run_dir)
+    if not checkpoints:
+        return
+
+    def rank(path: Path) -> tuple[float, int]:
+        score = scores.get(_step_of(path), nan)
+        return (-inf if isnan(score) else score), _step_of(path)
+
+    best, link = max(checkpoints, key=rank), run_dir / "checkpoints" / "best"
+    fresh = link.with_name(".best.partial")
+    try:
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(best.name)
+        fresh.replace(link)
+        for path in checkpoints[:-keep_last]:
+            if path != best:
+                shutil.rmtree(path)
+    except OSError as error:
+        raise UserError(f"cannot tidy {link.parent}: {error.strerror}; no checkpoint is damaged") from error
 
 
 def load_checkpoint(directory: Path) -> State:
@@ -99,30 +130,8 @@ def last_checkpoint(run_dir: Path) -> Path:
     return checkpoints[-1]
 
 
-def _rotate(run_dir: Path, keep_last: int) -> None:
-    checkpoints = list_checkpoints(run_dir)
-    best = max(checkpoints, key=lambda path: (_score_of(path), _step_of(path)))
-    link = run_dir / "checkpoints" / "best"
-    fresh = link.with_name(".best.partial")
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(best.name)
-    fresh.replace(link)
-    for path in checkpoints[:-keep_last]:
-        if path != best:
-            shutil.rmtree(path)
-
-
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def _score_of(checkpoint: Path) -> float:
-    """The held-out score saved with a checkpoint; one without (or NaN: no image had one) is below all others."""
-    try:
-        score = json.loads((checkpoint / "state" / "state.json").read_text())["score"]
-    except (OSError, ValueError, KeyError):
-        return float("-inf")
-    return float("-inf") if score is None or isnan(score) else float(score)
 
 
 def _write_manifest(directory: Path) -> None:

@@ -102,7 +102,9 @@ def train(
 
     from dgpo_fast.trainer import Trainer
 
-    Trainer(config, out, resume=resume).train()
+    trainer = Trainer(config, out, resume=resume)
+    trainer.train()
+    trainer.world.leave()
     if _is_first_rank():
         _print_outcome(out)
 
@@ -205,14 +207,14 @@ def tiny_build(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the pipeline goes.")],
     seed: Annotated[int, typer.Option(metavar="S", min=0)] = 0,
 ) -> None:
-    """Train the embedded pipeline from nothing (78 minutes on two CPU cores)."""
+    """Train the embedded pipeline from nothing (an hour on two CPU cores)."""
     _check_writable(out)
     from rich.progress import Progress
 
     from dgpo_fast.models.tiny.build import BuildOptions, build
 
     with Progress(console=Console(stderr=True)) as progress:
-        tasks = {stage: progress.add_task(stage, total=None) for stage in ("vae", "flow")}
+        tasks = {stage: progress.add_task(stage, total=None) for stage in ("vae", "text", "flow")}
 
         def report(stage: str, step: int, num_steps: int, loss: float) -> None:
             progress.update(tasks[stage], completed=step, total=num_steps, description=f"{stage} loss {loss:.4f}")

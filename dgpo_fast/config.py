@@ -142,8 +142,16 @@ class OptimizerConfig(Section):
     weight_decay: NonNegative = 1e-4
     eps: Positive = 1e-8
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay_steps: Count | None = None
+    """Steps over which the learning rate falls linearly, to a tenth at the lowest; null keeps it."""
     max_grad_norm: Positive = 1.0
     images_per_micro_batch: Count = 16
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        risen = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        left = 1.0 if self.decay_steps is None else max(0.1, 1 - step / self.decay_steps)
+        return self.lr * risen * left
 
 
 class RewardConfig(Section):
@@ -271,9 +279,7 @@ def check_ranks(config: Config, num_ranks: int) -> None:
         )
 
 
-MAY_CHANGE_ON_RESUME = (
-    "name", "description", "steps", "device", "evaluation.every", "checkpoints.", "logging.", "parallel.",
-)  # fmt: skip
+MAY_CHANGE_ON_RESUME = ("steps", "evaluation.every", "checkpoints.", "logging.", "parallel.")
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -52,9 +55,19 @@ def draw_images(
 
 
 def evaluate_view(
-    policy: Policy, view: View, prompts: list[str], config: Config, scorer: Scorer, world: World
+    policy: Policy,
+    view: View,
+    prompts: list[str],
+    config: Config,
+    scorer: Scorer,
+    world: World,
+    *,
+    check: Callable[[], None] = lambda: None,
 ) -> Metrics:
     """Mean of every metric over the images of `prompts`, which the ranks share out among themselves.
+
+    Args:
+        check: called before each forward's worth of prompts, on every rank as often; may raise, to end the evaluation.
 
     Raises:
         UserError: fewer prompts than ranks, or a reward fails and the recipe says `on_failure: stop`.
@@ -64,16 +77,24 @@ def evaluate_view(
             f"evaluation.num_prompts: {len(prompts)} held-out prompts for {world.size} ranks; each needs at least one"
         )
     images_per_prompt = config.evaluation.images_per_prompt
+    per_chunk = max(1, config.rollout.images_per_forward // images_per_prompt)
     first, last = (len(prompts) * rank // world.size for rank in (world.rank, world.rank + 1))
+    largest_share = math.ceil(len(prompts) / world.size)
+    sums: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
     with stage("evaluate"):
-        mine = prompts[first:last]
-        images = draw_images(policy, view, mine, config, images_per_prompt=images_per_prompt, first_prompt=first)
-        scores = scorer(images, [prompt for prompt in mine for _ in range(images_per_prompt)])
-        scored = [values[values.isfinite()].double() for values in scores.metrics.values()]
-        sums = torch.stack([values.sum() for values in scored])
-        counts = sums.new_tensor([len(values) for values in scored])
-        means = world.sum(sums.to(world.device)) / world.sum(counts.to(world.device))
-    return dict(zip(scores.metrics, means.tolist(), strict=True))
+        for start in range(first, first + largest_share, per_chunk):
+            check()
+            chunk = prompts[start : min(start + per_chunk, last)]
+            if not chunk:
+                continue
+            images = draw_images(policy, view, chunk, config, images_per_prompt=images_per_prompt, first_prompt=start)
+            for name, values in scorer(images, [p for p in chunk for _ in range(images_per_prompt)]).metrics.items():
+                scored = values[values.isfinite()]
+                sums[name] += scored.double().sum().item()
+                counts[name] += len(scored)
+        totals = world.sum(torch.tensor([[*sums.values()], [*counts.values()]], dtype=torch.float64).to(world.device))
+    return dict(zip(sums, (totals[0] / totals[1]).tolist(), strict=True))
 
 
 def headline(metrics: Metrics, config: Config) -> float:

@@ -23,8 +23,9 @@ from markupsafe import Markup
 from dgpo_fast.charts import Floats, Series, line_chart, power_of_ten, smooth, value_axis
 from dgpo_fast.config import Config, load_run_config
 from dgpo_fast.errors import UserError
+from dgpo_fast.files import write_atomically
 from dgpo_fast.metrics import read_evaluations, read_metrics
-from dgpo_fast.samples import Tile, read_grid, write_atomically
+from dgpo_fast.samples import Tile, read_grid
 
 ASSETS = Path(__file__).parent / "assets" / "report"
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from dgpo_fast.config import Config, dump_config, load_recipe, resume_conflicts
 from dgpo_fast.environment import describe_environment
 from dgpo_fast.errors import UserError
+from dgpo_fast.files import write_atomically
 from dgpo_fast.metrics import MetricsLog
 from dgpo_fast.profiling import StageClock, stage
 from dgpo_fast.progress import TrainingProgress
 from dgpo_fast.records import StepReport
 from dgpo_fast.report import write_report
-from dgpo_fast.samples import save_grid, write_atomically
+from dgpo_fast.samples import save_grid
 
 
 class RunDirectory:

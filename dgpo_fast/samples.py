@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.files import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,13 +84,6 @@ def read_grid(path: Path) -> list[Tile]:
             return [Tile(tile["prompt"], grid.crop(tile["box"])) for tile in tiles]
     except (KeyError, OSError, UnidentifiedImageError):
         raise UserError(f"{path}: not a sample grid of dgpo-fast") from None
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces `path` by `content`: a reader, or a crash, meets the old file or the new one and nothing between."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def _to_bytes(images_BCHW: Tensor) -> Tensor:

@@ -15,12 +15,13 @@ from torch import nn
 
 from dgpo_fast.algorithms.base import Algorithm
 from dgpo_fast.algorithms.dgpo import DGPO
-from dgpo_fast.checkpoint import State, list_checkpoints, load_checkpoint, save_checkpoint
+from dgpo_fast.checkpoint import State, list_checkpoints, load_checkpoint, rotate, save_checkpoint
 from dgpo_fast.config import Config, check_ranks, refuse_used
 from dgpo_fast.environment import peak_memory_gb
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluate import Metrics, draw_images, evaluate_view, headline
 from dgpo_fast.interruption import Interrupted, Interruption
+from dgpo_fast.metrics import read_evaluations
 from dgpo_fast.models.policy import TRAINED, Policy
 from dgpo_fast.models.sd3 import load_model
 from dgpo_fast.ops.group_advantages import group_advantages
@@ -70,7 +71,7 @@ class Trainer:
         self.step = 0
         self.wall_s = 0.0
         self.base_metrics: Metrics | None = None
-        self.score: tuple[int, float] | None = None
+        self.scores: dict[int, float] = {}
         if saved is not None:
             self._restore(saved)
         self.policy.check_adapters_act()
@@ -83,9 +84,7 @@ class Trainer:
         )  # fmt: skip
         with run, self.interruption:
             try:
-                if self.base_metrics is None:
-                    self._evaluate(run)
-                    self._save_samples(run)
+                self._look_up_from_work(run)
                 while self.step < self.config.steps:
                     run.log_step(self.run_iteration())
                     self._look_up_from_work(run)
@@ -173,7 +172,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_([trainable], settings.max_grad_norm).item()
         if not norm < float("inf"):
             raise UserError(f"the gradient of step {self.step + 1} is not finite: no step made, checkpoints are intact")
-        lr = settings.lr * min(1.0, (self.step + 1) / (settings.warmup_steps + 1))
+        lr = settings.lr_at(self.step)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         trainable.grad.zero_()
@@ -185,27 +184,30 @@ class Trainer:
         return norm, lr
 
     def _look_up_from_work(self, run: RunDirectory) -> None:
-        """What is due between iterations: evaluation, samples, checkpoint."""
-        config, is_last = self.config, self.step == self.config.steps
+        """What is due between iterations, or on resume was: checkpoint, samples, and last what takes longest."""
+        config, ends = self.config, (0, self.config.steps)
 
         def is_due(every: int) -> bool:
-            return is_last or (every > 0 and self.step % every == 0)
+            return self.step in ends or (every > 0 and self.step % every == 0)
 
-        if is_due(config.evaluation.every):
-            self._evaluate(run)
+        if self.step > 0 and is_due(config.checkpoints.every):
+            self._save_checkpoint()
         if is_due(config.logging.samples_every):
             self._save_samples(run)
-        if is_due(config.checkpoints.every):
-            self._save_checkpoint()
+        if is_due(config.evaluation.every) and self.step not in self.scores:
+            self._evaluate(run)
         self.interruption.check()
 
     def _evaluate(self, run: RunDirectory) -> None:
-        """Held-out metrics of the evaluation EMA, and once of the base; before the first step the two are the same."""
-        arguments = (self.test_prompts, self.config, self.scorer, self.world)
-        tuned = evaluate_view(self.policy, "ema" if self.step else "ref", *arguments)
+        """Held-out metrics of the evaluation EMA; before the first step it is the base."""
+        tuned = evaluate_view(
+            self.policy, "ema" if self.step else "ref", self.test_prompts, self.config, self.scorer, self.world,
+            check=self.interruption.check,
+        )  # fmt: skip
         self.base_metrics = self.base_metrics or tuned
-        self.score = (self.step, headline(tuned, self.config))
         run.log_evaluation(self.step, num_prompts=len(self.test_prompts), base=self.base_metrics, tuned=tuned)
+        self.scores[self.step] = headline(tuned, self.config)
+        self._rotate_checkpoints()
 
     def _save_samples(self, run: RunDirectory) -> None:
         prompts = self.test_prompts[: self.config.logging.num_samples]
@@ -220,14 +222,15 @@ class Trainer:
                 tensors = {view: self.policy.views[view].master for view in TRAINED} | {
                     f"adam.{name}": value for name, value in moments.items()
                 }
-                score = self.score[1] if self.score and self.score[0] == self.step else None
-                values = {"wall_s": self.wall_s, "score": score, "base_metrics": self.base_metrics}
-                values["stages"] = {"/".join(path): seconds for path, seconds in self.clock.seconds.items()}
-                state = State(step=self.step, tensors=tensors, values=values)
-                save_checkpoint(
-                    self.out, state, save_lora=self.policy.save_lora, keep_last=self.config.checkpoints.keep_last
-                )
+                stages = {"/".join(path): seconds for path, seconds in self.clock.seconds.items()}
+                state = State(step=self.step, tensors=tensors, values={"wall_s": self.wall_s, "stages": stages})
+                save_checkpoint(self.out, state, save_lora=self.policy.save_lora)
+            self._rotate_checkpoints()
             self.world.wait()
+
+    def _rotate_checkpoints(self) -> None:
+        if self.world.is_first:
+            rotate(self.out, self.scores, keep_last=self.config.checkpoints.keep_last)
 
     def _restore(self, saved: State) -> None:
         device, trainable = self.world.device, self.policy.trainable
@@ -240,4 +243,7 @@ class Trainer:
         self.optimizer.state[trainable] = {name: value.to(device) for name, value in moments.items()}
         for path, seconds in saved.values["stages"].items():
             self.clock.seconds[tuple(path.split("/"))] += seconds
-        self.step, self.wall_s, self.base_metrics = saved.step, saved.values["wall_s"], saved.values["base_metrics"]
+        self.step, self.wall_s = saved.step, saved.values["wall_s"]
+        past = [line for line in read_evaluations(self.out) if line["step"] <= self.step]  # later ones are made again
+        self.base_metrics = past[0]["base"] if past else None
+        self.scores = {line["step"]: headline(line["tuned"], self.config) for line in past}

@@ -32,9 +32,10 @@ OWN_REWARDS = Path(__file__).parent / "rewards"
 QUICK = (
     "device=cpu", "steps=6", "adapter.rank=4", "adapter.alpha=8",
     "groups.size=4", "groups.per_iteration=2", "optimizer.images_per_micro_batch=4", "optimizer.warmup_steps=4",
+    "optimizer.lr=3e-4", "optimizer.decay_steps=null", "algorithm.kl_cfg=1", "algorithm.kl_coef=0.02",
     "rollout.steps=3", "rollout.switch_step=4", "rollout.images_per_forward=4",
     "algorithm.trunc=2", "algorithm.train_timesteps=1", "old_policy.rate=0.1", "evaluation_ema.every=2",
-    "evaluation.every=3", "evaluation.steps=2", "evaluation.num_prompts=2", "evaluation.images_per_prompt=1",
+    "evaluation.every=3", "evaluation.steps=2", "evaluation.num_prompts=2", "evaluation.images_per_prompt=4",
     "checkpoints.every=3", "logging.num_samples=2", "logging.samples_every=0", "logging.tensorboard=false",
     "rewards.terms=[{name: 'misbehaving:Brightness'}, {name: shapes, metric: soft, weight: 0.1}]",
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,11 +13,20 @@ import pytest
 import torch
 
 from dgpo_fast import checkpoint
-from dgpo_fast.checkpoint import State, last_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from dgpo_fast.checkpoint import (
+    State,
+    last_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    rotate,
+    save_checkpoint,
+)
 from dgpo_fast.errors import UserError
 
 FILES = ("lora/weights.bin", "state/tensors.safetensors", "state/state.json", "manifest.json")
 NUM_VALUES = 1000
+SCORES: dict[Path, dict[int, float]] = defaultdict(dict)
+"""By run directory and step."""
 
 FilesUpTo = Callable[[int], AbstractContextManager[None]]
 
@@ -25,7 +35,7 @@ class Killed(BaseException):
     """Stands for SIGKILL: no handler of the code under test may run after it, so none catches it."""
 
 
-def state(step: int, score: float | None = None) -> State:
+def state(step: int) -> State:
     """A state of which no value is special: random float32, a scalar, an empty tensor, nested values."""
     generator = torch.Generator().manual_seed(step)
     tensors = {
@@ -33,7 +43,7 @@ def state(step: int, score: float | None = None) -> State:
         "adam.step": torch.tensor(float(step)),
         "none": torch.empty(0),
     }
-    values = {"score": score, "wall_s": 0.1 * step, "base_metrics": {"strict": 0.5}}
+    values = {"wall_s": 0.1 * step, "base_metrics": {"strict": 0.5}}
     return State(step=step, tensors=tensors, values=values)
 
 
@@ -43,7 +53,12 @@ def save_lora(directory: Path) -> None:
 
 
 def save(run_dir: Path, step: int, score: float | None = None, *, keep_last: int = 2) -> Path:
-    return save_checkpoint(run_dir, state(step, score), save_lora=save_lora, keep_last=keep_last)
+    """Saves, scores and rotates, as a run does that evaluates at each checkpoint."""
+    directory = save_checkpoint(run_dir, state(step), save_lora=save_lora)
+    if score is not None:
+        SCORES[run_dir][step] = score
+    rotate(run_dir, SCORES[run_dir], keep_last=keep_last)
+    return directory
 
 
 def names(run_dir: Path) -> list[str]:
@@ -56,7 +71,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
-    saved, loaded = state(7, 0.25), load_checkpoint(save(tmp_path, 7, 0.25))
+    saved, loaded = state(7), load_checkpoint(save(tmp_path, 7, 0.25))
     assert loaded.step == 7
     assert loaded.values == saved.values
     assert loaded.tensors.keys() == saved.tensors.keys()
@@ -180,6 +195,22 @@ def test_a_checkpoint_without_a_score_is_never_the_best(score: float | None, tmp
     assert best(tmp_path) == "step-000002"
 
 
+def test_the_score_comes_after_the_checkpoint(tmp_path: Path) -> None:
+    """An evaluation takes longer than a save: a process killed between the two has lost nothing."""
+    save(tmp_path, 1, score=0.5)
+    directory = save(tmp_path, 2)
+    assert best(tmp_path) == "step-000001"
+    before = contents(directory)
+    rotate(tmp_path, {1: 0.5, 2: 0.75, 3: 1.0}, keep_last=2)
+    assert best(tmp_path) == "step-000002", "of step 3 there is no checkpoint"
+    assert contents(directory) == before
+
+
+def test_without_checkpoints_there_is_no_best(tmp_path: Path) -> None:
+    rotate(tmp_path, {1: 0.5}, keep_last=2)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_other_files_are_left_alone(tmp_path: Path) -> None:
     note = tmp_path / "checkpoints" / "step-notes"
     note.mkdir(parents=True)
@@ -219,7 +250,7 @@ def test_a_full_disk_is_a_clear_error(moment: str, tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"step-000002: No space left on device; "):
         if moment != "save_lora":
             patch.setattr(checkpoint, moment, fill)
-        save_checkpoint(tmp_path, state(2), save_lora=fill if moment == "save_lora" else save_lora, keep_last=2)
+        save_checkpoint(tmp_path, state(2), save_lora=fill if moment == "save_lora" else save_lora)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best", "step-000001"]
     assert load_checkpoint(save(tmp_path, 2)).step == 2, "with space again, the same step is saved"
 

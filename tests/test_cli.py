@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -156,6 +157,7 @@ class FakeTrainer:
     """Notes what it was made with and writes what the command line reads afterwards."""
 
     made: tuple[object, ...] = ()
+    world = SimpleNamespace(leave=lambda: None)
 
     def __init__(self, config: object, out: Path, *, resume: bool) -> None:
         type(self).made = (config, out, resume)

@@ -9,7 +9,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgpo_fast.config import Config, dump_config, load_recipe, parse_config, recipe_names, resume_conflicts
+from dgpo_fast.config import (
+    Config,
+    OptimizerConfig,
+    dump_config,
+    load_recipe,
+    parse_config,
+    recipe_names,
+    resume_conflicts,
+)
 from dgpo_fast.errors import UserError
 
 MINIMAL = {"name": "test", "rewards": {"terms": [{"name": "shapes"}]}}
@@ -220,7 +228,7 @@ def test_a_file_that_is_no_text_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     ["steps=9", "evaluation.every=7", "checkpoints.every=2", "checkpoints.keep_last=5", "logging.wandb=true",
-     "logging.samples_every=3", "parallel.backend=gloo", "device=cpu", "name=other", "description=other"],
+     "logging.samples_every=3", "parallel.backend=gloo"],
 )  # fmt: skip
 def test_a_resumed_run_may_differ_in(change: str) -> None:
     assert resume_conflicts(load_recipe("tiny-dgpo"), load_recipe("tiny-dgpo", [change])) == []
@@ -230,6 +238,8 @@ def test_a_resumed_run_may_differ_in(change: str) -> None:
     ("change", "conflict"),
     [
         ("seed=1", "seed: 0 -> 1"),
+        ("name=other", "name: 'tiny-dgpo' -> 'other'"),
+        ("device=cpu", "device: 'auto' -> 'cpu'"),
         ("optimizer.lr=1.0", "optimizer.lr: 0.0003 -> 1.0"),
         ("algorithm.clip=null", "algorithm.clip: 0.01 -> None"),
         ("model.name=other", "model.name: 'embedded' -> 'other'"),
@@ -246,8 +256,22 @@ def test_a_resumed_run_must_not_differ_in(change: str, conflict: str) -> None:
 def test_every_conflict_is_named() -> None:
     saved, wanted = load_recipe("sd35m-ocr"), load_recipe("sd35m-ocr-cfgfree")
     assert [conflict.partition(":")[0] for conflict in resume_conflicts(saved, wanted)] == [
-        "algorithm.clip", "algorithm.kl_cfg", "evaluation.steps", "rollout.guidance",
+        "algorithm.clip", "algorithm.kl_cfg", "description", "evaluation.steps", "name", "rollout.guidance",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "shares"),
+    [
+        ({}, [1, 1, 1, 1, 1, 1]),
+        ({"warmup_steps": 2}, [1 / 3, 2 / 3, 1, 1, 1, 1]),
+        ({"decay_steps": 4}, [1, 0.75, 0.5, 0.25, 0.1, 0.1]),
+        ({"warmup_steps": 1, "decay_steps": 2}, [0.5, 0.5, 0.1, 0.1, 0.1, 0.1]),
+    ],
+)
+def test_the_learning_rate_rises_and_falls(settings: dict[str, int], shares: list[float]) -> None:
+    optimizer = OptimizerConfig(lr=0.5, **settings)  # type: ignore[arg-type]
+    assert [optimizer.lr_at(step) for step in range(6)] == pytest.approx([0.5 * share for share in shares], rel=1e-12)
 
 
 def test_a_configuration_cannot_be_changed() -> None:

@@ -75,7 +75,7 @@ def test_evaluations_compare_with_the_base(straight_run: Path) -> None:
     assert [line["step"] for line in lines] == [0, 3, 6]
     assert lines[0]["tuned"] == lines[0]["base"] == lines[1]["base"] == lines[2]["base"]
     assert lines[2]["tuned"] != lines[2]["base"]
-    assert {(line["split"], line["num_prompts"], line["images_per_prompt"]) for line in lines} == {("test", 2, 1)}
+    assert {(line["split"], line["num_prompts"], line["images_per_prompt"]) for line in lines} == {("test", 2, 4)}
 
 
 def test_the_three_views_are_three(straight_run: Path) -> None:
@@ -107,7 +107,7 @@ def test_stages_add_up(straight_run: Path) -> None:
 
 def test_skipped_samples_are_counted(tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """The reward fails for one image of the first step; the run goes on."""
-    monkeypatch.setenv("MISBEHAVE", "2:inf")
+    monkeypatch.setenv("MISBEHAVE", "3:inf")
     Trainer(load_recipe("tiny-dgpo", [*quick, "steps=2", "rewards.on_failure=skip"]), tmp_path).train()
     lines = read_metrics(tmp_path)
     assert [line["failed_samples"] for line in lines] == [1, 0]

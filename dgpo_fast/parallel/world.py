@@ -75,5 +75,6 @@ class World:
             dist.barrier()
 
     def leave(self) -> None:
+        """To be called by every rank at the end of its work."""
         if self.size > 1:
             dist.destroy_process_group()
