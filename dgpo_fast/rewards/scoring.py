@@ -27,13 +27,14 @@ class Scorer:
     def __init__(self, config: RewardsConfig) -> None:
         self.config = config
         self.terms = [(term, load_reward(term.name)) for term in config.terms]
+        self._metric_names: dict[str, list[str]] = {}  # of each reward that has scored an image
 
     def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Scores:
         """Scores of `images_BCHW`, a prompt each.
 
         Raises:
-            UserError: a reward returns the wrong number of scores or lacks the recipe's metric; or it raises or returns
-                what is not finite, and the recipe says `on_failure: stop`.
+            UserError: a reward returns the wrong number of scores or lacks the recipe's metric; it raises or returns
+                what is not finite, and the recipe says `on_failure: stop`; or it raises for all and never scored one.
         """
         total_B = torch.zeros(len(prompts))
         metrics: dict[str, Tensor] = {}
@@ -62,7 +63,11 @@ class Scorer:
     def _one_by_one(
         self, term: RewardConfig, reward: Reward, images_BCHW: Tensor, prompts: Sequence[str]
     ) -> dict[str, Tensor]:
-        """Each image alone, so that one that the reward raises for costs no other its score."""
+        """Each image alone, so that one that the reward raises for costs no other its score.
+
+        Raises:
+            UserError: it raises for all of them and has never scored one.
+        """
         rows: list[dict[str, Tensor] | None] = []
         for image_CHW, prompt in zip(images_BCHW, prompts, strict=True):
             try:
@@ -72,10 +77,11 @@ class Scorer:
             except Exception:  # counted by the trainer as a failed sample
                 rows.append(None)
         scored = next((row for row in rows if row is not None), None)
-        if scored is None:
+        names = list(scored) if scored is not None else self._metric_names.get(term.name)
+        if names is None:
             raise UserError(f"rewards: {term.name!r} raised for every one of {len(rows)} images")
         missing = torch.full((1,), torch.nan)
-        return {name: torch.cat([row[name] if row else missing for row in rows]) for name in scored}
+        return {name: torch.cat([row[name] if row else missing for row in rows]) for name in names}
 
     def _call(
         self, term: RewardConfig, reward: Reward, images_BCHW: Tensor, prompts: Sequence[str]
@@ -92,6 +98,7 @@ class Scorer:
                     f"rewards: {term.name!r} returned {list(values.shape)} scores ({name}) for {len(prompts)} images; "
                     "expected one for each"
                 )
+        self._metric_names[term.name] = list(metrics)
         return metrics
 
     def _finite(self, term: RewardConfig, values_B: Tensor) -> Tensor:

@@ -145,6 +145,24 @@ def test_a_reward_that_always_raises(score: Score) -> None:
         score(by_prompt(dict.fromkeys(PROMPTS, RuntimeError("down"))), on_failure="skip")
 
 
+def test_a_reward_that_raises_for_a_whole_batch_once_it_has_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is down for a moment: a batch without scores, under the names that it has given before."""
+    answers = iter([{"good": [1, 2, 3], "bad": [0, 0, 0]}])
+
+    def reward(images_BCHW: Tensor, prompts: Sequence[str]) -> Mapping[str, Sequence[float]]:
+        try:
+            return next(answers)
+        except StopIteration:
+            raise ConnectionError("down") from None
+
+    monkeypatch.setattr(base, "_FACTORIES", {"a": lambda: reward})
+    scorer = Scorer(RewardsConfig(terms=(RewardConfig(name="a"),), on_failure="skip"))
+    assert scorer(IMAGES, PROMPTS).reward_B.tolist() == [1, 2, 3]
+    scores = scorer(IMAGES, PROMPTS)
+    assert scores.reward_B.isnan().all()
+    assert {name: values.isnan().all().item() for name, values in scores.metrics.items()} == {"good": True, "bad": True}
+
+
 def test_one_failure_fails_the_sum(score: Score) -> None:
     scores = score(constant(1, 2, 3), constant(1, float("nan"), 1), on_failure="skip")
     assert scores.reward_B.isnan().tolist() == [False, True, False]
