@@ -254,7 +254,7 @@ def test_a_mistake_of_the_user_is_an_error(override: str, message: str) -> None:
 def test_everything_of_the_plan_is_shown(overrides: list[str]) -> None:
     config = load_recipe("tiny-dgpo", overrides)
     text = shown(plan(config))
-    for part in ("Plan of tiny-dgpo", "8 prompts x 16 images = 128", "0.9997", "just measured", "Work of", "Memory of"):
+    for part in ("Plan of tiny-dgpo", "16 prompts x 8 images = 128", "0.9997", "just measured", "Work of", "Memory of"):
         assert part in text
-    assert ("every 20 steps" if config.evaluation.every else "at the end") in text
-    assert ("group weights" in text) == (config.optimizer.images_per_micro_batch < 16)
+    assert ("every 15 steps" if config.evaluation.every else "at the end") in text
+    assert ("group weights" in text) == (config.optimizer.images_per_micro_batch < 8)
