@@ -110,21 +110,20 @@ def test_a_run_stopped_twice_before_its_first_step(tmp_path: Path, straight_run:
     assert_ends_alike(tmp_path, straight_run)
 
 
-def test_a_run_that_never_saved_goes_on_from_its_beginning(tmp_path: Path, straight_run: Path, config: Config) -> None:
+@pytest.mark.parametrize(
+    ("in_call", "saved"),
+    [
+        pytest.param(IN_SECOND_STEP, [], id="before the first checkpoint: from its beginning"),
+        pytest.param(IN_EVALUATION, ["step-000003"], id="in an evaluation: it is made up for"),
+    ],
+)
+def test_a_run_that_failed_goes_on(
+    in_call: int, saved: list[str], tmp_path: Path, straight_run: Path, config: Config
+) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError):
-        patch.setenv("MISBEHAVE", f"{IN_SECOND_STEP}:raise")
+        patch.setenv("MISBEHAVE", f"{in_call}:raise")
         Trainer(config, tmp_path).train()
-    assert list_checkpoints(tmp_path) == []
-    Trainer(config, tmp_path, resume=True).train()
-    assert_ends_alike(tmp_path, straight_run)
-
-
-def test_an_evaluation_that_fails_loses_no_step(tmp_path: Path, straight_run: Path, config: Config) -> None:
-    """The checkpoint is saved before, and the evaluation made up for."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError):
-        patch.setenv("MISBEHAVE", f"{IN_EVALUATION}:raise")
-        Trainer(config, tmp_path).train()
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000003"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == saved
     Trainer(config, tmp_path, resume=True).train()
     assert_ends_alike(tmp_path, straight_run)
 
