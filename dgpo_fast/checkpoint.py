@@ -82,11 +82,11 @@ def rotate(run_dir: Path, scores: Mapping[int, float], *, keep_last: int) -> Non
     if not checkpoints:
         return
 
-    def rank(path: Path) -> tuple[float, int]:
+    def standing(path: Path) -> tuple[float, int]:
         score = scores.get(_step_of(path), nan)
         return (-inf if isnan(score) else score), _step_of(path)
 
-    best, link = max(checkpoints, key=rank), run_dir / "checkpoints" / "best"
+    best, link = max(checkpoints, key=standing), run_dir / "checkpoints" / "best"
     fresh = link.with_name(".best.partial")
     try:
         fresh.unlink(missing_ok=True)
