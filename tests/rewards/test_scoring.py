@@ -100,6 +100,21 @@ def test_the_first_metric_counts_unless_another_is_chosen(score: Score) -> None:
     assert list(both.metrics) == ["soft", "strict", "b.soft", "b.strict"]
 
 
+def test_terms_of_one_reward_score_the_images_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def reward(images: Tensor, prompts: Sequence[str]) -> dict[str, list[float]]:
+        calls.append(len(prompts))
+        return {"soft": [0.5, 0.25, 1], "strict": [0, 0, 1]}
+
+    monkeypatch.setattr(base, "_FACTORIES", {"a": lambda: reward})
+    terms = (RewardConfig(name="a", metric="soft"), RewardConfig(name="a", metric="strict", weight=2.0))
+    scores = Scorer(RewardsConfig(terms=terms))(IMAGES, PROMPTS)
+    assert calls == [3]
+    assert scores.reward_B.tolist() == [0.5, 0.25, 3.0]
+    assert list(scores.metrics) == ["soft", "strict"]
+
+
 def test_a_metric_that_is_not_there(score: Score) -> None:
     with pytest.raises(UserError, match="'a' has no metric 'softt'; did you mean 'soft'"):
         score(lambda images, prompts: {"soft": [0, 0, 0]}, terms=[{"metric": "softt"}])
