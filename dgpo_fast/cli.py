@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if os.getcwd() not in sys.path:  # as `python -m` has it: rewards of the user's own may lie there
         sys.path.append(os.getcwd())
     given = sys.argv[1:] if arguments is None else list(arguments)
+    if given and given[0].startswith("--local_rank="):  # from DeepSpeed's launcher; LOCAL_RANK says the same
+        given = given[1:]
     try:
         status: int | None = app(given or ["--help"], prog_name="dgpo-fast", standalone_mode=False)
     except UserError as error:

@@ -182,7 +182,7 @@ class EvaluationConfig(Section):
     """Held-out evaluation of the evaluation EMA against the base, from fixed noise."""
 
     every: Annotated[int, Field(ge=0)] = 60
-    """In optimizer steps; 0 evaluates only at the end."""
+    """In optimizer steps; 0 evaluates only the base at the start and the result at the end."""
     steps: Count = 14
     num_prompts: Count = 64
     images_per_prompt: Count = 4
@@ -190,7 +190,7 @@ class EvaluationConfig(Section):
 
 class CheckpointsConfig(Section):
     every: Count = 60
-    """In optimizer steps; the last step is always saved."""
+    """In optimizer steps; the last step is always saved, and what is evaluated, so that the best is."""
     keep_last: Count = 2
     """The best one is kept besides."""
 

@@ -129,4 +129,5 @@ def evaluate_run(
         images = [draw_images(policy, view, shown, config, images_per_prompt=1) for view in ("ref", "ema")]
         captions = [f"{prompt} ({side})" for side in ("base", "tuned") for prompt in shown]
         save_grid(torch.cat(images), captions, picture, columns=len(shown))
+    world.leave()
     return {"split": split, "num_prompts": len(prompts), "base": base, "tuned": tuned}

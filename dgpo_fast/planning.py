@@ -305,7 +305,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "backwards", f"{plan.micro_batches} of {config.optimizer.images_per_micro_batch} images, on each rank"
     sigmas = " ".join(f"{sigma:.4f}" for sigma in plan.sigmas)
     yield "sigmas", f"{config.algorithm.train_timesteps} trained in an iteration, out of {sigmas}"
-    when = f"every {evaluation.every} steps" if evaluation.every else "at the end"
+    when = f"every {evaluation.every} steps" if evaluation.every else "at start and end"
     drawn = f"{evaluation.num_prompts} x {evaluation.images_per_prompt} images of {evaluation.steps} solver steps"
     yield "evaluation", f"{drawn} {when}, not in the figures below"
     if cost is not None:

@@ -62,8 +62,7 @@ def profile_run(config: Config, out: Path, *, iterations: int, warmup: int, trac
     No checkpoints, evaluations or logs are written, and nothing of the training is kept.
     """
     trainer = Trainer(config, out)
-    if trainer.world.device.type == "cuda":
-        trainer.clock.synchronize = torch.cuda.synchronize
+    trainer.clock.exact = True
     for _ in range(warmup):
         trainer.run_iteration()
     trainer.clock.reset()

@@ -20,7 +20,9 @@ class StageClock:
     """Seconds per path of stages, such as ("train", "transformer"), the time of inner stages included."""
 
     synchronize: Callable[[], None] = lambda: None
-    """Called at both ends of a stage: a device's own synchronisation where exact stages are wanted, else nothing."""
+    """Waits for the device's work, at both ends of an outermost stage: the next would else be billed for it."""
+    exact: bool = False
+    """Whether inner stages wait too. They are then right one by one, and the device idles between them."""
     seconds: defaultdict[tuple[str, ...], float] = field(default_factory=lambda: defaultdict(float))
     calls: defaultdict[tuple[str, ...], int] = field(default_factory=lambda: defaultdict(int))
     path: tuple[str, ...] = ()
@@ -48,13 +50,16 @@ def stage(name: str) -> Iterator[None]:
     """A named stretch of work: an NVTX range, counted on the clock in use."""
     clock, outer = _clock, _clock.path
     clock.path = (*outer, name)
+    waits = clock.exact or not outer
     with nvtx.annotate(name, domain="dgpo_fast"):
-        clock.synchronize()
+        if waits:
+            clock.synchronize()
         start = time.perf_counter()
         try:
             yield
         finally:
-            clock.synchronize()
+            if waits:
+                clock.synchronize()
             clock.seconds[clock.path] += time.perf_counter() - start
             clock.calls[clock.path] += 1
             clock.path = outer

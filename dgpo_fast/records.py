@@ -70,6 +70,7 @@ class ScoredGroups:
     rollout: Rollout
     reward_B: Tensor  # float32; NaN where the reward failed
     valid_B: Tensor  # bool; False keeps a sample's place in every batch, with weight zero
+    num_valid: int  # over all ranks
     advantage_B: Tensor  # float32; 0 where not valid
 
 

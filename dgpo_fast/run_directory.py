@@ -64,7 +64,7 @@ class RunDirectory:
         if not self.is_first:
             return
         self._log.close()
-        if kind is None or issubclass(kind, SystemExit):  # a report of a failed run could fail too, and hide why
+        if kind is None:  # a report of a failed run could fail too, and hide why
             seconds = {"/".join(path): round(value, 3) for path, value in sorted(self.clock.seconds.items())}
             (self.out / "stages.json").write_text(json.dumps(seconds, indent=2) + "\n")
             write_report(self.out)

@@ -103,3 +103,5 @@ def _load_lora(pipeline: StableDiffusion3Pipeline, lora: Path) -> None:
         pipeline.load_lora_weights(lora)
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:  # of another model, or damaged
         raise UserError(f"--lora {lora} does not load into this model: {' '.join(str(error).split())}") from error
+    if not getattr(pipeline.transformer, "peft_config", None):  # diffusers only warns, and draws the base model
+        raise UserError(f"--lora {lora} does not load into this model: it holds nothing for the transformer")

@@ -41,13 +41,12 @@ class Trainer:
     """
 
     def __init__(self, config: Config, out: Path, *, resume: bool = False) -> None:
-        self.config, self.out = config, out
+        self.config, self.out, self.resumed = config, out, resume
         if resume:
             refuse_conflicts(out, config)
         # A run that ended before its first checkpoint goes on from its beginning.
         checkpoints = list_checkpoints(out) if resume else []
         saved = load_checkpoint(checkpoints[-1]) if checkpoints else None
-        self.resumed = saved is not None
         self.world = World.from_environment(config)
         if self.world.is_first and not resume:
             refuse_used(out)
@@ -56,7 +55,7 @@ class Trainer:
         self.test_prompts = load_prompts(config.prompts.test, key="prompts.test")[: config.evaluation.num_prompts]
         train_prompts = load_prompts(config.prompts.train, key="prompts.train")
         self.prompts = PromptSampler(train_prompts, per_iteration=config.groups.per_iteration, seed=config.seed)
-        self.clock = StageClock()
+        self.clock = StageClock(synchronize=self.world.wait_for_device)
         use_clock(self.clock)
         self.interruption = Interruption(self.world)
         self.algorithm: Algorithm = DGPO(config)  # type: ignore[type-arg]
@@ -78,10 +77,10 @@ class Trainer:
 
     def train(self) -> None:
         """Runs until `steps` optimizer steps are done. On SIGINT or SIGTERM saves and raises SystemExit(130 or 143)."""
+        status, first = 0, self.world.is_first
         run = RunDirectory(
-            self.out, self.config, clock=self.clock, start_step=self.step, resumed=self.resumed,
-            is_first=self.world.is_first,
-        )  # fmt: skip
+            self.out, self.config, clock=self.clock, start_step=self.step, resumed=self.resumed, is_first=first
+        )
         with run, self.interruption:
             try:
                 self._look_up_from_work(run)
@@ -89,9 +88,12 @@ class Trainer:
                     run.log_step(self.run_iteration())
                     self._look_up_from_work(run)
             except Interrupted as interrupted:
+                status = interrupted.status
                 self._save_checkpoint()
                 run.say(f"stopped after step {self.step} of {self.config.steps}, saved; --resume goes on from here")
-                raise SystemExit(interrupted.status) from None
+        self.world.wait()  # a launcher ends every rank once one is gone, and the first may still write the report
+        if status:
+            raise SystemExit(status)
 
     def run_iteration(self) -> StepReport:
         """One iteration: sample groups, score them, learn from them. `step` is one higher afterwards."""
@@ -129,7 +131,7 @@ class Trainer:
         scores = self.scorer(rollout.images_BCHW, [p for p in prompts.prompts for _ in range(prompts.group_size)])
         reward_B = self.world.gather(scores.reward_B.to(self.world.device))
         valid_B = reward_B.isfinite()
-        if not valid_B.any():
+        if not (num_valid := int(valid_B.sum())):
             raise UserError("rewards: no image of the iteration has a valid reward")
         advantages = group_advantages(
             reward_B, valid_B, group_size=prompts.group_size, std=rule.std, epsilon=rule.epsilon, clamp=rule.clamp
@@ -137,14 +139,15 @@ class Trainer:
         first = self.world.rank * prompts.num_samples
         mine, counted = slice(first, first + prompts.num_samples), reward_B[valid_B]
         scored = ScoredGroups(
-            rollout=rollout, reward_B=reward_B[mine], valid_B=valid_B[mine], advantage_B=advantages.advantage_B[mine]
-        )
+            rollout=rollout, reward_B=reward_B[mine], valid_B=valid_B[mine], num_valid=num_valid,
+            advantage_B=advantages.advantage_B[mine],
+        )  # fmt: skip
         return scored, {
             "reward_mean": counted.mean().item(),
             "reward_std": counted.std(correction=0).item(),
             "zero_std_groups": int((advantages.std_G == 0).sum()),
             "clamped_advantages": int(advantages.clamped_B.sum()),
-            "failed_samples": int((~valid_B).sum()),
+            "failed_samples": len(valid_B) - num_valid,
         }
 
     def _learn(self, scored: ScoredGroups) -> dict[str, Any]:
@@ -190,7 +193,7 @@ class Trainer:
         def is_due(every: int) -> bool:
             return self.step in ends or (every > 0 and self.step % every == 0)
 
-        if self.step > 0 and is_due(config.checkpoints.every):
+        if self.step > 0 and (is_due(config.checkpoints.every) or is_due(config.evaluation.every)):
             self._save_checkpoint()
         if is_due(config.logging.samples_every):
             self._save_samples(run)
@@ -207,7 +210,8 @@ class Trainer:
         self.base_metrics = self.base_metrics or tuned
         run.log_evaluation(self.step, num_prompts=len(self.test_prompts), base=self.base_metrics, tuned=tuned)
         self.scores[self.step] = headline(tuned, self.config)
-        self._rotate_checkpoints()
+        if self.world.is_first:
+            rotate(self.out, self.scores, keep_last=self.config.checkpoints.keep_last)
 
     def _save_samples(self, run: RunDirectory) -> None:
         prompts = self.test_prompts[: self.config.logging.num_samples]
@@ -225,12 +229,8 @@ class Trainer:
                 stages = {"/".join(path): seconds for path, seconds in self.clock.seconds.items()}
                 state = State(step=self.step, tensors=tensors, values={"wall_s": self.wall_s, "stages": stages})
                 save_checkpoint(self.out, state, save_lora=self.policy.save_lora)
-            self._rotate_checkpoints()
+                rotate(self.out, self.scores, keep_last=self.config.checkpoints.keep_last)
             self.world.wait()
-
-    def _rotate_checkpoints(self) -> None:
-        if self.world.is_first:
-            rotate(self.out, self.scores, keep_last=self.config.checkpoints.keep_last)
 
     def _restore(self, saved: State) -> None:
         device, trainable = self.world.device, self.policy.trainable

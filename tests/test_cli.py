@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from dgpo_fast import cli
 from dgpo_fast.cli import main
@@ -339,6 +340,25 @@ def test_sample_refuses(arguments: list[str], message: str, dgpo_fast: CommandLi
     status, stdout, stderr = dgpo_fast("sample", *arguments, "--prompt", "x", "--out", tmp_path / "images")
     assert (status, stdout) == (2, "")
     assert re.fullmatch(rf"error: .*{re.escape(message)}.*\n", stderr)
+
+
+def test_sample_refuses_an_adapter_of_another_model(dgpo_fast: CommandLine, tmp_path: Path) -> None:
+    """diffusers only warns of keys that fit nothing, and would draw the base model."""
+    weights = {f"unet.down_blocks.0.to_q.lora_{side}.weight": np.ones((4, 4), np.float32) for side in "AB"}
+    save_file(weights, tmp_path / "pytorch_lora_weights.safetensors")
+    status, stdout, stderr = dgpo_fast(
+        "sample", "embedded", "--lora", tmp_path, "--prompt", "x", "--out", tmp_path / "images"
+    )
+    assert (status, stdout) == (2, "")
+    assert re.fullmatch(
+        r"error: --lora .* does not load into this model: it holds nothing for the transformer\n", stderr
+    )
+    assert not list(tmp_path.glob("images/*.png"))
+
+
+def test_deepspeeds_launcher_names_the_rank_first(dgpo_fast: CommandLine) -> None:
+    assert dgpo_fast("--local_rank=0", "recipes") == dgpo_fast("recipes")
+    assert dgpo_fast("recipes", "--local_rank=0").status == 2, "nowhere else"
 
 
 # doctor, profile, tiny build

@@ -21,9 +21,12 @@ from dgpo_fast.models.sd3 import load_model
 # An eps far above every gradient makes Adam's step proportional to the gradient: with the usual one it is nearly the
 # gradient's sign, which rounding flips where that is about zero.
 OVERRIDES = (
-    "steps=2", "algorithm.train_timesteps=2", "rewards.terms=[{name: 'misbehaving:Brightness'}]",
+    "algorithm.train_timesteps=2", "rewards.terms=[{name: 'misbehaving:Brightness'}]",
     "optimizer.eps=1.0", "optimizer.lr=1.0", "optimizer.warmup_steps=0", "optimizer.weight_decay=0",
 )  # fmt: skip
+
+
+IN_THIRD_STEP = 4  # call of the reward on each rank: 1 is the evaluation of the base, 2 and 3 are steps
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory, quick: tuple[str, ...]) -
     """A run of this process alone, with one thread, as each of the two ranks has."""
     out, threads = tmp_path_factory.mktemp("one") / "run", torch.get_num_threads()
     torch.set_num_threads(1)
-    Trainer(load_recipe("tiny-dgpo", [*quick, *OVERRIDES]), out).train()
+    Trainer(load_recipe("tiny-dgpo", [*quick, *OVERRIDES, "steps=2"]), out).train()
     yield out
     torch.set_num_threads(threads)
 
@@ -40,16 +43,18 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory, quick: tuple[str, ...]) -
 def two_ranks(
     tmp_path_factory: pytest.TempPathFactory, quick: tuple[str, ...], child_environment: dict[str, str]
 ) -> Path:
-    """The same run on two ranks that torchrun started."""
+    """The same two steps on two ranks that torchrun started; in the third the second rank alone receives SIGTERM."""
     out = tmp_path_factory.mktemp("two") / "run"
     process = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         "-m", "dgpo_fast", "train", "tiny-dgpo", "--out", out, *(f"--set={item}" for item in (*quick, *OVERRIDES))],
-        env={**child_environment, "OMP_NUM_THREADS": "1"},
+         "-m", "dgpo_fast", "train", "tiny-dgpo", "--out", out,
+         *(f"--set={item}" for item in (*quick, *OVERRIDES, "steps=3", "checkpoints.every=9", "evaluation.every=0"))],
+        env={**child_environment, "OMP_NUM_THREADS": "1", "MISBEHAVE": f"{IN_THIRD_STEP}:SIGTERM", "MISBEHAVING": "1"},
         capture_output=True,
         text=True,
     )  # fmt: skip
-    assert process.returncode == 0, process.stderr
+    assert process.returncode != 0
+    assert "stopped after step 2 of 3, saved" in process.stderr
     return out
 
 
@@ -86,9 +91,10 @@ def test_the_second_step_goes_on_from_the_same(one_rank: Path, two_ranks: Path) 
 
 
 def test_one_rank_writes(two_ranks: Path) -> None:
+    """Though the signal reached the other: both stop after the same step, and the report is whole."""
     assert [path.name for path in list_checkpoints(two_ranks)] == ["step-000002"]
-    assert len(read_evaluations(two_ranks)) == 2
-    assert (two_ranks / "report.html").is_file()
+    assert len(read_evaluations(two_ranks)) == 1
+    assert (two_ranks / "report.html").read_text().rstrip().endswith("</html>")
 
 
 def test_groups_must_divide_among_ranks(quick: tuple[str, ...]) -> None:

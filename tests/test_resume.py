@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dgpo_fast import Trainer, load_recipe
 from dgpo_fast.checkpoint import list_checkpoints
@@ -118,26 +119,32 @@ def test_a_run_stopped_twice_before_its_first_step(tmp_path: Path, straight_run:
     ],
 )
 def test_a_run_that_failed_goes_on(
-    in_call: int, saved: list[str], tmp_path: Path, straight_run: Path, config: Config
+    in_call: int, saved: list[str], tmp_path: Path, straight_run: Path, quick: tuple[str, ...]
 ) -> None:
+    """Its curves too are those of one run: what TensorBoard had beyond the checkpoint is shown no more."""
+    config = load_recipe("tiny-dgpo", [*quick, "logging.tensorboard=true"])
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError):
         patch.setenv("MISBEHAVE", f"{in_call}:raise")
         Trainer(config, tmp_path).train()
     assert [path.name for path in list_checkpoints(tmp_path)] == saved
     Trainer(config, tmp_path, resume=True).train()
     assert_ends_alike(tmp_path, straight_run)
+    curves = EventAccumulator(str(tmp_path)).Reload()
+    assert [point.step for point in curves.Scalars("reward/reward_mean")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_what_may_change_on_resume_changes_nothing_else(tmp_path: Path, straight_run: Path, config: Config) -> None:
     """Stopped in an evaluation, then on with other intervals: the weights are those of six steps straight."""
     assert stopped_run(config.model_copy(update={"steps": 9}), tmp_path, in_call=IN_EVALUATION, by="SIGTERM") == 143
-    changes = ("steps=6", "evaluation.every=2", "checkpoints.every=1", "checkpoints.keep_last=1")
+    changes = ("steps=6", "evaluation.every=2", "checkpoints.every=5", "checkpoints.keep_last=9")
     second = load_recipe(tmp_path / "config.yaml", [*changes, "logging.samples_every=5"])
     Trainer(second, tmp_path, resume=True).train()
     mine, other = (load(list_checkpoints(run)[-1]).tensors for run in (tmp_path, straight_run))
     assert all(torch.equal(mine[name], other[name]) for name in other)
     assert numbers(tmp_path) == numbers(straight_run)
     assert [line["step"] for line in read_evaluations(tmp_path)] == [0, 4, 6]
+    saved = [path.name for path in list_checkpoints(tmp_path)]
+    assert saved == [f"step-{step:06d}" for step in (3, 4, 5, 6)], "what is evaluated is saved, or it could not be best"
     samples = sorted(path.stem for path in (tmp_path / "samples").iterdir())
     assert samples == ["step-000000", "step-000005", "step-000006"]
     assert load_recipe(tmp_path / "config.yaml") == second

@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from dgpo_fast import Trainer, load_recipe
 from dgpo_fast.checkpoint import list_checkpoints, load_checkpoint
 from dgpo_fast.errors import UserError
 from dgpo_fast.metrics import read_evaluations, read_metrics
-from dgpo_fast.records import Rollout, StepReport
+from dgpo_fast.records import Rollout, ScoredGroups, StepReport
 
 CONTRACT = {
     "step", "iteration", "images_seen", "wall_s", "reward_mean", "reward_std", "zero_std_groups", "loss", "dgpo_loss",
@@ -102,6 +103,52 @@ def test_stages_add_up(straight_run: Path) -> None:
         assert inner <= seconds[outer] + 1e-3 * len(seconds)
 
 
+# Formulas that the trainer applies itself
+
+
+def test_the_evaluation_average_is_the_written_one(tmp_path: Path, quick: tuple[str, ...]) -> None:
+    """Every second step, decay = min(max_decay, (1 + step) / (10 + step)): 2/11, then 0.25 where 4/13 would be more."""
+    trainer = Trainer(load_recipe("tiny-dgpo", [*quick, "evaluation_ema.max_decay=0.25"]), tmp_path)
+    ema = trainer.policy.views["ema"].master
+    expected, decays = ema.double(), {2: 2 / 11, 4: 0.25}
+    for step in (1, 2, 3, 4):
+        trainer.run_iteration()
+        if step in decays:
+            policy = trainer.policy.trainable.detach().double()
+            expected = decays[step] * expected + (1 - decays[step]) * policy
+        torch.testing.assert_close(ema.double(), expected, rtol=2 * 2**-24, atol=2**-40)
+    assert (ema - trainer.policy.trainable).abs().max() > 1e-5
+
+
+def test_the_step_is_no_longer_than_the_clipped_gradient(tmp_path: Path, quick: tuple[str, ...]) -> None:
+    """With an eps far above every gradient, Adam's first step is lr times the gradient."""
+    plain = ("optimizer.lr=1", "optimizer.warmup_steps=0", "optimizer.eps=100", "optimizer.weight_decay=0")
+    trainer = Trainer(load_recipe("tiny-dgpo", [*quick, *plain, "optimizer.max_grad_norm=1e-4"]), tmp_path)
+    before = trainer.policy.trainable.detach().clone()
+    report = trainer.run_iteration()
+    assert report.grad_norm > 1e-3, "before clipping"
+    assert (trainer.policy.trainable - before).norm().item() == pytest.approx(1e-4 / 100, rel=1e-3)
+
+
+@pytest.mark.parametrize("std", ["group", "global"])
+def test_advantages_are_those_of_the_recipe(
+    std: str, tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = (f"advantages.std={std}", "advantages.epsilon=0.05", "advantages.clamp=0.7")
+    trainer = Trainer(load_recipe("tiny-dgpo", [*quick, *rule]), tmp_path)
+    learned: list[ScoredGroups] = []
+    monkeypatch.setattr(trainer, "_learn", lambda scored: learned.append(scored) or {})
+    monkeypatch.setattr("dgpo_fast.trainer.StepReport", dict)
+    trainer.run_iteration()
+    reward_GS = learned[0].reward_B.double().numpy().reshape(2, 4)
+    deviation = reward_GS.std(1, keepdims=True) if std == "group" else reward_GS.std()
+    expected_GS = (reward_GS - reward_GS.mean(1, keepdims=True)) / (deviation + 0.05)
+    assert np.abs(expected_GS).max() > 0.7
+    np.testing.assert_allclose(
+        learned[0].advantage_B.numpy(), expected_GS.clip(-0.7, 0.7).ravel(), rtol=1e-4, atol=1e-6
+    )
+
+
 # Samples and gradients that are not finite
 
 
@@ -114,8 +161,9 @@ def test_skipped_samples_are_counted(tmp_path: Path, quick: tuple[str, ...], mon
     assert all(math.isfinite(value) for line in lines for value in line.values())
 
 
+@pytest.mark.parametrize("latent", [3.0, math.inf, math.nan])
 def test_a_failed_sample_changes_no_gradient(
-    tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    latent: float, tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the image that no reward could be found for looks like, the step is the same to the bit."""
     config = load_recipe("tiny-dgpo", [*quick, "rewards.on_failure=skip"])
@@ -136,7 +184,7 @@ def test_a_failed_sample_changes_no_gradient(
         assert report.failed_samples == 1
         return report.grad_norm
 
-    assert gradient_norm(None) == gradient_norm(3.0) > 0
+    assert gradient_norm(None) == gradient_norm(latent) > 0
 
 
 def test_an_iteration_without_any_score_is_an_error(
@@ -147,7 +195,7 @@ def test_an_iteration_without_any_score_is_an_error(
     def nothing(images_BCHW: Tensor, prompts: list[str]) -> dict[str, list[float]]:
         return {name: [math.nan] * len(prompts) for name in ("brightness", "soft")}
 
-    trainer.scorer.terms = [(term, nothing) for term, _ in trainer.scorer.terms]
+    trainer.scorer.rewards = dict.fromkeys(trainer.scorer.rewards, nothing)
     with pytest.raises(UserError, match="no image of the iteration has a valid reward"):
         trainer.run_iteration()
 

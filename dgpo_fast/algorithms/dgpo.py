@@ -175,9 +175,11 @@ class DGPO:
         prompts = scored.rollout.prompts
         group_M, first_group = index_M // prompts.group_size, first // prompts.group_size
         last_group = (first + max(len(index_M), prompts.group_size) - 1) // prompts.group_size
-        x0_MCHW, noise_MCHW = scored.rollout.x0_BCHW[index_M], noise_GCHW[group_M]
+        valid_M, noise_MCHW = scored.valid_B[index_M], noise_GCHW[group_M]
+        # What could not be scored may not be finite either, and then a weight of zero would not keep it out.
+        x0_MCHW = scored.rollout.x0_BCHW[index_M].where(valid_M[:, None, None, None], 0.0)
         sizes_G = scored.valid_B.view(prompts.num_groups, -1).sum(1).clamp(min=1).float()
-        num_trained = self.config.groups.per_iteration * self.settings.train_timesteps
+        num_timesteps = self.settings.train_timesteps
         return DGPOBatch(
             x_t_MCHW=torch.lerp(x0_MCHW, noise_MCHW, sigma),
             target_MCHW=noise_MCHW - x0_MCHW,
@@ -185,11 +187,11 @@ class DGPO:
             conditioning=prompts.conditioning[group_M],
             unconditional=prompts.unconditional if self.settings.kl_cfg > 1 else None,
             advantage_M=scored.advantage_B[index_M],
-            valid_M=scored.valid_B[index_M],
+            valid_M=valid_M,
             group_M=group_M - first_group,
             group_size_G=sizes_G[first_group : last_group + 1],
-            group_share=1 / num_trained,
-            sample_share=1 / (num_trained * prompts.group_size),
+            group_share=1 / (self.config.groups.per_iteration * num_timesteps),
+            sample_share=1 / (scored.num_valid * num_timesteps),
         )
 
     def _policy_velocity(self, policy: Policy, batch: DGPOBatch) -> Tensor:
@@ -204,7 +206,9 @@ class DGPO:
             with stage("reference"):
                 inputs = (batch.x_t_MCHW, batch.timestep_M, batch.conditioning, batch.unconditional)
                 v_cond, v_uncond = policy.velocity("ref", *inputs)
-                reference_velocity = v_cond if v_uncond is None else torch.lerp(v_uncond, v_cond, settings.kl_cfg)
+                reference_velocity = (
+                    v_cond if v_uncond is None else torch.lerp(v_uncond.float(), v_cond.float(), settings.kl_cfg)
+                )
         if settings.clip is not None or of_old:
             with stage("old"):
                 v_old = policy.velocity("old", batch.x_t_MCHW, batch.timestep_M, batch.conditioning)[0]

@@ -69,6 +69,11 @@ class World:
         dist.all_gather(pieces, tensor.contiguous())
         return torch.cat(pieces)
 
+    def wait_for_device(self) -> None:
+        """Until the device has done what it was given; a CPU has already."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def wait(self) -> None:
         """Until every rank has come here."""
         if self.size > 1:

@@ -94,12 +94,13 @@ def verify(image: npt.NDArray[np.float32], caption: Caption) -> Verdict:
     R required and D detected objects are matched one to one so that soft becomes greatest:
 
         soft     = relation * sum of matched qualities / max(R, D) * (1 - ramp(strays, 0, RUINOUS_STRAYS))
-        relation = 1 - ramp(-excess, 0, RELATION_MARGIN) / 2, with `render.excess` between centres of bounding boxes:
-                   half where another relation holds as clearly as in rendered images, and where an object is missing
-                   (1 where the caption states no relation)
+        relation = (1 + ramp(excess, -RELATION_MARGIN, RELATION_MARGIN)) / 2, with `render.excess` between centres of
+                   bounding boxes: half where another relation holds as clearly as in rendered images, and where an
+                   object is missing; 3/4 where neither does more than the other, on a diagonal (1 where the caption
+                   states no relation)
         strict   = R = D, each matched color, shape and size >= STRICT_PART, excess > 0, strays <= STRICT_STRAYS
 
-    A strict image has soft > 0.78 (the square of STRICT_PART, less 3 % for strays), a blank one 0.
+    A strict image has soft > 0.58 (3/4 of the square of STRICT_PART, less 3 % for strays), a blank one 0.
 
     Area and centroid place the ideal shape, not the bounding box: blur takes the tip off a triangle, and so shrinks the
     box by far more than the shape.
@@ -204,7 +205,7 @@ def _relation_excess(caption: Caption, matched: list[_Detection]) -> float:
 
 def _relation_factor(relation_excess: float) -> float:
     """What is left of the soft score when a relation holds by so many pixels: from 1/2 to 1."""
-    return 1.0 - float(_ramp(-relation_excess, 0.0, RELATION_MARGIN)) / 2.0
+    return (1.0 + float(_ramp(relation_excess, -RELATION_MARGIN, RELATION_MARGIN))) / 2.0
 
 
 def _leads(score_K: Floats) -> Floats:

@@ -64,7 +64,10 @@ def score(rollout: Rollout, config: Config, *, invalid: Sequence[int] = ()) -> S
     reward_B[list(invalid)] = torch.nan
     valid_B, size = reward_B.isfinite(), config.groups.size
     advantages = group_advantages(reward_B, valid_B, group_size=size, std="group", epsilon=1e-4, clamp=5.0)
-    return ScoredGroups(rollout=rollout, reward_B=reward_B, valid_B=valid_B, advantage_B=advantages.advantage_B)
+    return ScoredGroups(
+        rollout=rollout, reward_B=reward_B, valid_B=valid_B, num_valid=int(valid_B.sum()),
+        advantage_B=advantages.advantage_B,
+    )  # fmt: skip
 
 
 def scored_groups(policy: Policy, config: Config, *, invalid: Sequence[int] = ()) -> ScoredGroups:
@@ -187,6 +190,7 @@ def test_batches_of_a_group_do_not_depend_on_the_rank(make_policy: MakePolicy) -
         rollout=replace(both.rollout, prompts=second_alone(both.rollout.prompts), x0_BCHW=both.rollout.x0_BCHW[4:]),
         reward_B=both.reward_B[4:],
         valid_B=both.valid_B[4:],
+        num_valid=both.num_valid,
         advantage_B=both.advantage_B[4:],
     )
     _, (second,) = DGPO(config).batches(both)
@@ -246,15 +250,15 @@ def written_loss(policy: Policy, config: Config, batch: DGPOBatch) -> dict[str, 
         losses.append(torch.log1p(torch.exp(s)) / settings.beta)
         surrogates.append(torch.sigmoid(s) * (a * d[mine]).sum() / n)
         weights += (torch.sigmoid(s) * n).item()
-    kl = (counts_M * (velocity.double() - v_ref).square().mean((1, 2, 3))).sum() / len(counts_M)
+    kl = (counts_M * (velocity.double() - v_ref).square().mean((1, 2, 3))).sum() / counts_M.sum()
     dgpo_loss = torch.stack(losses).mean()
     return {
         "loss": (dgpo_loss + settings.kl_coef * kl).item(),
         "dgpo_loss": dgpo_loss.item(),
         "surrogate_loss": torch.stack(surrogates).mean().item(),
         "kl": kl.item(),
-        "clip_fraction": clipped / len(counts_M),
-        "group_weight_mean": weights / len(counts_M),
+        "clip_fraction": clipped / counts_M.sum().item(),
+        "group_weight_mean": weights / counts_M.sum().item(),
     }
 
 
@@ -413,13 +417,14 @@ def test_everything_moved_too_far_gives_no_gradient(make_policy: MakePolicy) -> 
     assert not gradient.any()
 
 
-def test_failed_samples_give_no_gradient(make_policy: MakePolicy) -> None:
+@pytest.mark.parametrize("latent", [-3.0, math.inf, math.nan])
+def test_failed_samples_give_no_gradient(make_policy: MakePolicy, latent: float) -> None:
     """Whatever their latents are."""
     config = tiny("algorithm.kl_coef=0.3")
     policy = make_policy(config, spread=SPREAD)
     scored = scored_groups(policy, config, invalid=[1, 4, 5])
     before, report = learn(policy, config, scored)
-    scored.rollout.x0_BCHW[[1, 4, 5]] *= -3
+    scored.rollout.x0_BCHW[[1, 4, 5]] = latent
     after, found = learn(policy, config, scored)
     assert before.any()
     assert torch.equal(before, after)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -23,10 +22,10 @@ from dgpo_fast.models.tiny.build import (
     BuildOptions,
     build,
     draw_dataset,
+    encode_captions,
     encode_dataset,
-    encode_tokens,
     train_flow,
-    train_t5,
+    train_text_encoders,
     untrained_pipeline,
     wrong,
 )
@@ -41,20 +40,12 @@ SIZE_LIMIT_BYTES = 12e6
 
 CAPTIONS = [str(caption) for caption in all_captions()]
 TOKENIZERS = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer, "tokenizer_3": T5TokenizerFast}
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 @pytest.fixture(scope="module")
 def untrained() -> StableDiffusion3Pipeline:
     return untrained_pipeline()
-
-
-def token_ids(pipeline: StableDiffusion3Pipeline, texts: list[str]) -> list[torch.Tensor]:
-    return [
-        getattr(pipeline, name)(
-            texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-        ).input_ids
-        for name in TOKENIZERS
-    ]
 
 
 def test_every_module_is_of_stable_diffusion_3s_own_class(embedded_pipeline: StableDiffusion3Pipeline) -> None:
@@ -112,17 +103,17 @@ def test_shipped_tokenizers_cut_captions_as_trained_ones_do(
         assert trained.tokenize(text) == shipped.tokenize(text)
 
 
-@pytest.mark.parametrize("which", ["untrained", "embedded_pipeline"])
-def test_training_encodes_text_as_the_pipeline_does(which: str, request: pytest.FixtureRequest) -> None:
-    pipeline = request.getfixturevalue(which)
-    texts = ["", "a red circle", "a green triangle right of a yellow square", "three blue squares"]
+def test_each_caption_is_encoded_once_and_found_again(untrained: StableDiffusion3Pipeline) -> None:
+    texts = ["", "a red circle", "two blue squares", "a red circle", ""]
+    text, pooled, row = encode_captions(untrained, texts)
+    assert row.tolist() == [0, 1, 2, 1, 0]
+    assert text.shape == (3, 2 * MAX_TOKENS, 96)
     with torch.no_grad():
-        text, pooled = encode_tokens(pipeline, token_ids(pipeline, texts))
-        expected_text, _, expected_pooled, _ = pipeline.encode_prompt(
+        expected_text, _, expected_pooled, _ = untrained.encode_prompt(
             texts, None, None, do_classifier_free_guidance=False, max_sequence_length=MAX_TOKENS
         )
-    assert torch.equal(text, expected_text)
-    assert torch.equal(pooled, expected_pooled)
+    torch.testing.assert_close(text[row], expected_text)
+    torch.testing.assert_close(pooled[row], expected_pooled)
 
 
 def test_the_training_set_holds_nothing_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +160,11 @@ def test_a_build_writes_a_pipeline_that_loads(tmp_path: Path) -> None:
     )
     steps: list[tuple[str, int, int]] = []
     record = build(tmp_path, options, lambda stage, step, total, loss: steps.append((stage, step, total)))
-    assert steps == [("vae", 1, 2), ("vae", 2, 2), ("text", 1, 1), ("flow", 1, 3), ("flow", 2, 3), ("flow", 3, 3)]
+    assert steps == [
+        *(("vae", 1, 2), ("vae", 2, 2)),
+        *(("text_encoder", 1, 1), ("text_encoder_2", 1, 1), ("text_encoder_3", 1, 1)),
+        *(("flow", 1, 3), ("flow", 2, 3), ("flow", 3, 3)),
+    ]
     assert record == json.loads((tmp_path / "build.json").read_text())
     assert record["options"]["num_images"] == 16  # type: ignore[index]
     config = load_recipe("tiny-dgpo").model.model_copy(update={"name": str(tmp_path)})
@@ -181,18 +176,21 @@ def test_a_build_writes_a_pipeline_that_loads(tmp_path: Path) -> None:
     assert velocity.any()
 
 
-def test_t5_learns_from_captions_and_is_frozen_then() -> None:
+@pytest.mark.parametrize("name", ENCODERS)
+def test_text_encoders_learn_from_captions_and_are_frozen_then(name: str) -> None:
     pipeline = untrained_pipeline()
     options = BuildOptions(text_steps=1, text_batch=4, flow_steps=1, flow_batch=2)
     latents, texts = torch.randn(4, 8, 9, 9), ["a red circle", "", "two blue squares", "a red circle"]
-    weights = [copy.deepcopy(pipeline.text_encoder_3.state_dict())]
-    train_t5(pipeline, options, lambda *_: None)
-    weights.append(copy.deepcopy(pipeline.text_encoder_3.state_dict()))
+
+    def weights() -> torch.Tensor:
+        return torch.cat([weight.flatten() for weight in getattr(pipeline, name).state_dict().values()])
+
+    before = weights()
+    train_text_encoders(pipeline, options, lambda *_: None)
+    taught = weights()
     train_flow(pipeline, latents, texts, options, lambda *_: None)
-    weights.append(pipeline.text_encoder_3.state_dict())
-    before, taught, after = (torch.cat([weight.flatten() for weight in state.values()]) for state in weights)
     assert not torch.equal(before, taught)
-    assert torch.equal(taught, after)
+    assert torch.equal(taught, weights())
 
 
 def test_the_same_seed_builds_the_same_weights(tmp_path: Path) -> None:
@@ -224,7 +222,7 @@ def test_the_shipped_pipeline_is_small_and_says_how_it_was_made() -> None:
     assert record["command"] == f"dgpo-fast tiny build --seed {seed} --out DIR"
     assert record["duration_s"] > 0
     assert record["versions"].keys() == {"torch", "diffusers", "transformers"}
-    for stage in ("vae", "text", "flow"):
+    for stage in ("vae", *ENCODERS, "flow"):
         losses = record["losses"][stage]
         assert len(losses) >= 2
         assert 0 < losses[-1] < losses[0]
@@ -246,7 +244,7 @@ def test_the_shipped_pipeline_tells_a_relation_from_its_opposite(embedded_pipeli
         noise = torch.randn(x0.shape, generator=generator)
         errors = []
         for texts in (captions, opposite):
-            text, pooled = encode_tokens(embedded_pipeline, token_ids(embedded_pipeline, [str(c) for c in texts]))
+            text, pooled, _ = encode_captions(embedded_pipeline, [str(caption) for caption in texts])
             timestep = torch.full((len(x0),), 920.0)
             velocity = embedded_pipeline.transformer(torch.lerp(x0, noise, 0.92), text, pooled, timestep).sample
             errors.append((velocity - (noise - x0)).square().mean((1, 2, 3)))

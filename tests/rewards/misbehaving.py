@@ -14,7 +14,8 @@ class Brightness:
     """A reward of every pixel and of the prompt: two runs that score the same have drawn the same.
 
     MISBEHAVE=CALL:HOW makes its call number CALL, counted from 1, go wrong. HOW: nan or inf (for the first image),
-    short (a score too few), raise, or the name of a signal to this process.
+    short (a score too few), raise, or the name of a signal to this process. Of several ranks, MISBEHAVING names the
+    one that does.
     """
 
     def __init__(self) -> None:
@@ -26,7 +27,7 @@ class Brightness:
         factor_B = torch.tensor([1 + len(prompt) / 100 for prompt in prompts])
         std_B, mean_B = torch.std_mean(images_BCHW, (1, 2, 3))
         scores = {"brightness": (mean_B * factor_B).tolist(), "contrast": (std_B * factor_B).tolist()}
-        if self.calls_left == 0:
+        if self.calls_left == 0 and os.environ.get("RANK", "0") == os.environ.get("MISBEHAVING", "0"):
             self._misbehave(scores)
         return scores
 

@@ -1,4 +1,4 @@
-"""Trains the embedded pipeline from nothing: tokenizers, VAE, T5 encoder, then transformer and CLIP encoders together.
+"""Trains the embedded pipeline from nothing: tokenizers, VAE, text encoders and, with those frozen, the transformer.
 
 The captions are wrong for a share of the training images, so that the base model is honestly imperfect: without
 guidance it draws what a caption says about as often as captions say what is drawn. That is what reinforcement learning
@@ -34,7 +34,7 @@ from dgpo_fast.models.tiny.architecture import (
     make_transformer,
     make_vae,
 )
-from dgpo_fast.models.tiny.reader import SideReader, answers
+from dgpo_fast.models.tiny.reader import SpotReader, TotalReader, spots, totals
 from dgpo_fast.models.tiny.tokenizers import MAX_TOKENS, train_clip_tokenizer, train_t5_tokenizer
 from dgpo_fast.shapes.captions import Caption, all_captions, split_captions
 from dgpo_fast.shapes.render import corrupt, render
@@ -49,16 +49,16 @@ class BuildOptions:
 
     seed: int = 0
     num_images: int = 48_000
-    wrong_captions: float = 0.35
+    wrong_captions: float = 0.3
     dropped_captions: float = 0.1
-    vae_steps: int = 1500
+    vae_steps: int = 2000
     vae_batch: int = 16
     vae_lr: float = 4e-3
     latent_noise: float = 1.5
     text_steps: int = 1500
     text_batch: int = 128
     text_lr: float = 2e-3
-    flow_steps: int = 18_000
+    flow_steps: int = 26_000
     flow_batch: int = 32
     flow_lr: float = 1.5e-3
     flow_shift: float = 5.0
@@ -75,7 +75,7 @@ def build(out: Path, options: BuildOptions, report: Report) -> dict[str, object]
     losses = {"vae": train_vae(pipeline.vae, images, options, report)}
     latents = encode_dataset(pipeline.vae, images)
     torch.manual_seed(options.seed)  # again, so that these stages can be repeated without the one before
-    losses["text"] = train_t5(pipeline, options, report)
+    losses |= train_text_encoders(pipeline, options, report)
     losses["flow"] = train_flow(pipeline, latents, texts, options, report)
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(out)
@@ -162,32 +162,43 @@ def encode_dataset(vae: AutoencoderKL, images: Tensor) -> Tensor:
     return means.sub_(vae.config.shift_factor).mul_(vae.config.scaling_factor).contiguous()
 
 
-def train_t5(pipeline: StableDiffusion3Pipeline, options: BuildOptions, report: Report) -> list[float]:
-    """Teaches the T5 encoder, which stays as it is afterwards, which object a caption puts on which side."""
+def train_text_encoders(
+    pipeline: StableDiffusion3Pipeline, options: BuildOptions, report: Report
+) -> dict[str, list[float]]:
+    """Teaches each text encoder to read captions, and freezes it; returns its losses under its name."""
     captions = list(dict.fromkeys(split_captions("train")))
-    encoder, reader = pipeline.text_encoder_3.train(), SideReader(T5_WIDTH)
-    tokens, right = tokenize(pipeline.tokenizer_3, [str(caption) for caption in captions]), answers(captions)
-
-    def loss_of(index: Tensor) -> Tensor:
-        return reader.loss(encoder(tokens[index])[0], right[index])
-
-    weights = itertools.chain(encoder.parameters(), reader.parameters())
-    losses = train(
-        "text", weights, loss_of, len(captions), options.text_steps, options.text_batch, options.text_lr, report
-    )
-    encoder.eval().requires_grad_(False)
+    texts = [str(caption) for caption in captions]
+    losses = {}
+    for name, tokenizer, reader, right in (
+        ("text_encoder", pipeline.tokenizer, TotalReader(CLIP_WIDTHS[0]), totals(captions)),
+        ("text_encoder_2", pipeline.tokenizer_2, TotalReader(CLIP_WIDTHS[1]), totals(captions)),
+        ("text_encoder_3", pipeline.tokenizer_3, SpotReader(T5_WIDTH), spots(captions)),
+    ):
+        encoder = getattr(pipeline, name).train()
+        loss_of = _loss_of_reading(encoder, reader, tokenize(tokenizer, texts), right)
+        weights = itertools.chain(encoder.parameters(), reader.parameters())
+        losses[name] = train(
+            name, weights, loss_of, len(captions), options.text_steps, options.text_batch, options.text_lr, report
+        )
+        encoder.eval().requires_grad_(False)
     return losses
+
+
+def _loss_of_reading(
+    encoder: nn.Module, reader: SpotReader | TotalReader, tokens: Tensor, right: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """A reader's loss on the first output of an encoder: CLIP's is the pooled embedding, T5's its tokens."""
+    return lambda index: reader.loss(encoder(tokens[index])[0], right[index])
 
 
 def train_flow(
     pipeline: StableDiffusion3Pipeline, latents: Tensor, texts: Sequence[str], options: BuildOptions, report: Report
 ) -> list[float]:
-    """Trains transformer and CLIP encoders on the flow-matching loss; `pipeline` is left with their moving average."""
-    learned = nn.ModuleList([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]).train()
-    tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3)
-    tokens = [tokenize(tokenizer, texts) for tokenizer in tokenizers]
+    """Trains the transformer on the flow-matching loss; the pipeline is left with its moving average."""
+    transformer = pipeline.transformer.train()
+    text, pooled, caption_of = encode_captions(pipeline, texts)
     average = torch.optim.swa_utils.AveragedModel(
-        learned, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(options.ema_decay)
+        transformer, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(options.ema_decay)
     )
 
     def loss_of(index: Tensor) -> Tensor:
@@ -195,16 +206,16 @@ def train_flow(
         u = (torch.rand(len(index)) + torch.randperm(len(index))) / len(index)  # one in each of equal parts of [0, 1]
         sigma = options.flow_shift * u / (1 + (options.flow_shift - 1) * u)
         x_t = torch.lerp(x0, noise, sigma[:, None, None, None])
-        text, pooled = encode_tokens(pipeline, [ids[index] for ids in tokens])
-        velocity = pipeline.transformer(x_t, text, pooled, 1000 * sigma).sample
+        caption = caption_of[index]
+        velocity = transformer(x_t, text[caption], pooled[caption], 1000 * sigma).sample
         return F.mse_loss(velocity, noise - x0)
 
     losses = train(
-        "flow", learned.parameters(), loss_of, len(latents), options.flow_steps, options.flow_batch, options.flow_lr,
-        report, after_step=lambda: average.update_parameters(learned),
+        "flow", transformer.parameters(), loss_of, len(latents), options.flow_steps, options.flow_batch,
+        options.flow_lr, report, after_step=lambda: average.update_parameters(transformer),
     )  # fmt: skip
-    learned.load_state_dict(average.module.state_dict())
-    learned.eval().requires_grad_(False)
+    transformer.load_state_dict(average.module.state_dict())
+    transformer.eval().requires_grad_(False)
     return losses
 
 
@@ -215,19 +226,15 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor
     return ids
 
 
-def encode_tokens(pipeline: StableDiffusion3Pipeline, ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Text embedding [B, 2 MAX_TOKENS, T5_WIDTH] and pooled embedding [B, sum(CLIP_WIDTHS)], with gradients.
-
-    The same as the pipeline's encode_prompt, which SD3 runs without.
-    """
-    clips = [
-        encoder(tokens, output_hidden_states=True)
-        for encoder, tokens in zip((pipeline.text_encoder, pipeline.text_encoder_2), ids[:2], strict=True)
-    ]
-    clip_text = torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1)
-    clip_text = F.pad(clip_text, (0, T5_WIDTH - clip_text.shape[-1]))
-    t5_text = pipeline.text_encoder_3(ids[2])[0]
-    return torch.cat([clip_text, t5_text], dim=1), torch.cat([clip.text_embeds for clip in clips], dim=-1)
+@torch.no_grad()
+def encode_captions(pipeline: StableDiffusion3Pipeline, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Text and pooled embeddings of the distinct texts, and the row of each text among them, int64 [len(texts)]."""
+    distinct = list(dict.fromkeys(texts))
+    text, _, pooled, _ = pipeline.encode_prompt(
+        distinct, None, None, do_classifier_free_guidance=False, max_sequence_length=MAX_TOKENS
+    )
+    row = {caption: number for number, caption in enumerate(distinct)}
+    return text, pooled, torch.tensor([row[caption] for caption in texts])
 
 
 def train(
@@ -243,7 +250,7 @@ def train(
 ) -> list[float]:
     """Minimises `loss_of(indices)` with AdamW under a warm-up and a cosine; returns the mean loss of each twentieth."""
     weights = list(parameters)
-    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     warmup = max(1, num_steps // 50)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / num_steps))
