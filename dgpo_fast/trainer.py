@@ -69,10 +69,11 @@ class Trainer:
         )  # fmt: skip
         self.step = 0
         self.wall_s = 0.0
-        self.base_metrics: Metrics | None = None
-        self.scores: dict[int, float] = {}
         if saved is not None:
             self._restore(saved)
+        past = [line for line in read_evaluations(out) if line["step"] <= self.step]  # later ones are made again
+        self.base_metrics: Metrics | None = past[0]["base"] if past else None
+        self.scores = {line["step"]: headline(line["tuned"], config) for line in past}
         self.policy.check_adapters_act()
 
     def train(self) -> None:
@@ -244,6 +245,3 @@ class Trainer:
         for path, seconds in saved.values["stages"].items():
             self.clock.seconds[tuple(path.split("/"))] += seconds
         self.step, self.wall_s = saved.step, saved.values["wall_s"]
-        past = [line for line in read_evaluations(self.out) if line["step"] <= self.step]  # later ones are made again
-        self.base_metrics = past[0]["base"] if past else None
-        self.scores = {line["step"]: headline(line["tuned"], self.config) for line in past}

@@ -116,7 +116,8 @@ def test_the_evaluation_average_is_the_written_one(tmp_path: Path, quick: tuple[
         if step in decays:
             policy = trainer.policy.trainable.detach().double()
             expected = decays[step] * expected + (1 - decays[step]) * policy
-        torch.testing.assert_close(ema.double(), expected, rtol=2 * 2**-24, atol=2**-40)
+        # The adapters' B start at zero and are 1e-4 here: atol is what float32 rounds off sums of such.
+        torch.testing.assert_close(ema.double(), expected, rtol=2 * 2**-24, atol=1e-11)
     assert (ema - trainer.policy.trainable).abs().max() > 1e-5
 
 
@@ -134,7 +135,7 @@ def test_the_step_is_no_longer_than_the_clipped_gradient(tmp_path: Path, quick: 
 def test_advantages_are_those_of_the_recipe(
     std: str, tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rule = (f"advantages.std={std}", "advantages.epsilon=0.05", "advantages.clamp=0.7")
+    rule = (f"advantages.std={std}", "advantages.epsilon=0.001", "advantages.clamp=0.5")
     trainer = Trainer(load_recipe("tiny-dgpo", [*quick, *rule]), tmp_path)
     learned: list[ScoredGroups] = []
     monkeypatch.setattr(trainer, "_learn", lambda scored: learned.append(scored) or {})
@@ -142,10 +143,10 @@ def test_advantages_are_those_of_the_recipe(
     trainer.run_iteration()
     reward_GS = learned[0].reward_B.double().numpy().reshape(2, 4)
     deviation = reward_GS.std(1, keepdims=True) if std == "group" else reward_GS.std()
-    expected_GS = (reward_GS - reward_GS.mean(1, keepdims=True)) / (deviation + 0.05)
-    assert np.abs(expected_GS).max() > 0.7
+    expected_GS = (reward_GS - reward_GS.mean(1, keepdims=True)) / (deviation + 0.001)
+    assert np.abs(expected_GS).max() > 0.5
     np.testing.assert_allclose(
-        learned[0].advantage_B.numpy(), expected_GS.clip(-0.7, 0.7).ravel(), rtol=1e-4, atol=1e-6
+        learned[0].advantage_B.numpy(), expected_GS.clip(-0.5, 0.5).ravel(), rtol=1e-4, atol=1e-6
     )
 
 
