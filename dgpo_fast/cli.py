@@ -211,15 +211,17 @@ def tiny_build(
 ) -> None:
     """Train the embedded pipeline from nothing (an hour on two CPU cores)."""
     _check_writable(out)
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
     from dgpo_fast.models.tiny.build import BuildOptions, build
 
     with Progress(console=Console(stderr=True)) as progress:
-        tasks = {stage: progress.add_task(stage, total=None) for stage in ("vae", "text", "flow")}
+        tasks: dict[str, TaskID] = {}
 
         def report(stage: str, step: int, num_steps: int, loss: float) -> None:
-            progress.update(tasks[stage], completed=step, total=num_steps, description=f"{stage} loss {loss:.4f}")
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=num_steps)
+            progress.update(tasks[stage], completed=step, description=f"{stage} loss {loss:.4f}")
 
         record = build(out, BuildOptions(seed=seed), report)
     print(f"{out}: trained in {record['duration_s']} s")

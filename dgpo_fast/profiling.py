@@ -1,7 +1,6 @@
 """Named stages of an iteration: NVTX ranges for Nsight, and wall-clock seconds for people.
 
-Stages nest: "rollout" holds "transformer", "solver" and "vae". A `StageClock` counts each stage's own seconds and those
-of its children apart, so a table of them adds up to the whole.
+Stages nest: "rollout" holds "transformer", "solver" and "vae", and its seconds hold theirs.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import nvtx
 
 @dataclass(slots=True)
 class StageClock:
-    """Seconds per path of stages, such as ("train", "transformer"), the time of inner stages included."""
+    """Seconds per path of stages, such as ("rollout", "transformer"), the time of inner stages included."""
 
     synchronize: Callable[[], None] = lambda: None
     """Waits for the device's work, at both ends of an outermost stage: the next would else be billed for it."""

@@ -13,7 +13,7 @@ import numpy as np
 from dgpo_fast.config import Config
 
 GPU_PEAKS = {
-    # bfloat16. Hopper: measured, an 8192^3 product. Ampere: NVIDIA's data sheet.
+    # bfloat16. Hopper: a product of 8192^3 on an H100, whose arithmetic an H200 shares. Ampere: NVIDIA's data sheet.
     "H200": 798e12,
     "H100": 798e12,
     "A100": 312e12,

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -420,12 +421,14 @@ def test_profile_without_a_trace(dgpo_fast: CommandLine, quick: tuple[str, ...],
 
 
 def test_tiny_build_reports_and_saves(dgpo_fast: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(out: Path, options: object, report: Callable[[str, int, int, float], None]) -> dict[str, object]:
-        report("vae", 1, 2, 0.5)
-        report("flow", 2, 2, 0.25)
-        return {"duration_s": 1.5, "seed": options.seed}  # type: ignore[attr-defined]
+    from dgpo_fast.models.tiny import build
 
-    monkeypatch.setattr("dgpo_fast.models.tiny.build.build", build)
-    status, stdout, stderr = dgpo_fast("tiny", "build", "--out", tmp_path / "model", "--seed", "4")
-    assert (status, stdout) == (0, f"{tmp_path / 'model'}: trained in 1.5 s\n")
-    assert "Traceback" not in stderr
+    steps = {"vae_steps": 1, "vae_batch": 2, "text_steps": 1, "text_batch": 2, "flow_steps": 1, "flow_batch": 2}
+    monkeypatch.setattr(build, "BuildOptions", partial(build.BuildOptions, num_images=8, **steps))
+    out = tmp_path / "model"
+    status, stdout, stderr = dgpo_fast("tiny", "build", "--out", out, "--seed", "4")
+    assert status == 0
+    assert re.fullmatch(rf"{re.escape(str(out))}: trained in [\d.]+ s\n", stdout)
+    for stage in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "flow"):
+        assert f"{stage} loss" in stderr
+    assert json.loads((out / "build.json").read_text())["options"]["seed"] == 4

@@ -1,4 +1,4 @@
-"""Operators on plain tensors, on any device: `dgpo_fast.ops.registry` says what serves each of them here."""
+"""Operators on plain tensors, on any device. Of the fused ones, `serving` says what serves them here."""
 
 from dgpo_fast.ops.group_advantages import group_advantages
 from dgpo_fast.ops.group_preference import group_preference, velocity_errors
