@@ -100,7 +100,7 @@ class Trainer:
         """One iteration: sample groups, score them, learn from them. `step` is one higher afterwards."""
         start, before = time.perf_counter(), dict(self.clock.seconds)
         with stage("rollout"):
-            rollout = self.algorithm.rollout(self.policy, self._next_prompts())
+            rollout = self.algorithm.rollout(self.policy, self._next_prompts(), check=self.interruption.check)
         self.interruption.check()
         with stage("reward"):
             scored, reward_metrics = self._score(rollout)

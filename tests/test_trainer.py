@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,8 +175,8 @@ def test_a_failed_sample_changes_no_gradient(
         trainer = Trainer(config, tmp_path)
         draw = trainer.algorithm.rollout
 
-        def with_another_first_image(*arguments: object) -> Rollout:
-            rollout = draw(*arguments)  # type: ignore[arg-type]
+        def with_another_first_image(*arguments: Any, **named: Any) -> Rollout:
+            rollout = draw(*arguments, **named)
             if replacement is not None:
                 rollout.x0_BCHW[0] = replacement
             return rollout

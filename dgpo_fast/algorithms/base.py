@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from dgpo_fast.models.policy import Policy
@@ -15,8 +15,8 @@ WeightsT = TypeVar("WeightsT")
 class Algorithm(Protocol[BatchT, WeightsT]):
     """Five methods, called in this order every iteration."""
 
-    def rollout(self, policy: Policy, prompts: PromptBatch) -> Rollout:
-        """Images of every prompt's group."""
+    def rollout(self, policy: Policy, prompts: PromptBatch, *, check: Callable[[], None] = ...) -> Rollout:
+        """Images of every prompt's group. `check`, called now and then on every rank as often, may raise to end it."""
         ...
 
     def batches(self, scored: ScoredGroups) -> Iterator[Sequence[BatchT]]:

@@ -12,7 +12,7 @@ Shape letters: B samples of this rank, M of a micro-batch, G groups, C H W laten
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,13 +58,14 @@ class DGPO:
         self.settings = config.algorithm
         self.sampler = Sampler.from_config(config.rollout)
 
-    def rollout(self, policy: Policy, prompts: PromptBatch) -> Rollout:
+    def rollout(self, policy: Policy, prompts: PromptBatch, *, check: Callable[[], None] = lambda: None) -> Rollout:
         """A group of images per prompt, by the deterministic solver, from a noise of its own each."""
         per_forward = self.config.rollout.images_per_forward
         view: View = "policy" if prompts.iteration < self.config.rollout.switch_step else "old"
         x0_BCHW = sample_latents(
             policy, view, self.sampler, self._rollout_noise(policy, prompts), prompts.conditioning[prompts.group_B],
             prompts.unconditional if self.config.rollout.guidance > 1 else None, images_per_forward=per_forward,
+            check=check,
         )  # fmt: skip
         images_BCHW = policy.model.decode(x0_BCHW, images_per_forward=per_forward)
         return Rollout(prompts=prompts, x0_BCHW=x0_BCHW, images_BCHW=images_BCHW, sigmas=self.sampler.sigmas)

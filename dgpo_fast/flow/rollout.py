@@ -69,13 +69,16 @@ def sample_latents(
     unconditional: Conditioning | None,
     *,
     images_per_forward: int,
+    check: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Clean latents, float32 [B, C, H, W], drawn through `view`, `images_per_forward` at a time.
 
-    `conditioning` has a row per sample; `unconditional` is None where nothing is guided.
+    `conditioning` has a row per sample; `unconditional` is None where nothing is guided. `check` is called before each
+    `images_per_forward` and may raise, to end the sampling.
     """
     latents = []
     for first in range(0, len(noise_BCHW), images_per_forward):
+        check()
         chunk = slice(first, first + images_per_forward)
         velocity = partial(policy.velocity, view, conditioning=conditioning[chunk], unconditional=unconditional)
         latents.append(sampler.sample(velocity, noise_BCHW[chunk]))

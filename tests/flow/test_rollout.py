@@ -69,6 +69,27 @@ def test_euler_equals_the_pipelines_call(
     assert steps * rounding < 1e-3 * largest(theirs)
 
 
+def test_sampling_can_be_ended_between_forwards(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four images, two at a time: ended before the second two, the model has run the two steps of the first."""
+    config = tiny("rollout.steps=2")
+    policy = make_policy(config)
+    noise_BCHW, happened = make_noise(policy), []
+    velocity = policy.velocity
+    monkeypatch.setattr(policy, "velocity", lambda *given, **named: happened.append("run") or velocity(*given, **named))
+
+    def check() -> None:
+        happened.append("check")
+        if happened.count("check") == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        sample_latents(
+            policy, "policy", Sampler.from_config(config.rollout), noise_BCHW, policy.model.encode(PROMPTS), None,
+            images_per_forward=2, check=check,
+        )  # fmt: skip
+    assert happened == ["check", "run", "run", "check"]
+
+
 @pytest.mark.parametrize("images_per_forward", [1, 2, 3])
 def test_cutting_the_batch_changes_nothing_but_roundings(make_policy: MakePolicy, images_per_forward: int) -> None:
     config = tiny("rollout.steps=4", "rollout.guidance=4.5", "rollout.solver=dpm++2m", "rollout.schedule=dpm")
