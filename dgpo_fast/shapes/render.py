@@ -24,10 +24,8 @@ RADIUS = (8.5, 9.5)
 """Range of half the side of an object's bounding box, in pixels."""
 JITTER = 0.5
 """Pixels by which an object may be off the centre of its place, along each axis."""
-RELATION_MARGIN = 6.0
-"""Pixels by which the axis of a relation exceeds the other axis."""
-RELATION_DISTANCE = 1.5 * PLACE_SIZE
-"""Pixels by which the objects of a relation are apart along its axis: they stand on opposite sides of the image."""
+RELATION_CLEARANCE = 1.5 * PLACE_SIZE
+"""Least `excess` of a rendered relation: its objects face each other from opposite sides of the image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +56,8 @@ def place(caption: Caption, rng: np.random.Generator) -> list[PlacedObject]:
         places = rng.permutation(PLACES**2)[: len(kinds)]
         centres = (np.stack([places % PLACES, places // PLACES], axis=1) + 0.5) * PLACE_SIZE
         centres += rng.uniform(-JITTER, JITTER, centres.shape)
-        if caption.relation is not None:
-            dx, dy = centres[1] - centres[0]
-            if max(abs(dx), abs(dy)) < RELATION_DISTANCE or excess(caption.relation, dx, dy) < RELATION_MARGIN:
-                continue
+        if caption.relation and excess(caption.relation, *(centres[1] - centres[0])) < RELATION_CLEARANCE:
+            continue
         return [
             PlacedObject(kind.color, kind.shape, float(x), float(y), float(radius))
             for kind, (x, y), radius in zip(kinds, centres, radii, strict=True)

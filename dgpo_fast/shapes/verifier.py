@@ -15,7 +15,7 @@ from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
 from dgpo_fast.shapes.captions import BACKGROUND, COLORS, SHAPES, Caption
-from dgpo_fast.shapes.render import RELATION_MARGIN, excess, signed_distance
+from dgpo_fast.shapes.render import excess, signed_distance
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
@@ -41,6 +41,8 @@ SHAPE_FIT = (0.7, 0.92)
 """Overlap with the ideal shape that counts nothing, and in full; a diamond and a circle of its area overlap by 0.83."""
 SHAPE_MARGIN = 0.08
 """Overlap by which the right shape beats the others, to count in full; for an ideal circle or square it is 0.16."""
+RELATION_MARGIN = 6.0
+"""Pixels of `render.excess` by which a relation counts in full; rendered ones have 36 and more."""
 SIZE_TOO_SMALL = (6.0, 13.0)
 SIZE_TOO_LARGE = (28.0, 42.0)
 """Longer sides of a bounding box, in pixels, between which an object fades in or out; rendered ones have 17 to 19."""
@@ -95,9 +97,8 @@ def verify(image: npt.NDArray[np.float32], caption: Caption) -> Verdict:
 
         soft     = relation * sum of matched qualities / max(R, D) * (1 - ramp(strays, 0, RUINOUS_STRAYS))
         relation = (1 + ramp(excess, -RELATION_MARGIN, RELATION_MARGIN)) / 2, with `render.excess` between centres of
-                   bounding boxes: half where another relation holds as clearly as in rendered images, and where an
-                   object is missing; 3/4 where neither does more than the other, on a diagonal (1 where the caption
-                   states no relation)
+                   bounding boxes: half where another relation holds by the margin, and where an object is missing;
+                   3/4 where neither does more than the other, on a diagonal (1 where the caption states no relation)
         strict   = R = D, each matched color, shape and size >= STRICT_PART, excess > 0, strays <= STRICT_STRAYS
 
     A strict image has soft > 0.58 (3/4 of the square of STRICT_PART, less 3 % for strays), a blank one 0.

@@ -24,7 +24,7 @@ from dgpo_fast.shapes.render import (
     PLACE_SIZE,
     PLACES,
     RADIUS,
-    RELATION_MARGIN,
+    RELATION_CLEARANCE,
     PlacedObject,
     corrupt,
     draw,
@@ -54,9 +54,10 @@ def test_placed_objects_are_the_captions_and_have_places_of_their_own(caption: C
     if caption.relation is not None:
         first, second = objects
         dx, dy = second.x - first.x, second.y - first.y
-        assert excess(caption.relation, dx, dy) >= RELATION_MARGIN
-        along = "x" if caption.relation in ("left of", "right of") else "y"
+        assert excess(caption.relation, dx, dy) >= RELATION_CLEARANCE
+        along, across = ("x", "y") if caption.relation in ("left of", "right of") else ("y", "x")
         assert {getattr(thing, along) // PLACE_SIZE for thing in objects} == {0, PLACES - 1}
+        assert len({getattr(thing, across) // PLACE_SIZE for thing in objects}) == 1
 
 
 def test_every_place_is_used() -> None:

@@ -1,7 +1,7 @@
 """Trains the embedded pipeline from nothing: tokenizers, VAE, text encoders and, with those frozen, the transformer.
 
 The captions are wrong for a share of the training images, so that the base model is honestly imperfect: without
-guidance it draws what a caption says about as often as captions say what is drawn. That is what reinforcement learning
+guidance it draws what a caption says no more often than captions say what is drawn. That is what reinforcement learning
 can mend.
 """
 
@@ -49,7 +49,7 @@ class BuildOptions:
 
     seed: int = 0
     num_images: int = 48_000
-    wrong_captions: float = 0.3
+    wrong_captions: float = 0.33
     dropped_captions: float = 0.1
     vae_steps: int = 2000
     vae_batch: int = 16
