@@ -25,6 +25,7 @@ from dgpo_fast.metrics import read_evaluations
 from dgpo_fast.models.policy import TRAINED, Policy
 from dgpo_fast.models.sd3 import load_model
 from dgpo_fast.ops.group_advantages import group_advantages
+from dgpo_fast.ops.registry import describe_serving
 from dgpo_fast.parallel.world import World
 from dgpo_fast.profiling import StageClock, stage, use_clock
 from dgpo_fast.prompts import PromptSampler, load_prompts
@@ -83,6 +84,7 @@ class Trainer:
             self.out, self.config, clock=self.clock, start_step=self.step, resumed=self.resumed, is_first=first
         )
         with run, self.interruption:
+            run.say(describe_serving(self.world.device.type))
             try:
                 self._look_up_from_work(run)
                 while self.step < self.config.steps:

@@ -256,5 +256,5 @@ def test_everything_of_the_plan_is_shown(overrides: list[str]) -> None:
     text = shown(plan(config))
     for part in ("Plan of tiny-dgpo", "16 prompts x 8 images = 128", "0.9997", "just measured", "Work of", "Memory of"):
         assert part in text
-    assert ("every 15 steps" if config.evaluation.every else "at start and end") in text
+    assert ("every 20 steps" if config.evaluation.every else "at start and end") in text
     assert ("group weights" in text) == (config.optimizer.images_per_micro_batch < 8)

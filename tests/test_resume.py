@@ -20,6 +20,7 @@ from dgpo_fast.checkpoint import load_checkpoint as load
 from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.metrics import read_evaluations, read_metrics
+from dgpo_fast.ops import describe_serving
 from dgpo_fast.run_directory import refuse_conflicts
 
 STATE = {"policy", "old", "ema", "adam.step", "adam.exp_avg", "adam.exp_avg_sq"}
@@ -72,7 +73,9 @@ def killed_run(
         text=True,
     )
     assert process.returncode == -signal.SIGKILL, process.stderr
-    assert [line for line in process.stderr.splitlines() if not line.startswith("step ")] == [], "libraries are silent"
+    first, *others = process.stderr.splitlines()
+    assert first == describe_serving("cpu")
+    assert [line for line in others if not line.startswith("step ")] == [], "libraries are silent"
     return out
 
 

@@ -127,6 +127,16 @@ def serving(name: str | None = None) -> tuple[Serving, ...]:
     return tuple(serving for operator in operators for serving in operator.servings)
 
 
+def describe_serving(device: str) -> str:
+    """One line to start a run with: "operators on cpu: native for solver_step, ... (C++, one pass over memory)"."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for choice in serving():
+        if choice.device == device:
+            groups.setdefault((choice.implementation, choice.reason), []).append(choice.operator)
+    parts = (f"{by} for {', '.join(names)} ({reason})" for (by, reason), names in groups.items())
+    return f"operators on {device}: {'; '.join(parts)}"
+
+
 def _operator(name: str) -> _Operator:
     if name not in _OPERATORS:
         raise ValueError(f"name: expected one of {', '.join(_OPERATORS)}, got {name!r}{suggest(name, _OPERATORS)}")

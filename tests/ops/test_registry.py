@@ -28,6 +28,14 @@ def test_every_operator_is_listed() -> None:
         assert "reference" in ops.implementations(name)
 
 
+def test_a_run_says_in_one_line_what_serves_the_operators_of_its_device() -> None:
+    line = ops.describe_serving("cpu")
+    assert line.startswith("operators on cpu: ") and "\n" not in line
+    for serving in (serving for serving in ops.serving() if serving.device == "cpu"):
+        assert serving.operator in line and serving.reason in line
+    assert ops.serving("solver_step")[0].implementation in line
+
+
 def test_an_unknown_operator_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected one of .*solver_step.*got 'solver'"):
         ops.implementations("solver")

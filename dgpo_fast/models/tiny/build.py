@@ -49,7 +49,7 @@ class BuildOptions:
 
     seed: int = 0
     num_images: int = 48_000
-    wrong_captions: float = 0.33
+    wrong_captions: float = 0.28
     dropped_captions: float = 0.1
     vae_steps: int = 2000
     vae_batch: int = 16
