@@ -80,7 +80,7 @@ demo: setup
 		echo 'demo: $(DEMO) exists and is no run directory; move it away'; exit 2; fi
 	@test ! -e $(DEMO) || echo 'demo: replaces $(DEMO), an earlier run.'
 	@rm -rf $(DEMO)
-	@echo 'demo: fine-tunes the embedded pipeline; some 8 minutes on two CPU cores; results in $(DEMO).'
+	@echo 'demo: fine-tunes the embedded pipeline; 6 to 7 minutes on two CPU cores; results in $(DEMO).'
 	$(PY) -m dgpo_fast train tiny-dgpo --out $(DEMO)
 	$(PY) -m dgpo_fast eval $(DEMO) --picture $(DEMO)/before-after.png
 	@echo 'demo: look at $(DEMO)/report.html and $(DEMO)/before-after.png'

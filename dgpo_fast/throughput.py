@@ -20,9 +20,9 @@ GPU_PEAKS = {
 }
 GPU_SHARE = 0.35
 """Of the peak that an eager bfloat16 iteration is expected to reach, estimated from its counted bytes and FLOPs."""
-CPU_SHARE = 0.8
-"""Of a measured matrix product that an iteration reaches on a CPU: 0.85 and 0.89 of numpy's OpenBLAS in two iterations
-of tiny-dgpo on one thread of an EPYC (torch 2.13, whose oneDNN multiplies faster)."""
+CPU_SHARE = 0.28
+"""Of a measured matrix product that an iteration reaches on a CPU: tiny-dgpo's 175 GFLOP took 3.2 s (the median of 100
+iterations) on two cores of an EPYC whose product in numpy's OpenBLAS ran at 194 GFLOP/s (torch 2.13, 2026-11)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
