@@ -12,7 +12,7 @@ TORCH := $(shell grep '^torch==' constraints-cuda.txt)
 PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 # Newer than its inputs once the environment is ready.
 STAMP := $(or $(VENV),$(shell $(PYTHON) -c 'import sys; print(sys.prefix)'))/.dgpo-fast-ready
-INPUTS := pyproject.toml setup.py CMakeLists.txt constraints-cpu.txt constraints-cuda.txt $(wildcard csrc/cpu/*)
+INPUTS := pyproject.toml setup.py CMakeLists.txt constraints-cpu.txt constraints-cuda.txt $(wildcard csrc/*/*)
 
 DEMO := runs/demo
 # With a compiler at hand a failed build of csrc/ is an error; without one the operators run on PyTorch.

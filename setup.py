@@ -1,10 +1,12 @@
 """Builds csrc/ with CMake and maps kernels/ into the package; everything else stands in pyproject.toml.
 
 Without a compiler, or when the build fails, the package installs all the same and one line says so: every operator has
-a PyTorch reference. DGPO_FAST_REQUIRE_NATIVE=1 makes it an error.
+a PyTorch reference. DGPO_FAST_REQUIRE_NATIVE=1 makes it an error. The CUDA operators are built where the installed
+torch has CUDA and there is an nvcc.
 """
 
 import os
+import runpy
 import subprocess
 import sys
 import sysconfig
@@ -44,13 +46,15 @@ def build_with_cmake(*, build_dir: Path, output_dir: Path) -> None:
         raise NativeBuildError(
             "no torch in the build environment (install torch, then build with --no-build-isolation)"
         )
+    torch_dir = Path(torch.submodule_search_locations[0])
     # pip runs the build without activating the environment that holds cmake and ninja.
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     configure = [
         "cmake",
         *("-S", str(ROOT), "-B", str(build_dir)),
         f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output_dir}",
-        f"-DDGPO_FAST_TORCH_DIR={torch.submodule_search_locations[0]}",
+        f"-DDGPO_FAST_TORCH_DIR={torch_dir}",
+        f"-DDGPO_FAST_CUDA={'ON' if builds_cuda(torch_dir, path) else 'OFF'}",
         "-DDGPO_FAST_BUILD_TESTS=OFF",
         *(["-G", "Ninja"] if which("ninja", path=path) else []),
     ]
@@ -67,12 +71,21 @@ def build_with_cmake(*, build_dir: Path, output_dir: Path) -> None:
                 raise NativeBuildError(f"{' '.join(command[:2])} failed\n{end}") from None
 
 
+def builds_cuda(torch_dir: Path, path: str) -> bool:
+    """Whether this torch has CUDA and an nvcc is there; a torch with CUDA and no nvcc gets a line."""
+    cuda = runpy.run_path(str(torch_dir / "version.py"))["cuda"]  # without importing torch
+    if cuda is not None and which("nvcc", path=path) is None:
+        print("dgpo-fast: no nvcc, so the CUDA operators use Triton only", file=sys.stderr)
+        return False
+    return cuda is not None
+
+
 setup(
     packages=[*find_packages(include=["dgpo_fast", "dgpo_fast.*"]), "dgpo_fast.kernels"],
     package_dir={"dgpo_fast.kernels": "kernels"},
     package_data={"dgpo_fast": ["recipes/*.yaml", "assets/**", "**/*.html", "**/*.css", "**/*.js"]},
     # Optional: an editable install would otherwise insist on copying a library that was not built.
-    ext_modules=[Extension("dgpo_fast._cpu", sources=[], optional=True)],
+    ext_modules=[Extension("dgpo_fast._cpu", sources=[], optional=True)],  # and _cuda beside it
     cmdclass={"build_ext": CMakeBuild},
     # The library needs no particular Python, so one wheel serves 3.11 and newer.
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

@@ -14,7 +14,7 @@ from rich.table import Table
 from dgpo_fast import ops
 from dgpo_fast.environment import machine_name, package_versions
 from dgpo_fast.models.sources import EMBEDDED
-from dgpo_fast.ops.registry import NATIVE_CPU_LIBRARY
+from dgpo_fast.ops.registry import NATIVE_LIBRARIES
 
 
 def examine() -> dict[str, Any]:
@@ -24,7 +24,7 @@ def examine() -> dict[str, Any]:
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "versions": {"triton": None, **package_versions(), "flash-attn": _version("flash-attn")},
         "parts": {
-            "native library": str(NATIVE_CPU_LIBRARY) if NATIVE_CPU_LIBRARY.exists() else None,
+            "native library": str(NATIVE_LIBRARIES["cpu"]) if NATIVE_LIBRARIES["cpu"].exists() else None,
             "embedded model": str(EMBEDDED) if (EMBEDDED / "model_index.json").exists() else None,
         },
         "environment": {name: os.environ.get(name) for name in ("DGPO_FAST_OPS", "TRITON_INTERPRET")},

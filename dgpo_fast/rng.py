@@ -63,12 +63,13 @@ def stream(
     return Stream(*struct.unpack("<4I", hashlib.blake2b(name.encode(), digest_size=16).digest()))
 
 
-def random_words(streams: Sequence[Stream], count: int, *, device: torch.device | str = "cpu") -> Tensor:
+def random_words(streams: Sequence[Stream] | Tensor, count: int, *, device: torch.device | str = "cpu") -> Tensor:
     """The first `count` elements of each stream, uniform in [0, 2^32): int64 [len(streams), count] on `device`.
 
-    Made of integer operations only, so equal to the bit on every device.
+    `streams` may be their words, int64 [len(streams), 4]. Made of integer operations only, so equal to the bit on every
+    device.
     """
-    w0, w1, w2, w3 = torch.tensor(streams, dtype=torch.int64, device=device).view(len(streams), 4, 1).unbind(1)
+    w0, w1, w2, w3 = torch.as_tensor(streams, dtype=torch.int64, device=device).view(len(streams), 4, 1).unbind(1)
     block = torch.arange(-(-count // 4), device=device)
     words = philox4x32_10((block & MASK32, block >> 32, w2, w3), (w0, w1))
     return torch.stack(words, dim=-1).flatten(1)[:, :count]
@@ -96,7 +97,7 @@ def _multiply(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
     return (product >> 32) + word, product & MASK32
 
 
-def normal(streams: Sequence[Stream], shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
+def normal(streams: Sequence[Stream] | Tensor, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
     """Standard normal numbers of each stream: float32 [len(streams), *shape] on `device`.
 
     Box and Muller's transform of each pair of elements a = words[2 k], b = words[2 k + 1], in float64:

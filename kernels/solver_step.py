@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dgpo_fast.kernels.samples import flat_samples
+
 # Four warps with eight elements a thread: two 16-byte loads of float32, or one of bfloat16, per thread and operand.
 # Chosen from the machine code; not timed on a GPU yet.
 BLOCK = 1024
@@ -73,7 +75,7 @@ def solver_step(state_KBN: Tensor, v_cond: Tensor, v_uncond: Tensor | None, tabl
 
 def solver_step_(state_KBN: Tensor, v_cond: Tensor, v_uncond: Tensor | None, table: Tensor, row_B: Tensor) -> None:
     """Advances `state_KBN` in place; the arguments are checked by the caller."""
-    if _flat_samples(state_KBN, 2).data_ptr() == state_KBN.data_ptr():
+    if flat_samples(state_KBN, 2).data_ptr() == state_KBN.data_ptr():
         _launch(state_KBN, v_cond, v_uncond, table, row_B, state_KBN)
     else:
         state_KBN.copy_(solver_step(state_KBN, v_cond, v_uncond, table, row_B))
@@ -82,8 +84,8 @@ def solver_step_(state_KBN: Tensor, v_cond: Tensor, v_uncond: Tensor | None, tab
 def _launch(
     state_KBN: Tensor, v_cond: Tensor, v_uncond: Tensor | None, table: Tensor, row_B: Tensor, new_state_KBN: Tensor
 ) -> None:
-    state, new_state, cond = _flat_samples(state_KBN, 2), _flat_samples(new_state_KBN, 2), _flat_samples(v_cond, 1)
-    uncond = cond if v_uncond is None else _flat_samples(v_uncond, 1)
+    state, new_state, cond = flat_samples(state_KBN, 2), flat_samples(new_state_KBN, 2), flat_samples(v_cond, 1)
+    uncond = cond if v_uncond is None else flat_samples(v_uncond, 1)
     num_states, num_samples, numel = state.shape
     if state.numel() == 0:
         return
@@ -110,9 +112,3 @@ def _launch(
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,
         )
-
-
-def _flat_samples(tensor: Tensor, first_sample_dim: int) -> Tensor:
-    """`tensor` with its dimensions from `first_sample_dim` on merged into one of unit stride; a view if it can be."""
-    flat = tensor.unsqueeze(-1).flatten(first_sample_dim)
-    return flat if flat.stride(-1) == 1 else flat.contiguous()

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 settings.register_profile("dgpo-fast", deadline=None)
 settings.load_profile("dgpo-fast")
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--device cuda` runs the operators' tests on a GPU."""
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the operators' tests run")
+
+
 OWN_REWARDS = Path(__file__).parent / "rewards"
 
 # Six steps of a second or less. Every kind of state matters to them: the old policy samples from step 5 on and trails

@@ -8,28 +8,18 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include "arguments.h"
+#include "parallel.h"
 
 namespace dgpo_fast::cpu {
 namespace {
-
-// Elements a thread should have at least: what torch gives the threads of its own elementwise loops.
-constexpr int64_t kGrainSize = 32768;
-
-bool is_floating(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
-         dtype == ScalarType::Half;
-}
 
 void check_velocity(const Tensor& velocity, const char* name, const Tensor& state) {
   bool same_shape = velocity.dim() == state.dim() - 1;
   for (int64_t d = 0; same_shape && d < velocity.dim(); ++d) same_shape = velocity.size(d) == state.size(d + 1);
   check_argument(same_shape, name, "expected the shape of one state, state_KBN[0]");
-  check_argument(is_floating(velocity.scalar_type()), name, "expected a floating-point dtype, got ",
-                 torch::headeronly::toString(velocity.scalar_type()));
+  check_floating(velocity, name);
   check_argument(velocity.is_cpu(), name, "expected the device of state_KBN, cpu");
 }
 
@@ -48,49 +38,34 @@ void check_arguments(const Tensor& state_KBN, const Tensor& v_cond, const std::o
   const int64_t num_states = state_KBN.size(0);
   check_argument(1 <= num_states && num_states <= kMaxStates, "state_KBN", "expected 1 to ", kMaxStates,
                  " states, got ", num_states);
-  const ScalarType dtype = state_KBN.scalar_type();
-  check_argument(dtype == ScalarType::Float || dtype == ScalarType::Double, "state_KBN",
-                 "expected float32 or float64, got ", torch::headeronly::toString(dtype));
+  check_argument(is_one_of(state_KBN, {ScalarType::Float, ScalarType::Double}), "state_KBN",
+                 "expected float32 or float64, got ", dtype_name(state_KBN));
   check_velocity(v_cond, "v_cond", state_KBN);
   if (v_uncond) {
     check_velocity(*v_uncond, "v_uncond", state_KBN);
     check_argument(v_uncond->scalar_type() == v_cond.scalar_type(), "v_uncond", "expected the dtype of v_cond, ",
-                   torch::headeronly::toString(v_cond.scalar_type()), ", got ",
-                   torch::headeronly::toString(v_uncond->scalar_type()));
+                   dtype_name(v_cond), ", got ",
+                   dtype_name(*v_uncond));
   }
   check_argument(table.dim() == 3 && table.size(1) == num_states && table.size(2) == num_states + 2, "table",
                  "expected [E, ", num_states, ", ", num_states + 2, "]");
-  check_argument(table.scalar_type() == ScalarType::Float || table.scalar_type() == ScalarType::Double, "table",
-                 "expected float32 or float64, got ", torch::headeronly::toString(table.scalar_type()));
+  check_argument(is_one_of(table, {ScalarType::Float, ScalarType::Double}), "table",
+                 "expected float32 or float64, got ", dtype_name(table));
   check_argument(table.is_cpu(), "table", "expected the device of state_KBN, cpu");
   check_argument(row_B.dim() == 1 && row_B.size(0) == state_KBN.size(1), "row_B", "expected [", state_KBN.size(1),
                  "], one row for each sample");
   check_argument(row_B.scalar_type() == ScalarType::Long, "row_B", "expected int64, got ",
-                 torch::headeronly::toString(row_B.scalar_type()));
+                 dtype_name(row_B));
   check_argument(row_B.is_cpu(), "row_B", "expected the device of state_KBN, cpu");
   check_rows(row_B, table.size(0));
-}
-
-// The table in the dtype of the arithmetic: a few hundred numbers, converted once a call.
-template <typename state_t>
-std::vector<state_t> converted_table(const Tensor& table) {
-  const Tensor dense = torch::stable::contiguous(table);
-  std::vector<state_t> values(dense.numel());
-  if (dense.scalar_type() == ScalarType::Double)
-    std::copy_n(dense.const_data_ptr<double>(), values.size(), values.begin());
-  else
-    std::copy_n(dense.const_data_ptr<float>(), values.size(), values.begin());
-  return values;
-}
-
-Tensor with_contiguous_samples(const Tensor& tensor, int64_t first_sample_dim) {
-  return is_contiguous_from(tensor, first_sample_dim) ? tensor : torch::stable::contiguous(tensor);
 }
 
 template <int K, bool kGuided, typename state_t, typename velocity_t>
 void advance_batch(const Tensor& state_KBN, const Tensor& v_cond, const Tensor& v_uncond, const Tensor& table,
                    const Tensor& row_B, const Tensor& new_state_KBN) {
-  const std::vector<state_t> coefficients = converted_table<state_t>(table);
+  // In the dtype of the arithmetic: a few hundred numbers, converted once a call.
+  const std::vector<double> numbers = numbers_of(table);
+  const std::vector<state_t> coefficients(numbers.begin(), numbers.end());
   const int64_t* rows = row_B.const_data_ptr<int64_t>();
   const state_t* state = state_KBN.const_data_ptr<state_t>();
   const velocity_t* cond = v_cond.const_data_ptr<velocity_t>();
@@ -100,24 +75,17 @@ void advance_batch(const Tensor& state_KBN, const Tensor& v_cond, const Tensor& 
   const int64_t state_stride_k = state_KBN.stride(0), state_stride_b = state_KBN.stride(1);
   const int64_t new_stride_k = new_state_KBN.stride(0), new_stride_b = new_state_KBN.stride(1);
   const int64_t cond_stride_b = v_cond.stride(0), uncond_stride_b = v_uncond.stride(0);
-  const int64_t numel = v_cond.numel();
-  const int64_t sample_numel = numel / std::max<int64_t>(v_cond.size(0), 1);
+  const int64_t sample_numel = v_cond.numel() / std::max<int64_t>(v_cond.size(0), 1);
 
-  torch::stable::parallel_for(0, numel, kGrainSize, [&](int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t b = begin / sample_numel;
-      const int64_t i = begin - b * sample_numel;
-      const int64_t n = std::min(end - begin, sample_numel - i);
-      const state_t* state_b[kMaxStates] = {};
-      state_t* new_state_b[kMaxStates] = {};
-      for (int k = 0; k < K; ++k) {
-        state_b[k] = state + k * state_stride_k + b * state_stride_b + i;
-        new_state_b[k] = new_state + k * new_stride_k + b * new_stride_b + i;
-      }
-      advance<K, kGuided>(coefficients.data() + rows[b * row_stride] * K * (K + 2), state_b,
-                          cond + b * cond_stride_b + i, uncond + b * uncond_stride_b + i, new_state_b, n);
-      begin += n;
+  for_each_piece(v_cond.size(0), sample_numel, [&](int64_t b, int64_t i, int64_t n) {
+    const state_t* state_b[kMaxStates] = {};
+    state_t* new_state_b[kMaxStates] = {};
+    for (int k = 0; k < K; ++k) {
+      state_b[k] = state + k * state_stride_k + b * state_stride_b + i;
+      new_state_b[k] = new_state + k * new_stride_k + b * new_stride_b + i;
     }
+    advance<K, kGuided>(coefficients.data() + rows[b * row_stride] * K * (K + 2), state_b, cond + b * cond_stride_b + i,
+                        uncond + b * uncond_stride_b + i, new_state_b, n);
   });
 }
 
@@ -134,13 +102,8 @@ void dispatch_states(int64_t num_states, const Tensors&... tensors) {
 
 template <bool kGuided, typename state_t, typename... Tensors>
 void dispatch_velocity(ScalarType velocity_dtype, int64_t num_states, const Tensors&... tensors) {
-  switch (velocity_dtype) {
-    case ScalarType::Double: return dispatch_states<kGuided, state_t, double>(num_states, tensors...);
-    case ScalarType::BFloat16:
-      return dispatch_states<kGuided, state_t, torch::headeronly::BFloat16>(num_states, tensors...);
-    case ScalarType::Half: return dispatch_states<kGuided, state_t, torch::headeronly::Half>(num_states, tensors...);
-    default: return dispatch_states<kGuided, state_t, float>(num_states, tensors...);
-  }
+  dispatch_floating(velocity_dtype,
+                    [&]<typename velocity_t>() { dispatch_states<kGuided, state_t, velocity_t>(num_states, tensors...); });
 }
 
 template <bool kGuided, typename... Tensors>
@@ -156,17 +119,17 @@ void dispatch(const Tensor& state_KBN, const Tensor& v_cond, const Tensors&... r
 // Writes the new state into `new_state_KBN`, which is fresh, or is `state_KBN` itself. All arguments are checked.
 void advance_into(const Tensor& new_state_KBN, const Tensor& state_KBN, const Tensor& v_cond,
                   const std::optional<Tensor>& v_uncond, const Tensor& table, const Tensor& row_B) {
-  const Tensor cond = with_contiguous_samples(v_cond, 1);
+  const Tensor cond = with_contiguous_from(v_cond, 1);
   if (v_uncond)
-    dispatch<true>(state_KBN, cond, with_contiguous_samples(*v_uncond, 1), table, row_B, new_state_KBN);
+    dispatch<true>(state_KBN, cond, with_contiguous_from(*v_uncond, 1), table, row_B, new_state_KBN);
   else
     dispatch<false>(state_KBN, cond, cond, table, row_B, new_state_KBN);
 }
 
 Tensor advanced(const Tensor& state_KBN, const Tensor& v_cond, const std::optional<Tensor>& v_uncond,
                 const Tensor& table, const Tensor& row_B) {
-  const Tensor state = with_contiguous_samples(state_KBN, 2);
-  Tensor new_state = torch::stable::empty(state.sizes(), state.scalar_type(), std::nullopt, state.device());
+  const Tensor state = with_contiguous_from(state_KBN, 2);
+  const Tensor new_state = empty_like(state);
   advance_into(new_state, state, v_cond, v_uncond, table, row_B);
   return new_state;
 }

@@ -1,9 +1,10 @@
 """The operators' registry: one schema each, several implementations, one choice per device.
 
 The torch dispatcher holds the registrations, so that a caller never asks what the machine has. The reference (eager
-torch) serves every device; the C++ library `_cpu` registers its kernels for CPU when it is loaded; Triton is registered
-for CUDA where this torch has CUDA. An operator `name` is defined in `dgpo_fast/ops/<stem>.py`, and its Triton launcher
-is `dgpo_fast.kernels.<stem>.<name>`: by that convention alone it is found.
+torch) serves every device; the C++ library `_cpu` registers its kernels for CPU when it is loaded. For CUDA there are
+two candidates, of which one is registered: Triton, and the CUDA C++ library `_cuda`, whose kernels bear the same names
+in a namespace of their own, `dgpo_fast_cuda`. An operator `name` is defined in `dgpo_fast/ops/<stem>.py`, and its
+Triton launcher is `dgpo_fast.kernels.<stem>.<name>`: by that convention alone it is found.
 
 The environment variable DGPO_FAST_OPS forces one implementation. It is read once, when this module is imported.
 """
@@ -25,7 +26,15 @@ from dgpo_fast.errors import UserError, suggest
 
 Choice = Literal["auto", "reference", "triton", "native"]
 
-NATIVE_CPU_LIBRARY = Path(__file__).resolve().parents[1] / "_cpu.so"
+Device = Literal["cpu", "cuda"]
+
+NATIVE_LIBRARIES: dict[Device, Path] = {
+    "cpu": Path(__file__).resolve().parents[1] / "_cpu.so",
+    "cuda": Path(__file__).resolve().parents[1] / "_cuda.so",
+}
+
+NATIVE_WINS_ON_CUDA: dict[str, str] = {}
+"""Operators that CUDA C++ serves rather than Triton, and the file in benchmarks/results/ that says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +51,7 @@ class Serving:
 class _Operator:
     reference: Callable[..., Any]
     triton: Callable[..., Any]
+    native_cuda: Callable[..., Any]
     servings: tuple[Serving, ...]
 
 
@@ -88,16 +98,18 @@ def define(
 
     Args:
         schema: name and signature, in the dispatcher's language; the name is that of the Triton launcher as well.
-        check: takes the operator's arguments and raises ValueError for a bad one; runs before the reference and before
-            Triton (the C++ kernels check for themselves, since a wrong shape there is a wrong address).
+        check: takes the operator's arguments and raises ValueError for a bad one; runs before the reference and on CUDA
+            (the C++ kernels of the CPU check for themselves: on a small model the Python of it would cost more).
         reference: eager torch, any device.
         fake: shapes and dtypes of the result, for tracing.
     """
     name = schema.partition("(")[0]
     stem = reference.__module__.rpartition(".")[2]
     _LIBRARY.define(schema)
+    _CUDA_KERNELS.define(schema)
     checked_reference = _checked(check, reference)
     triton = _checked(check, partial(_launch_triton, stem, name))
+    native_cuda = _checked(check, getattr(torch.ops.dgpo_fast_cuda, name).default)
     _LIBRARY.impl(name, checked_reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dgpo_fast::{name}", fake, lib=_LIBRARY)
 
@@ -105,19 +117,31 @@ def define(
     for serving in servings:
         if serving.implementation == "triton":
             _LIBRARY.impl(name, triton, serving.device.upper())
-    _OPERATORS[name] = _Operator(reference=checked_reference, triton=triton, servings=servings)
+        elif serving.implementation == "native" and serving.device == "cuda":
+            _LIBRARY.impl(name, native_cuda, "CUDA")
+    _OPERATORS[name] = _Operator(reference=checked_reference, triton=triton, native_cuda=native_cuda, servings=servings)
     return getattr(torch.ops.dgpo_fast, name).default  # type: ignore[no-any-return]
 
 
-def implementations(name: str) -> dict[str, Callable[..., Any]]:
-    """The implementations of an operator that can run here, called with the arguments of its schema, in their order."""
+def differentiate(name: str, *, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Gives the operator its gradient, on every device; `backward` calls an operator of its own."""
+    torch.library.register_autograd(f"dgpo_fast::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def implementations(name: str, device: Device = "cpu") -> dict[str, Callable[..., Any]]:
+    """The implementations of an operator that can run on a device of this machine, by name.
+
+    Called with the arguments of its schema, in their order.
+    """
     operator = _operator(name)
     callables = {"reference": operator.reference}
-    if _triton_can_run():
+    if _triton_is_interpreted() if device == "cpu" else _triton_can_run():
         callables["triton"] = operator.triton
-    if _has_native_cpu_kernel(name):
+    if device == "cpu" and _has_native_cpu_kernel(name):
         kernel = torch.library.get_kernel(f"dgpo_fast::{name}", "CPU")
         callables["native"] = partial(kernel.call_boxed, torch._C.DispatchKeySet(torch._C.DispatchKey.CPU))
+    if device == "cuda" and _has_native_cuda_kernel(name):
+        callables["native"] = operator.native_cuda
     return callables
 
 
@@ -166,11 +190,15 @@ def _triton_can_run() -> bool:
 
 def _has_native_cpu_kernel(name: str) -> bool:
     # Without the library, a Triton kernel that DGPO_FAST_OPS put on the CPU may hold this place.
-    return _NATIVE_MISSING is None and torch._C._dispatch_has_kernel_for_dispatch_key(f"dgpo_fast::{name}", "CPU")
+    return _MISSING["cpu"] is None and torch._C._dispatch_has_kernel_for_dispatch_key(f"dgpo_fast::{name}", "CPU")
+
+
+def _has_native_cuda_kernel(name: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"dgpo_fast_cuda::{name}", "CUDA")
 
 
 def _serving(name: str, device: str) -> Serving:
-    implementation, reason = _choice_for_cpu(name) if device == "cpu" else _choice_for_cuda()
+    implementation, reason = _choice_for_cpu(name) if device == "cpu" else _choice_for_cuda(name)
     return Serving(operator=name, device=device, implementation=implementation, reason=reason)
 
 
@@ -182,24 +210,41 @@ def _choice_for_cpu(name: str) -> tuple[str, str]:
         return "reference", "Triton compiles for CUDA only"
     if _CHOICE == "reference":
         return "reference", forced
-    if _NATIVE_MISSING is not None:
-        return "reference", _NATIVE_MISSING
+    if (missing := _MISSING["cpu"]) is not None:
+        return "reference", missing
     if not _has_native_cpu_kernel(name):
         return "reference", "the native library has no kernel for it"
     return "native", "C++, one pass over memory" if _CHOICE == "auto" else forced
 
 
-def _choice_for_cuda() -> tuple[str, str]:
+def _choice_for_cuda(name: str) -> tuple[str, str]:
+    forced = f"forced by DGPO_FAST_OPS={_CHOICE}"
     if _CHOICE == "reference":
-        return "reference", "forced by DGPO_FAST_OPS=reference"
+        return "reference", forced
     if _CHOICE == "native":
-        return "reference", "no CUDA C++ kernel exists for it"
-    if find_spec("triton") is None:
-        return "reference", "triton is not installed"
-    return "triton", "the only fused kernel for it"
+        return ("native", forced) if _has_native_cuda_kernel(name) else ("reference", _MISSING["cuda"] or "no kernel")
+    if _has_native_cuda_kernel(name) and name in NATIVE_WINS_ON_CUDA:
+        return "native", f"faster than Triton: {NATIVE_WINS_ON_CUDA[name]}"
+    if find_spec("triton") is not None:
+        return "triton", forced if _CHOICE == "triton" else "fused; not timed against CUDA C++ yet"
+    if _has_native_cuda_kernel(name):
+        return "native", "triton is not installed"
+    return "reference", f"triton is not installed, and {_MISSING['cuda']}"
+
+
+def _load_native_libraries() -> dict[Device, str | None]:
+    """Why each library is absent, None where it is loaded. `_cuda` can be so in any case: nvcc is no requirement."""
+    without_cuda: str | None
+    if torch.version.cuda is None:
+        without_cuda = "this torch has no CUDA"
+    else:
+        wanted: Choice = "auto" if _CHOICE == "native" else _CHOICE
+        without_cuda = load_native_library(NATIVE_LIBRARIES["cuda"], choice=wanted)
+    return {"cpu": load_native_library(NATIVE_LIBRARIES["cpu"], choice=_CHOICE), "cuda": without_cuda}
 
 
 _LIBRARY = torch.library.Library("dgpo_fast", "DEF")
+_CUDA_KERNELS = torch.library.Library("dgpo_fast_cuda", "DEF")
 _OPERATORS: dict[str, _Operator] = {}
 _CHOICE = requested_implementation(os.environ)
-_NATIVE_MISSING = load_native_library(NATIVE_CPU_LIBRARY, choice=_CHOICE)
+_MISSING = _load_native_libraries()

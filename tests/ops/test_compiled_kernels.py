@@ -9,12 +9,19 @@ from typing import Any
 
 import pytest
 
+HERE = Path(__file__).parent
+# What moves little: one number for a whole block or row.
+NARROW_LOADS = {"LDG.E", "LDG.E.64", "LDG.E.U16"}
+NARROW_STORES = {"STG.E"}
+
+Cases = dict[str, dict[str, Any]]
+
 
 @pytest.fixture(scope="module")
-def machine_code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "ahead_of_time.py")],
+        [sys.executable, str(HERE / "compiled")],
         env={**environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))},
         capture_output=True,
         text=True,
@@ -23,19 +30,28 @@ def machine_code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str
     return dict(json.loads(run.stdout))
 
 
-@pytest.mark.parametrize(("num_states", "velocity"), [(1, "fp32"), (2, "bf16"), (4, "bf16")])
-def test_the_solver_step_moves_16_bytes_a_thread(
-    machine_code: dict[str, dict[str, Any]], num_states: int, velocity: str
-) -> None:
-    case = machine_code[f"solver_step K={num_states} {velocity}"]
-    # 1024 elements over 128 threads: 8 each, so two 16-byte accesses for a float32 operand and one for a bfloat16.
-    accesses_per_velocity = 2 if velocity == "fp32" else 1
-    assert case["accesses"]["LDG.E.128"] == 2 * num_states + 2 * accesses_per_velocity
-    assert case["accesses"]["STG.E.128"] == 2 * num_states
-    # What remains is 8 bytes wide and uniform: the row and the coefficients.
-    assert case["accesses"]["LDG.E.64"] == 1 + num_states * (num_states + 2)
-    assert set(case["accesses"]) == {"LDG.E.128", "LDG.E.64", "STG.E.128"}
+def test_every_kernel_has_a_case(cases: Cases) -> None:
+    kernels = {
+        line.removeprefix("def ").partition("(")[0]
+        for path in (HERE.parents[1] / "kernels").glob("*.py")
+        for line in path.read_text().splitlines()
+        if line.startswith("def ") and line.partition("(")[0].endswith("_kernel")
+    }
+    without = {k for k in kernels if not any(name.startswith(k.removesuffix("_kernel")) for name in cases)}
+    assert kernels and not without
 
 
-def test_nothing_spills(machine_code: dict[str, dict[str, Any]]) -> None:
-    assert {name: case["local_bytes"] for name, case in machine_code.items()} == dict.fromkeys(machine_code, 0)
+def test_bulk_tensors_move_16_bytes_a_thread(cases: Cases) -> None:
+    for name, case in cases.items():
+        accesses, expected = case["accesses"], case["expected"]
+        assert {width: accesses.get(width, 0) for width in expected} == expected, name
+        assert set(accesses) - set(expected) <= NARROW_LOADS | NARROW_STORES, name
+
+
+def test_nothing_spills(cases: Cases) -> None:
+    assert {name: case["local_bytes"] for name, case in cases.items()} == dict.fromkeys(cases, 0)
+
+
+def test_offsets_have_64_bits(cases: Cases) -> None:
+    """A program's number meets strides: in 32 bits their product would overflow at 2^31 elements."""
+    assert {name: case["narrow_offsets"] for name, case in cases.items()} == {name: [] for name in cases}

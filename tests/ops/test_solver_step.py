@@ -5,16 +5,19 @@ Under TRITON_INTERPRET=1 "triton" is one of the implementations; `test_interpret
 
 from collections.abc import Callable, Iterator
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from dgpo_fast import ops
-from dgpo_fast.ops.registry import NATIVE_CPU_LIBRARY
+from dgpo_fast.ops.registry import NATIVE_LIBRARIES
 
-IMPLEMENTATIONS = sorted(ops.implementations("solver_step"))
+OnDevice = Callable[[Any], Any]
+Implementation = Callable[..., Callable[..., Any]]  # implementation(name, operator=OPERATOR), see conftest.py
+
+OPERATOR = "solver_step"
 VELOCITY_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -78,42 +81,37 @@ def assert_close(new_state: Tensor, given: Arguments) -> None:
 
 
 def test_every_implementation_of_this_machine_is_tested() -> None:
-    assert "reference" in IMPLEMENTATIONS
-    assert ("native" in IMPLEMENTATIONS) == (
-        NATIVE_CPU_LIBRARY.exists() and ops.serving("solver_step")[0].implementation == "native"
+    assert "reference" in ops.implementations(OPERATOR)
+    assert ("native" in ops.implementations(OPERATOR)) == (
+        NATIVE_LIBRARIES["cpu"].exists() and ops.serving("solver_step")[0].implementation == "native"
     )
 
 
 @pytest.mark.parametrize("num_states", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_equals_the_closed_form(name: str, num_states: int) -> None:
-    implementation = ops.implementations("solver_step")[name]
+def test_equals_the_closed_form(name: str, implementation: Implementation, num_states: int) -> None:
     for guided, dtype, velocity_dtype in product((True, False), (torch.float32, torch.float64), VELOCITY_DTYPES):
         given = arguments(num_states=num_states, guided=guided, dtype=dtype, velocity_dtype=velocity_dtype)
-        assert_close(implementation(*given), given)
+        assert_close(implementation(name)(*given), given)
 
 
 @pytest.mark.parametrize(
     "sample_shape", [(), (1,), (2, 1, 1), (1025,), (3, 1, 683)], ids=lambda shape: "x".join(map(str, shape)) or "scalar"
 )
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_any_size_of_sample(name: str, sample_shape: tuple[int, ...]) -> None:
+def test_any_size_of_sample(name: str, implementation: Implementation, sample_shape: tuple[int, ...]) -> None:
     given = arguments(sample_shape=sample_shape)
-    assert_close(ops.implementations("solver_step")[name](*given), given)
+    assert_close(implementation(name)(*given), given)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_a_float32_table_serves_as_well(name: str) -> None:
+def test_a_float32_table_serves_as_well(name: str, implementation: Implementation) -> None:
     given = arguments(table_dtype=torch.float32)
-    assert_close(ops.implementations("solver_step")[name](*given), given)
+    assert_close(implementation(name)(*given), given)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 5), (2, 0, 5)], ids=["no sample", "empty samples"])
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_an_empty_batch_stays_empty(name: str, shape: tuple[int, int, int]) -> None:
+def test_an_empty_batch_stays_empty(name: str, implementation: Implementation, shape: tuple[int, int, int]) -> None:
     num_samples, *sample_shape = shape
     given = arguments(num_samples=num_samples, sample_shape=tuple(sample_shape))
-    assert ops.implementations("solver_step")[name](*given).shape == (2, *shape)
+    assert implementation(name)(*given).shape == (2, *shape)
 
 
 def strided(given: Arguments) -> Iterator[tuple[str, Arguments]]:
@@ -134,52 +132,49 @@ def strided(given: Arguments) -> Iterator[tuple[str, Arguments]]:
 
 
 @pytest.mark.parametrize("layout", [name for name, _ in strided(arguments())])
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_strides_do_not_change_a_bit(name: str, layout: str) -> None:
+def test_strides_do_not_change_a_bit(name: str, implementation: Implementation, layout: str) -> None:
     given = arguments()
-    implementation, in_place = (ops.implementations(op)[name] for op in ("solver_step", "solver_step_"))
-    expected = implementation(*given)
+    expected = implementation(name)(*given)
     laid_out = dict(strided(given))[layout]
-    assert torch.equal(implementation(*laid_out), expected)
-    in_place(*laid_out)
+    assert torch.equal(implementation(name)(*laid_out), expected)
+    implementation(name, "solver_step_")(*laid_out)
     assert torch.equal(laid_out.state_KBN, expected)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_an_expanded_velocity_is_read_in_place(name: str) -> None:
+def test_samples_beyond_two_billion_elements(
+    name: str, implementation: Implementation, far_apart: Callable[[Tensor], Tensor]
+) -> None:
+    given = arguments(num_samples=2)
+    apart = given._replace(v_cond=far_apart(given.v_cond))
+    assert torch.equal(implementation(name)(*apart), implementation(name)(*given))
+
+
+def test_an_expanded_velocity_is_read_in_place(name: str, implementation: Implementation) -> None:
     given = arguments(num_samples=4)
     expanded = given._replace(v_cond=given.v_cond[:1].expand_as(given.v_cond))
-    assert_close(ops.implementations("solver_step")[name](*expanded), expanded)
+    assert_close(implementation(name)(*expanded), expanded)
 
 
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("num_states", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_in_place_gives_the_same_bits(name: str, num_states: int, guided: bool) -> None:
+def test_in_place_gives_the_same_bits(name: str, implementation: Implementation, num_states: int, guided: bool) -> None:
     given = arguments(num_states=num_states, guided=guided, velocity_dtype=torch.bfloat16)
-    expected = ops.implementations("solver_step")[name](*given)
-    ops.implementations("solver_step_")[name](*given)
+    expected = implementation(name)(*given)
+    implementation(name, "solver_step_")(*given)
     assert torch.equal(given.state_KBN, expected)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_every_element_of_the_result_is_written(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Fills what torch.empty and its like return with NaN, in C++ as in Python.
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        given = arguments(num_states=3, sample_shape=(1025,))
-        assert_close(ops.implementations("solver_step")[name](*given), given)
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_every_element_of_the_result_is_written(
+    name: str, implementation: Implementation, poisoned_memory: None
+) -> None:
+    given = arguments(num_states=3, sample_shape=(1025,))
+    assert_close(implementation(name)(*given), given)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_a_nan_stays_in_its_sample(name: str) -> None:
+def test_a_nan_stays_in_its_sample(name: str, implementation: Implementation) -> None:
     given = arguments()
     given.v_cond[1] = torch.nan
-    new_state = ops.implementations("solver_step")[name](*given)
+    new_state = implementation(name)(*given)
     assert new_state[:, 1].isnan().all()
     assert new_state[:, [0, 2]].isfinite().all()
 
@@ -206,21 +201,19 @@ MISTAKES: dict[str, tuple[str, Callable[[Arguments], Arguments]]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_a_bad_argument_is_named(name: str, mistake: str) -> None:
+def test_a_bad_argument_is_named(name: str, implementation: Implementation, mistake: str) -> None:
     culprit, spoil = MISTAKES[mistake]
     spoiled = spoil(arguments())
     for operator in ("solver_step", "solver_step_"):
         with pytest.raises(ValueError, match=f"^{culprit}: "):
-            ops.implementations(operator)[name](*spoiled)
+            implementation(name, operator)(*spoiled)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_a_state_that_shares_memory_is_not_updated_in_place(name: str) -> None:
+def test_a_state_that_shares_memory_is_not_updated_in_place(name: str, implementation: Implementation) -> None:
     given = arguments()
     shared = given._replace(state_KBN=given.state_KBN[:1].expand_as(given.state_KBN))
     with pytest.raises(ValueError, match=r"^state_KBN: .*in place"):
-        ops.implementations("solver_step_")[name](*shared)
+        implementation(name, "solver_step_")(*shared)
 
 
 @pytest.mark.parametrize("culprit", ["state_KBN", "v_cond", "v_uncond"])
@@ -236,18 +229,18 @@ def test_a_gradient_is_refused(step: Callable[..., Tensor], culprit: str) -> Non
 
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("operator", ["solver_step", "solver_step_"])
-def test_opcheck(operator: str, guided: bool) -> None:
-    torch.library.opcheck(getattr(torch.ops.dgpo_fast, operator).default, arguments(guided=guided))
+def test_opcheck(operator: str, guided: bool, on_device: OnDevice) -> None:
+    torch.library.opcheck(getattr(torch.ops.dgpo_fast, operator).default, on_device(arguments(guided=guided)))
 
 
 @pytest.mark.parametrize("step", [ops.solver_step, ops.solver_step_])
-def test_compiles_into_one_graph(step: Callable[..., Tensor]) -> None:
+def test_compiles_into_one_graph(step: Callable[..., Tensor], on_device: OnDevice) -> None:
     def rollout(state: Tensor, v: Tensor, table: Tensor, row_B: Tensor) -> Tensor:
         return step(
             step(state * 2, v, v_uncond=None, table=table, row_B=row_B), v, v_uncond=v, table=table, row_B=row_B
         )
 
-    given = arguments()
+    given = on_device(arguments())
     inputs = (given.state_KBN, given.v_cond, given.table, given.row_B)
     compiled = torch.compile(rollout, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*inputs), rollout(*inputs))

@@ -1,0 +1,143 @@
+// Denoising errors on the CPU. Schema, equations and reference: dgpo_fast/ops/velocity_errors.py.
+
+#include "velocity_errors.h"
+
+#include <optional>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "arguments.h"
+#include "noise.h"
+
+namespace dgpo_fast::cpu {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+void check_like(const OptionalTensor& tensor, const char* name, const Tensor& velocity) {
+  if (!tensor) return;
+  check_argument(tensor->scalar_type() == velocity.scalar_type(), name, "expected the dtype of velocity, ",
+                 dtype_name(velocity), ", got ", dtype_name(*tensor));
+  check_argument(tensor->size(0) == velocity.size(0) && has_samples_like(*tensor, velocity), name,
+                 "expected the shape of velocity");
+  check_argument(tensor->is_cpu(), name, "expected the device of velocity, cpu");
+}
+
+void check_arguments(const Tensor& velocity, const Tensor& x0, const OptionalTensor& noise,
+                     const OptionalTensor& streams, const Tensor& group_M, const OptionalTensor& old,
+                     const OptionalTensor& reference, const OptionalTensor& unconditional) {
+  check_argument(velocity.dim() >= 1, "velocity", "expected [M, ...], got a scalar");
+  check_floating(velocity, "velocity");
+  check_argument(is_one_of(x0, {ScalarType::Float, ScalarType::Double}), "x0", "expected float32 or float64, got ",
+                 dtype_name(x0));
+  check_argument(x0.is_cpu(), "x0", "expected the device of velocity, cpu");
+  check_argument(x0.dim() == velocity.dim() && x0.size(0) == velocity.size(0) && has_samples_like(x0, velocity), "x0",
+                 "expected the shape of velocity");
+  check_noise(x0, noise, streams, group_M, "group_M");
+  check_argument(!unconditional || reference, "unconditional", "expected None without reference");
+  check_like(old, "old", velocity);
+  check_like(reference, "reference", velocity);
+  check_like(unconditional, "unconditional", velocity);
+}
+
+// The velocities as blocks of memory, with stand-ins for what is absent.
+struct DenseVelocities {
+  Tensor policy, old, reference, unconditional;
+
+  DenseVelocities(const Tensor& velocity, const OptionalTensor& old_or_none, const OptionalTensor& reference_or_none,
+                  const OptionalTensor& unconditional_or_none)
+      : policy(torch::stable::contiguous(velocity)),
+        old(old_or_none ? torch::stable::contiguous(*old_or_none) : policy),
+        reference(reference_or_none ? torch::stable::contiguous(*reference_or_none) : policy),
+        unconditional(unconditional_or_none ? torch::stable::contiguous(*unconditional_or_none) : reference) {}
+
+  template <typename velocity_t>
+  Velocities<velocity_t> pointers() const {
+    return {policy.const_data_ptr<velocity_t>(), old.const_data_ptr<velocity_t>(),
+            reference.const_data_ptr<velocity_t>(), unconditional.const_data_ptr<velocity_t>()};
+  }
+};
+
+// Calls `body.operator()<math_t, velocity_t>()`: the arithmetic has the dtype of x0.
+template <typename Body>
+void dispatch(const Tensor& x0, const Tensor& velocity, const Body& body) {
+  dispatch_floating(velocity.scalar_type(), [&]<typename velocity_t>() {
+    if (x0.scalar_type() == ScalarType::Double)
+      body.template operator()<double, velocity_t>();
+    else
+      body.template operator()<float, velocity_t>();
+  });
+}
+
+Tensor velocity_errors(const Tensor& velocity, const Tensor& x0, const OptionalTensor& noise,
+                       const OptionalTensor& streams, const Tensor& group_M, const OptionalTensor& old,
+                       const OptionalTensor& reference, const OptionalTensor& unconditional, double guidance) {
+  check_arguments(velocity, x0, noise, streams, group_M, old, reference, unconditional);
+  const Tensor samples = torch::stable::contiguous(x0);
+  const DenseVelocities velocities(velocity, old, reference, unconditional);
+  const GroupNoise group_noise(noise, streams, group_M);
+  const int64_t num_samples = x0.size(0), numel = num_samples > 0 ? x0.numel() / num_samples : 0;
+  const Tensor errors = empty(samples, {kNumErrors, num_samples});
+  dispatch(samples, velocity, [&]<typename math_t, typename velocity_t>() {
+    const int64_t chunks = GroupNoise::num_chunks(numel);
+    std::vector<double> partial(num_samples * chunks * kNumErrors);
+    const math_t* x0_first = samples.const_data_ptr<math_t>();
+    const Velocities<velocity_t> v = velocities.pointers<velocity_t>();
+    group_noise.for_each_piece<math_t>(numel, [&](int64_t m, int64_t first, int64_t n, const auto* eps) {
+      double sums[kNumErrors];
+      const int64_t at = m * numel + first;
+      sum_squares<math_t>(x0_first + at, eps, v + at, static_cast<math_t>(guidance), n, sums);
+      std::copy_n(sums, kNumErrors, &partial[(m * chunks + first / GroupNoise::kChunk) * kNumErrors]);
+    });
+    const bool given[kNumErrors] = {true, old.has_value(), reference.has_value(), reference.has_value()};
+    math_t* out = errors.mutable_data_ptr<math_t>();
+    for (int row = 0; row < kNumErrors; ++row)
+      for (int64_t m = 0; m < num_samples; ++m) {
+        double sum = 0;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[(m * chunks + chunk) * kNumErrors + row];
+        out[row * num_samples + m] = static_cast<math_t>(given[row] ? sum / static_cast<double>(numel) : 0.0);
+      }
+  });
+  return errors;
+}
+
+Tensor velocity_errors_backward(const Tensor& grad_4M, const Tensor& velocity, const Tensor& x0,
+                                const OptionalTensor& noise, const OptionalTensor& streams, const Tensor& group_M,
+                                const OptionalTensor& reference, const OptionalTensor& unconditional,
+                                double guidance) {
+  check_arguments(velocity, x0, noise, streams, group_M, std::nullopt, reference, unconditional);
+  const int64_t num_samples = x0.size(0), numel = num_samples > 0 ? x0.numel() / num_samples : 0;
+  check_argument(grad_4M.is_cpu() && grad_4M.scalar_type() == x0.scalar_type(), "grad_4M",
+                 "expected the dtype and device of x0");
+  check_argument(grad_4M.dim() == 2 && grad_4M.size(0) == kNumErrors && grad_4M.size(1) == num_samples, "grad_4M",
+                 "expected [4, ", num_samples, "]");
+  const Tensor samples = torch::stable::contiguous(x0);
+  const DenseVelocities velocities(velocity, std::nullopt, reference, unconditional);
+  const GroupNoise group_noise(noise, streams, group_M);
+  const std::vector<double> grads = numbers_of(grad_4M);
+  const Tensor grad_velocity = torch::stable::empty_like(velocities.policy);
+  dispatch(samples, velocity, [&]<typename math_t, typename velocity_t>() {
+    const math_t* x0_first = samples.const_data_ptr<math_t>();
+    const Velocities<velocity_t> v = velocities.pointers<velocity_t>();
+    velocity_t* out = grad_velocity.mutable_data_ptr<velocity_t>();
+    const double scale = 2.0 / static_cast<double>(numel);
+    group_noise.for_each_piece<math_t>(numel, [&](int64_t m, int64_t first, int64_t n, const auto* eps) {
+      const int64_t at = m * numel + first;
+      const math_t of_target = static_cast<math_t>(scale * grads[kPolicy * num_samples + m]);
+      const math_t of_reference = reference ? static_cast<math_t>(scale * grads[kDistance * num_samples + m]) : 0;
+      velocity_gradient<math_t>(x0_first + at, eps, v + at, static_cast<math_t>(guidance), of_target, of_reference,
+                                out + at, n);
+    });
+  });
+  return grad_velocity;
+}
+
+}  // namespace
+}  // namespace dgpo_fast::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(dgpo_fast, CPU, m) {
+  m.impl("velocity_errors", TORCH_BOX(&dgpo_fast::cpu::velocity_errors));
+  m.impl("velocity_errors_backward", TORCH_BOX(&dgpo_fast::cpu::velocity_errors_backward));
+}

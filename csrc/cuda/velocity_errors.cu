@@ -1,0 +1,262 @@
+// Denoising errors on CUDA. Schema, equations, checks and reference: dgpo_fast/ops/velocity_errors.py.
+
+#include <optional>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "dispatch.h"
+#include "launch.h"
+#include "noise.h"
+
+namespace dgpo_fast::cuda {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+enum VelocityError { kPolicy, kOld, kReference, kDistance, kNumErrors };
+
+constexpr int kWarp = 32;
+
+template <typename math_t, typename velocity_t>
+struct Operands {
+  const velocity_t* velocity;       // [M, N]
+  const velocity_t* old;            // [M, N], or null
+  const velocity_t* reference;      // [M, N], or null
+  const velocity_t* unconditional;  // [M, N], or null
+  const math_t* x0;                 // [M, N]
+  GroupNoise<math_t> noise;
+  int64_t velocity_stride, old_stride, reference_stride, unconditional_stride, x0_stride;
+  math_t guidance;
+  int64_t num_samples, sample_numel, blocks_per_sample;
+};
+
+// v*, and NaN for a sample of a group that does not exist.
+template <int kCount, bool kDrawn, typename math_t, typename velocity_t>
+__device__ __forceinline__ void load_target(const Operands<math_t, velocity_t>& at, int64_t m, int64_t i,
+                                            math_t (&target)[kCount]) {
+  const int64_t group = at.noise.group_of(m);
+  math_t x0[kCount];
+  load<kCount>(at.x0 + m * at.x0_stride + i, x0);
+  at.noise.template load_elements<kDrawn, kCount>(group < 0 ? 0 : group, i, target);
+#pragma unroll
+  for (int n = 0; n < kCount; ++n) target[n] = group < 0 ? static_cast<math_t>(NAN) : target[n] - x0[n];
+}
+
+// The reference's velocity, guided where there is an unconditional one.
+template <int kCount, typename math_t, typename velocity_t>
+__device__ __forceinline__ void load_guided(const Operands<math_t, velocity_t>& at, int64_t m, int64_t i,
+                                            math_t (&guided)[kCount]) {
+  load<kCount>(at.reference + m * at.reference_stride + i, guided);
+  if (at.unconditional == nullptr) return;
+  math_t unconditional[kCount];
+  load<kCount>(at.unconditional + m * at.unconditional_stride + i, unconditional);
+#pragma unroll
+  for (int n = 0; n < kCount; ++n) guided[n] = unconditional[n] + at.guidance * (guided[n] - unconditional[n]);
+}
+
+// The sums of a block's elements to partial[row, m, block], in an order that is always the same.
+template <int kCount, bool kDrawn, typename math_t, typename velocity_t>
+__global__ void __launch_bounds__(kThreads)
+    velocity_errors_kernel(const Operands<math_t, velocity_t> at, math_t* partial) {
+  const int64_t m = blockIdx.x / at.blocks_per_sample, block = blockIdx.x % at.blocks_per_sample;
+  const int64_t i = (block * kThreads + threadIdx.x) * kCount;
+  math_t sums[kNumErrors] = {};
+  if (i < at.sample_numel) {
+    math_t target[kCount], policy[kCount];
+    load_target<kCount, kDrawn>(at, m, i, target);
+    load<kCount>(at.velocity + m * at.velocity_stride + i, policy);
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) sums[kPolicy] += (policy[n] - target[n]) * (policy[n] - target[n]);
+    if (at.old != nullptr) {
+      math_t old[kCount];
+      load<kCount>(at.old + m * at.old_stride + i, old);
+#pragma unroll
+      for (int n = 0; n < kCount; ++n) sums[kOld] += (old[n] - target[n]) * (old[n] - target[n]);
+    }
+    if (at.reference != nullptr) {
+      math_t guided[kCount];
+      load_guided(at, m, i, guided);
+#pragma unroll
+      for (int n = 0; n < kCount; ++n) {
+        sums[kReference] += (guided[n] - target[n]) * (guided[n] - target[n]);
+        sums[kDistance] += (policy[n] - guided[n]) * (policy[n] - guided[n]);
+      }
+    }
+  }
+  __shared__ math_t of_warp[kNumErrors][kThreads / kWarp];
+#pragma unroll
+  for (int row = 0; row < kNumErrors; ++row) {
+#pragma unroll
+    for (int distance = kWarp / 2; distance > 0; distance /= 2)
+      sums[row] += __shfl_down_sync(0xffffffffu, sums[row], distance);
+    if (threadIdx.x % kWarp == 0) of_warp[row][threadIdx.x / kWarp] = sums[row];
+  }
+  __syncthreads();
+  if (threadIdx.x >= kNumErrors) return;
+  math_t sum = 0;
+#pragma unroll
+  for (int warp = 0; warp < kThreads / kWarp; ++warp) sum += of_warp[threadIdx.x][warp];
+  partial[(threadIdx.x * at.num_samples + m) * at.blocks_per_sample + block] = sum;
+}
+
+// One warp for each number of the result: the mean over a sample's blocks.
+template <typename math_t>
+__global__ void mean_over_blocks(const math_t* partial, math_t* errors, int64_t blocks_per_sample,
+                                 int64_t sample_numel) {
+  const math_t* row = partial + blockIdx.x * blocks_per_sample;
+  math_t sum = 0;
+  for (int64_t block = threadIdx.x; block < blocks_per_sample; block += kWarp) sum += row[block];
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) sum += __shfl_down_sync(0xffffffffu, sum, distance);
+  if (threadIdx.x == 0) errors[blockIdx.x] = sum / static_cast<math_t>(sample_numel);
+}
+
+template <int kCount, bool kDrawn, typename math_t, typename velocity_t>
+__global__ void __launch_bounds__(kThreads)
+    velocity_errors_backward_kernel(const Operands<math_t, velocity_t> at, const math_t* grad_4M,
+                                    velocity_t* grad_velocity) {
+  const int64_t m = blockIdx.x / at.blocks_per_sample;
+  const int64_t i = ((blockIdx.x % at.blocks_per_sample) * kThreads + threadIdx.x) * kCount;
+  if (i >= at.sample_numel) return;
+  const math_t scale = static_cast<math_t>(2) / static_cast<math_t>(at.sample_numel);
+  math_t target[kCount], policy[kCount], grad[kCount];
+  load_target<kCount, kDrawn>(at, m, i, target);
+  load<kCount>(at.velocity + m * at.velocity_stride + i, policy);
+  const math_t of_target = scale * grad_4M[kPolicy * at.num_samples + m];
+#pragma unroll
+  for (int n = 0; n < kCount; ++n) grad[n] = of_target * (policy[n] - target[n]);
+  if (at.reference != nullptr) {
+    math_t guided[kCount];
+    load_guided(at, m, i, guided);
+    const math_t of_reference = scale * grad_4M[kDistance * at.num_samples + m];
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) grad[n] += of_reference * (policy[n] - guided[n]);
+  }
+  store<kCount>(grad_velocity + m * at.sample_numel + i, grad);
+}
+
+// The arguments of both directions, with contiguous samples.
+struct Arguments {
+  Tensor velocity, x0;
+  OptionalTensor old, reference, unconditional;
+  NoiseTensors noises;
+  double guidance;
+
+  Grid grid() const {
+    const int64_t sample_numel = x0.numel() / x0.size(0);
+    bool vectorised = sample_numel % kVector == 0 && noises.can_vectorise() && is_aligned(velocity) && is_aligned(x0);
+    for (const OptionalTensor* tensor : {&old, &reference, &unconditional})
+      vectorised = vectorised && (!*tensor || is_aligned(**tensor));
+    return {x0.size(0), sample_numel, vectorised};
+  }
+
+  template <typename math_t, typename velocity_t>
+  Operands<math_t, velocity_t> operands(const Grid& grid) const {
+    const auto pointer = [](const OptionalTensor& t) { return t ? t->const_data_ptr<velocity_t>() : nullptr; };
+    const auto stride = [](const OptionalTensor& t) { return t ? t->stride(0) : 0; };
+    return {
+        velocity.const_data_ptr<velocity_t>(),
+        pointer(old),
+        pointer(reference),
+        pointer(unconditional),
+        x0.const_data_ptr<math_t>(),
+        noises.operands<math_t>(),
+        velocity.stride(0),
+        stride(old),
+        stride(reference),
+        stride(unconditional),
+        x0.stride(0),
+        static_cast<math_t>(guidance),
+        grid.num_samples,
+        grid.sample_numel,
+        grid.blocks_per_sample(),
+    };
+  }
+
+  // Calls body.operator()<math_t, velocity_t>(): the arithmetic has the dtype of x0.
+  template <typename Body>
+  void dispatch(const Body& body) const {
+    dispatch_floating(velocity.scalar_type(), [&]<typename velocity_t>() {
+      if (x0.scalar_type() == ScalarType::Double)
+        body.template operator()<double, velocity_t>();
+      else
+        body.template operator()<float, velocity_t>();
+    });
+  }
+};
+
+OptionalTensor with_contiguous_samples(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(with_contiguous_from(*tensor, 1)) : std::nullopt;
+}
+
+Tensor velocity_errors(const Tensor& velocity, const Tensor& x0, const OptionalTensor& noise,
+                       const OptionalTensor& streams, const Tensor& group_M, const OptionalTensor& old,
+                       const OptionalTensor& reference, const OptionalTensor& unconditional, double guidance) {
+  const torch::stable::accelerator::DeviceGuard guard(x0.get_device_index());
+  const Tensor errors = empty(x0, {kNumErrors, x0.size(0)});
+  if (x0.numel() == 0) return torch::stable::fill_(errors, NAN), errors;
+  const Arguments given{
+      with_contiguous_from(velocity, 1),
+      with_contiguous_from(x0, 1),
+      with_contiguous_samples(old),
+      with_contiguous_samples(reference),
+      with_contiguous_samples(unconditional),
+      NoiseTensors(noise, streams, group_M),
+      guidance,
+  };
+  const Grid grid = given.grid();
+  const Tensor partial = empty(x0, {kNumErrors, grid.num_samples, grid.blocks_per_sample()});
+  const cudaStream_t stream = current_stream(x0);
+  given.dispatch([&]<typename math_t, typename velocity_t>() {
+    math_t* sums = partial.mutable_data_ptr<math_t>();
+    const Operands<math_t, velocity_t> at = given.operands<math_t, velocity_t>(grid);
+    dispatch_grid(grid, given.noises.is_drawn(), [&]<int kCount, bool kDrawn>() {
+      velocity_errors_kernel<kCount, kDrawn><<<grid.blocks(), kThreads, 0, stream>>>(at, sums);
+    });
+    const dim3 rows(static_cast<unsigned>(kNumErrors * grid.num_samples));
+    mean_over_blocks<<<rows, kWarp, 0, stream>>>(sums, errors.mutable_data_ptr<math_t>(), at.blocks_per_sample,
+                                                 at.sample_numel);
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return errors;
+}
+
+Tensor velocity_errors_backward(const Tensor& grad_4M, const Tensor& velocity, const Tensor& x0,
+                                const OptionalTensor& noise, const OptionalTensor& streams, const Tensor& group_M,
+                                const OptionalTensor& reference, const OptionalTensor& unconditional,
+                                double guidance) {
+  const torch::stable::accelerator::DeviceGuard guard(x0.get_device_index());
+  const Tensor grad_velocity =
+      torch::stable::empty(velocity.sizes(), velocity.scalar_type(), std::nullopt, velocity.device());
+  if (x0.numel() == 0) return grad_velocity;
+  const Arguments given{
+      with_contiguous_from(velocity, 1),
+      with_contiguous_from(x0, 1),
+      std::nullopt,
+      with_contiguous_samples(reference),
+      with_contiguous_samples(unconditional),
+      NoiseTensors(noise, streams, group_M),
+      guidance,
+  };
+  const Grid grid = given.grid();
+  const Tensor grads = torch::stable::contiguous(grad_4M);
+  const cudaStream_t stream = current_stream(x0);
+  given.dispatch([&]<typename math_t, typename velocity_t>() {
+    const Operands<math_t, velocity_t> at = given.operands<math_t, velocity_t>(grid);
+    dispatch_grid(grid, given.noises.is_drawn(), [&]<int kCount, bool kDrawn>() {
+      velocity_errors_backward_kernel<kCount, kDrawn><<<grid.blocks(), kThreads, 0, stream>>>(
+          at, grads.const_data_ptr<math_t>(), grad_velocity.mutable_data_ptr<velocity_t>());
+    });
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return grad_velocity;
+}
+
+}  // namespace
+}  // namespace dgpo_fast::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(dgpo_fast_cuda, CUDA, m) {
+  m.impl("velocity_errors", TORCH_BOX(&dgpo_fast::cuda::velocity_errors));
+  m.impl("velocity_errors_backward", TORCH_BOX(&dgpo_fast::cuda::velocity_errors_backward));
+}

@@ -1,0 +1,220 @@
+"""Denoising errors in Triton. Equations, arguments and checks: dgpo_fast/ops/velocity_errors.py.
+
+Shape letters: M samples, G groups, N elements of one sample, P blocks of one sample.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dgpo_fast.kernels.samples import flat_samples, load_noise, noise_source
+
+# Four warps with eight elements a thread: two 16-byte loads of float32, or one of bfloat16, per thread and operand.
+# Chosen from the machine code; not timed on a GPU yet.
+BLOCK = 1024
+NUM_WARPS = 4
+
+
+@triton.jit
+def load_guided(
+    p_reference,
+    p_unconditional,
+    o_reference,
+    o_unconditional,
+    m_n,
+    guidance,
+    guidance_rest,
+    GUIDED: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """The reference's velocity, guided where GUIDED."""
+    b_reference = tl.load(p_reference + o_reference, mask=m_n, other=0).to(dtype)
+    if GUIDED:
+        scale = tl.full([], guidance, dtype) + tl.full([], guidance_rest, dtype)
+        b_unconditional = tl.load(p_unconditional + o_unconditional, mask=m_n, other=0).to(dtype)
+        b_reference = b_unconditional + scale * (b_reference - b_unconditional)
+    return b_reference
+
+
+@triton.jit
+def velocity_errors_kernel(
+    p_velocity,  # [M, N]
+    p_x0,  # [M, N]
+    p_noise,  # [G, N] of the dtype of x0, or, where DRAWN, the words of the streams, [G, 4] of int64
+    p_group,  # [M]
+    p_old,  # [M, N], not read unless OLD
+    p_reference,  # [M, N], not read unless REFERENCE
+    p_unconditional,  # [M, N], not read unless GUIDED
+    p_sums,  # [4, M, P]
+    velocity_stride_m,
+    x0_stride_m,
+    noise_stride_g,
+    group_stride_m,
+    old_stride_m,
+    reference_stride_m,
+    unconditional_stride_m,
+    sums_stride_row,
+    guidance,
+    guidance_rest,
+    num_groups,
+    num_blocks,  # P
+    N,
+    DRAWN: tl.constexpr,
+    OLD: tl.constexpr,
+    REFERENCE: tl.constexpr,
+    GUIDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # One grid axis: the others end at 65535. 64-bit before it meets a stride.
+    i_program = tl.program_id(0).to(tl.int64)
+    i_m = i_program // num_blocks
+    i_block = i_program % num_blocks
+    o_n = i_block * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < N
+    dtype = p_sums.dtype.element_ty
+
+    i_g = tl.load(p_group + i_m * group_stride_m)
+    valid = (i_g >= 0) & (i_g < num_groups)
+    b_noise = load_noise(p_noise, noise_stride_g, tl.where(valid, i_g, 0), i_block, o_n, m_n, DRAWN, BLOCK).to(dtype)
+    b_target = b_noise - tl.load(p_x0 + i_m * x0_stride_m + o_n, mask=m_n, other=0)
+    # A group that does not exist: to raise would wait for the device.
+    b_target = tl.where(m_n, tl.where(valid, b_target, float("nan")), 0)
+    b_velocity = tl.load(p_velocity + i_m * velocity_stride_m + o_n, mask=m_n, other=0).to(dtype)
+
+    p_sum = p_sums + i_m * num_blocks + i_block
+    b_policy = b_velocity - b_target
+    tl.store(p_sum, tl.sum(b_policy * b_policy, 0))
+    if OLD:
+        b_old = tl.load(p_old + i_m * old_stride_m + o_n, mask=m_n, other=0).to(dtype) - b_target
+        tl.store(p_sum + sums_stride_row, tl.sum(b_old * b_old, 0))
+    if REFERENCE:
+        o_reference, o_unconditional = i_m * reference_stride_m + o_n, i_m * unconditional_stride_m + o_n
+        b_guided = load_guided(
+            p_reference, p_unconditional, o_reference, o_unconditional, m_n, guidance, guidance_rest, GUIDED, dtype
+        )
+        b_reference, b_distance = b_guided - b_target, b_velocity - b_guided
+        tl.store(p_sum + 2 * sums_stride_row, tl.sum(b_reference * b_reference, 0))
+        tl.store(p_sum + 3 * sums_stride_row, tl.sum(b_distance * b_distance, 0))
+
+
+@triton.jit
+def velocity_errors_backward_kernel(
+    p_grad,  # [4, M], contiguous
+    p_velocity,  # [M, N]
+    p_x0,  # [M, N]
+    p_noise,  # [G, N] of the dtype of x0, or, where DRAWN, the words of the streams, [G, 4] of int64
+    p_group,  # [M]
+    p_reference,  # [M, N], not read unless REFERENCE
+    p_unconditional,  # [M, N], not read unless GUIDED
+    p_grad_velocity,  # [M, N]
+    velocity_stride_m,
+    x0_stride_m,
+    noise_stride_g,
+    group_stride_m,
+    reference_stride_m,
+    unconditional_stride_m,
+    grad_stride_row,
+    guidance,
+    guidance_rest,
+    num_groups,
+    num_blocks,
+    N,
+    DRAWN: tl.constexpr,
+    REFERENCE: tl.constexpr,
+    GUIDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_program = tl.program_id(0).to(tl.int64)
+    i_m = i_program // num_blocks
+    i_block = i_program % num_blocks
+    o_n = i_block * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < N
+    dtype = p_grad.dtype.element_ty
+
+    i_g = tl.load(p_group + i_m * group_stride_m)
+    valid = (i_g >= 0) & (i_g < num_groups)
+    b_noise = load_noise(p_noise, noise_stride_g, tl.where(valid, i_g, 0), i_block, o_n, m_n, DRAWN, BLOCK).to(dtype)
+    b_target = b_noise - tl.load(p_x0 + i_m * x0_stride_m + o_n, mask=m_n)
+    b_target = tl.where(valid, b_target, float("nan"))
+    b_velocity = tl.load(p_velocity + i_m * velocity_stride_m + o_n, mask=m_n).to(dtype)
+    b_grad = 2 * tl.load(p_grad + i_m) / N * (b_velocity - b_target)
+    if REFERENCE:
+        o_reference, o_unconditional = i_m * reference_stride_m + o_n, i_m * unconditional_stride_m + o_n
+        b_guided = load_guided(
+            p_reference, p_unconditional, o_reference, o_unconditional, m_n, guidance, guidance_rest, GUIDED, dtype
+        )
+        b_grad += 2 * tl.load(p_grad + 3 * grad_stride_row + i_m) / N * (b_velocity - b_guided)
+    tl.store(p_grad_velocity + i_m * N + o_n, b_grad.to(p_grad_velocity.dtype.element_ty), mask=m_n)
+
+
+def velocity_errors(
+    velocity: Tensor,
+    x0: Tensor,
+    noise: Tensor | None,
+    streams: Tensor | None,
+    group_M: Tensor,
+    old: Tensor | None,
+    reference: Tensor | None,
+    unconditional: Tensor | None,
+    guidance: float,
+) -> Tensor:
+    """The errors, [4, M]; the arguments are checked by the caller."""
+    num_samples = len(x0)
+    numel = x0.numel() // max(1, num_samples)
+    if x0.numel() == 0:
+        return x0.new_full((4, num_samples), float("nan") if num_samples else 0.0)
+    num_blocks = triton.cdiv(numel, BLOCK)
+    sums = x0.new_zeros(4, num_samples, num_blocks)
+    v, samples = flat_samples(velocity), flat_samples(x0)
+    source, drawn = noise_source(noise, streams)
+    v_old, v_ref, v_uncond = (v if given is None else flat_samples(given) for given in (old, reference, unconditional))
+    with torch.cuda.device_of(x0):
+        velocity_errors_kernel[(num_blocks * num_samples,)](
+            v, samples, source, group_M, v_old, v_ref, v_uncond, sums,
+            v.stride(0), samples.stride(0), source.stride(0), group_M.stride(0),
+            v_old.stride(0), v_ref.stride(0), v_uncond.stride(0),
+            sums.stride(0), *two_parts(guidance), len(source), num_blocks, numel,
+            DRAWN=drawn, OLD=old is not None, REFERENCE=reference is not None, GUIDED=unconditional is not None,
+            BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
+    return sums.sum(2) / numel
+
+
+def velocity_errors_backward(
+    grad_4M: Tensor,
+    velocity: Tensor,
+    x0: Tensor,
+    noise: Tensor | None,
+    streams: Tensor | None,
+    group_M: Tensor,
+    reference: Tensor | None,
+    unconditional: Tensor | None,
+    guidance: float,
+) -> Tensor:
+    """The gradient of velocity; the arguments are checked by the caller."""
+    grad_velocity = torch.empty_like(velocity, memory_format=torch.contiguous_format)
+    if x0.numel() == 0:
+        return grad_velocity
+    num_samples, numel = len(x0), x0[0].numel()
+    num_blocks = triton.cdiv(numel, BLOCK)
+    v, samples = flat_samples(velocity), flat_samples(x0)
+    source, drawn = noise_source(noise, streams)
+    v_ref, v_uncond = (v if given is None else flat_samples(given) for given in (reference, unconditional))
+    with torch.cuda.device_of(x0):
+        velocity_errors_backward_kernel[(num_blocks * num_samples,)](
+            grad_4M.contiguous(), v, samples, source, group_M, v_ref, v_uncond, grad_velocity,
+            v.stride(0), samples.stride(0), source.stride(0), group_M.stride(0), v_ref.stride(0), v_uncond.stride(0),
+            num_samples, *two_parts(guidance), len(source), num_blocks, numel,
+            DRAWN=drawn, REFERENCE=reference is not None, GUIDED=unconditional is not None,
+            BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
+    return grad_velocity
+
+
+def two_parts(number: float) -> tuple[float, float]:
+    """`number` as a float32 and what that leaves: Triton hands a kernel floats of 32 bits."""
+    first = torch.tensor(number, dtype=torch.float32).item()
+    return first, number - first

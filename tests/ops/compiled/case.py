@@ -1,0 +1,95 @@
+"""One Triton kernel, compiled for sm_90 as its launcher compiles it, and what its machine code does.
+
+Needs no GPU, but a process without TRITON_INTERPRET. Triton carries ptxas and cuobjdump.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A kernel with the types and constants of one launch, and the 16-byte accesses that a thread should make.
+
+    `types` names the pointers' types as Triton's signatures do ("*bf16"); every other argument that is no constant is
+    an integer of 64 bits, but for `int32` and `float32`. Pointers and integers, counts ("num_...") aside, are declared
+    divisible by 16, as the launcher finds them for tensors of whole latents.
+    """
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    num_warps: int
+    loads: int
+    stores: int
+    int32: tuple[str, ...] = ()
+    float32: tuple[str, ...] = ()
+
+    def machine_code(self) -> dict[str, Any]:
+        """Global and local accesses by width, registers, local memory, and offsets in 32 bits."""
+        source = ASTSource(self.kernel, self._signature(), constexprs=dict(self.constants), attrs=self._divisible())
+        options = {"num_warps": self.num_warps, "enable_fp_fusion": True}
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(compiled.asm["cubin"])
+            cubin.flush()
+            assembly, usage = (
+                subprocess.run([CUOBJDUMP, option, cubin.name], check=True, capture_output=True, text=True).stdout
+                for option in ("-sass", "-res-usage")
+            )
+        registers, local_bytes = re.search(r"REG:(\d+).* LOCAL:(\d+)", usage).groups()  # type: ignore[union-attr]
+        return {
+            "accesses": Counter(re.findall(r"\b(?:LDG|STG|LDL|STL)\.E?[.\w]*", assembly)),
+            "expected": {"LDG.E.128": self.loads, "STG.E.128": self.stores},
+            "registers": int(registers),
+            "local_bytes": int(local_bytes),
+            "narrow_offsets": narrow_offsets(compiled.asm["ttir"], compiled.asm["ptx"]),
+        }
+
+    def _signature(self) -> dict[str, str]:
+        types = {**self.types, **dict.fromkeys(self.int32, "i32"), **dict.fromkeys(self.float32, "fp32")}
+        return {
+            name: "constexpr" if name in self.constants else types.get(name, "i64") for name in self.kernel.arg_names
+        }
+
+    def _divisible(self) -> dict[tuple[int], list[list[Any]]]:
+        return {
+            (i,): [["tt.divisibility", 16]]
+            for i, (name, type_) in enumerate(self._signature().items())
+            if type_[0] in "*i" and not name.startswith("num_")
+        }
+
+
+def narrow_offsets(ttir: str, ptx: str) -> list[str]:
+    """Instructions that take a program's number or a stride in 32 bits, where their product would overflow.
+
+    The number in Triton's code, where nothing is optimised yet: LLVM may narrow what it has proved to fit. The strides
+    in PTX, where they arrive as parameters of 64 bits.
+    """
+    numbers = re.findall(r"(%\w+) = tt\.get_program_id", ttir)
+    found = [
+        line.strip()
+        for number in numbers
+        for line in ttir.splitlines()
+        if re.search(rf"{number}\b", line) and "tt.get_program_id" not in line and "arith.extsi" not in line
+    ]
+    for register in re.findall(r"ld\.param\.[bu]64\s+(%rd\d+)", ptx):
+        uses = re.findall(rf"^\s*(\S.*[ ,]{register}[,;].*)$", ptx, flags=re.MULTILINE)
+        found += [use for use in uses if not re.match(r"(?!cvt\.u32)\S*(64|wide)", use)]
+    return found
