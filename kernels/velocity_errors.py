@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dgpo_fast.kernels.numbers import two_parts
 from dgpo_fast.kernels.samples import flat_samples, load_noise, noise_source
 
 # Four warps with eight elements a thread: two 16-byte loads of float32, or one of bfloat16, per thread and operand.
@@ -212,9 +213,3 @@ def velocity_errors_backward(
             BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return grad_velocity
-
-
-def two_parts(number: float) -> tuple[float, float]:
-    """`number` as a float32 and what that leaves: Triton hands a kernel floats of 32 bits."""
-    first = torch.tensor(number, dtype=torch.float32).item()
-    return first, number - first

@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 
 # A shared machine stalls for longer than Hypothesis' deadline; time is measured in benchmarks, not in tests.
 settings.register_profile("dgpo-fast", deadline=None)
-settings.load_profile("dgpo-fast")
+# Triton's interpreter takes milliseconds for a program.
+settings.register_profile("interpreted", deadline=None, max_examples=5)
+settings.load_profile("interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "dgpo-fast")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--device cuda` runs the operators' tests on a GPU."""
+    """`--device cuda` runs the operators' tests on a GPU, `--implementation native` those of one implementation."""
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the operators' tests run")
+    parser.addoption("--implementation", help="tests of this implementation of the operators only")
 
 
 OWN_REWARDS = Path(__file__).parent / "rewards"

@@ -22,8 +22,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes `name` runs for each implementation of its file's OPERATOR that can run on the device."""
     if "name" in metafunc.fixturenames:
-        device = metafunc.config.getoption("--device")
-        metafunc.parametrize("name", sorted(ops.implementations(metafunc.module.OPERATOR, device)))
+        device, only = (metafunc.config.getoption(option) for option in ("--device", "--implementation"))
+        names = sorted(ops.implementations(metafunc.module.OPERATOR, device))
+        metafunc.parametrize("name", [name for name in names if only in (None, name)])
 
 
 @pytest.fixture(scope="session")
