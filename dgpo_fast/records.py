@@ -79,7 +79,8 @@ class DGPOBatch:
     """One micro-batch at one training sigma: whole groups, or a piece of one."""
 
     x_t_MCHW: Tensor  # float32
-    target_MCHW: Tensor  # float32, v* = noise - x_0
+    x0_MCHW: Tensor  # float32; 0 where not valid
+    streams_G4: Tensor  # int64, words of the stream of each group's noise: v* = noise - x_0 is made where it is used
     timestep_M: Tensor  # float32, what the model is told: 1000 sigma
     conditioning: Conditioning  # a row per sample
     unconditional: Conditioning | None

@@ -11,17 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dgpo_fast.kernels.numbers import two_parts
+from dgpo_fast.kernels.numbers import two_parts, whole
 
 # Samples at a time: more than a micro-batch has.
 BLOCK = 128
 NUM_WARPS = 1
-
-
-@triton.jit
-def whole(first, rest):
-    """A number that came in two parts, float64."""
-    return tl.full([], first, tl.float64) + tl.full([], rest, tl.float64)
 
 
 @triton.jit

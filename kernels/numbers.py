@@ -1,11 +1,20 @@
-"""How Triton kernels receive numbers of 64 bits."""
+"""How numbers of 64 bits reach Triton kernels, which take floats of 32."""
 
 from __future__ import annotations
 
 import struct
 
+import triton
+import triton.language as tl
+
 
 def two_parts(number: float) -> tuple[float, float]:
-    """`number` as a float32 and what that leaves: Triton hands a kernel floats of 32 bits."""
+    """`number` as a float32, and what that leaves."""
     first: float = struct.unpack("f", struct.pack("f", number))[0]
     return first, number - first
+
+
+@triton.jit
+def whole(first, rest):
+    """The number that came in two parts, float64."""
+    return tl.full([], first, tl.float64) + tl.full([], rest, tl.float64)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dgpo_fast.kernels.numbers import two_parts
+from dgpo_fast.kernels.numbers import two_parts, whole
 from dgpo_fast.kernels.samples import flat_samples, load_noise, noise_source
 
 # Four warps with eight elements a thread: two 16-byte loads of float32, or one of bfloat16, per thread and operand.
@@ -34,7 +34,7 @@ def load_guided(
     """The reference's velocity, guided where GUIDED."""
     b_reference = tl.load(p_reference + o_reference, mask=m_n, other=0).to(dtype)
     if GUIDED:
-        scale = tl.full([], guidance, dtype) + tl.full([], guidance_rest, dtype)
+        scale = whole(guidance, guidance_rest).to(dtype)
         b_unconditional = tl.load(p_unconditional + o_unconditional, mask=m_n, other=0).to(dtype)
         b_reference = b_unconditional + scale * (b_reference - b_unconditional)
     return b_reference

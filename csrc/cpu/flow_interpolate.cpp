@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> flow_interpolate(const Tensor& x0, const Tensor& sigm
   const Tensor target = with_target ? torch::stable::empty_like(samples) : empty(samples, {0});
   const int64_t numel = x0.size(0) > 0 ? x0.numel() / x0.size(0) : 0;
   dispatch_floating(x0.scalar_type(), [&]<typename sample_t>() {
-    using math_t = std::conditional_t<std::is_same_v<sample_t, double>, double, float>;
+    using math_t = arithmetic_t<sample_t>;
     const sample_t* x0_first = samples.const_data_ptr<sample_t>();
     sample_t* x_t_first = x_t.mutable_data_ptr<sample_t>();
     sample_t* target_first = with_target ? target.mutable_data_ptr<sample_t>() : nullptr;
@@ -70,7 +70,7 @@ Tensor flow_interpolate_backward(const Tensor& grad_x_t, const std::optional<Ten
   const Tensor grad_x0 = empty_like(of_x_t);
   const int64_t numel = of_x_t.size(0) > 0 ? of_x_t.numel() / of_x_t.size(0) : 0;
   dispatch_floating(of_x_t.scalar_type(), [&]<typename grad_t>() {
-    using math_t = std::conditional_t<std::is_same_v<grad_t, double>, double, float>;
+    using math_t = arithmetic_t<grad_t>;
     const grad_t* x_t_grads = of_x_t.const_data_ptr<grad_t>();
     const grad_t* target_grads = of_target ? of_target->const_data_ptr<grad_t>() : nullptr;
     grad_t* out = grad_x0.mutable_data_ptr<grad_t>();

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "arguments.h"
+#include "dispatch.h"
 
 namespace dgpo_fast::cpu {
 namespace {
@@ -36,36 +37,6 @@ void check_groups(const Tensor& error, const char* error_name, const Tensor& gro
     check_argument(0 <= g && g < size_G.size(0), "group_M", "expected values in 0..", size_G.size(0) - 1, ", got ", g);
 }
 
-// The arguments as blocks of memory.
-struct DenseGroups {
-  Tensor error, reference_error, advantage, group, size;
-
-  DenseGroups(const Tensor& error_M, const Tensor& reference_error_M, const Tensor& advantage_M, const Tensor& group_M,
-              const Tensor& size_G)
-      : error(torch::stable::contiguous(error_M)),
-        reference_error(torch::stable::contiguous(reference_error_M)),
-        advantage(torch::stable::contiguous(advantage_M)),
-        group(torch::stable::contiguous(group_M)),
-        size(torch::stable::contiguous(size_G)) {}
-
-  template <typename number_t>
-  Groups<number_t> pointers() const {
-    return {error.const_data_ptr<number_t>(),   reference_error.const_data_ptr<number_t>(),
-            advantage.const_data_ptr<number_t>(), group.const_data_ptr<int64_t>(),
-            size.const_data_ptr<number_t>(),    error.size(0),
-            size.size(0)};
-  }
-};
-
-// Calls `body.operator()<number_t>()` for float32 or float64.
-template <typename Body>
-void dispatch_number(const Tensor& error, const Body& body) {
-  if (error.scalar_type() == ScalarType::Double)
-    body.template operator()<double>();
-  else
-    body.template operator()<float>();
-}
-
 Tensor group_scores(const Tensor& error_M, const Tensor& reference_error_M, const Tensor& advantage_M,
                     const Tensor& group_M, const Tensor& size_G, double beta) {
   check_groups(error_M, "error_M", group_M, size_G);
@@ -73,7 +44,7 @@ Tensor group_scores(const Tensor& error_M, const Tensor& reference_error_M, cons
   check_numbers(advantage_M, "advantage_M", error_M, error_M, "sample");
   const DenseGroups groups(error_M, reference_error_M, advantage_M, group_M, size_G);
   const Tensor score_G = torch::stable::empty_like(groups.size);
-  dispatch_number(error_M, [&]<typename number_t>() {
+  dispatch_number(error_M.scalar_type(), [&]<typename number_t>() {
     const std::vector<double> scores = scores_of(groups.pointers<number_t>(), beta);
     std::copy(scores.begin(), scores.end(), score_G.mutable_data_ptr<number_t>());
   });
@@ -96,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_preference(const Tensor& error_
   const Tensor weight_G = torch::stable::empty_like(groups.size);
   const Tensor clipped_M =
       torch::stable::empty(std::vector<int64_t>{error_M.size(0)}, ScalarType::Bool, std::nullopt, error_M.device());
-  dispatch_number(error_M, [&]<typename number_t>() {
+  dispatch_number(error_M.scalar_type(), [&]<typename number_t>() {
     const Groups<number_t> at = groups.pointers<number_t>();
     const std::vector<double> scores = score_G ? numbers_of(*score_G) : scores_of(at, beta);
     number_t* weights = weight_G.mutable_data_ptr<number_t>();
@@ -130,7 +101,7 @@ Tensor group_preference_backward(const Tensor& grad, const Tensor& weight_G, con
   const DenseGroups groups(advantage_M, advantage_M, advantage_M, group_M, size_G);
   const Tensor weights = torch::stable::contiguous(weight_G), clipped = torch::stable::contiguous(clipped_M);
   const Tensor grad_error_M = torch::stable::empty_like(groups.advantage);
-  dispatch_number(advantage_M, [&]<typename number_t>() {
+  dispatch_number(advantage_M.scalar_type(), [&]<typename number_t>() {
     const Groups<number_t> at = groups.pointers<number_t>();
     const number_t incoming = *grad.const_data_ptr<number_t>(), *weight = weights.const_data_ptr<number_t>();
     const bool* held = clipped.const_data_ptr<bool>();

@@ -2,7 +2,6 @@
 
 #include <optional>
 #include <tuple>
-#include <type_traits>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -69,9 +68,6 @@ __global__ void __launch_bounds__(kThreads) flow_interpolate_backward_kernel(con
   for (int n = 0; n < kCount; ++n) grad[n] = rest * grad[n] - of_target[n];
   store<kCount>(at.grad_x0 + b * at.sample_numel + i, grad);
 }
-
-template <typename stored_t>
-using arithmetic_t = std::conditional_t<std::is_same_v<stored_t, double>, double, float>;
 
 Tensor dense_doubles(const Tensor& numbers) {
   return torch::stable::contiguous(torch::stable::to(numbers, ScalarType::Double));

@@ -8,6 +8,7 @@
 #include "dispatch.h"
 #include "launch.h"
 #include "noise.h"
+#include "warp.h"
 
 namespace dgpo_fast::cuda {
 namespace {
@@ -15,8 +16,6 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 
 enum VelocityError { kPolicy, kOld, kReference, kDistance, kNumErrors };
-
-constexpr int kWarp = 32;
 
 template <typename math_t, typename velocity_t>
 struct Operands {
@@ -87,9 +86,7 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ math_t of_warp[kNumErrors][kThreads / kWarp];
 #pragma unroll
   for (int row = 0; row < kNumErrors; ++row) {
-#pragma unroll
-    for (int distance = kWarp / 2; distance > 0; distance /= 2)
-      sums[row] += __shfl_down_sync(0xffffffffu, sums[row], distance);
+    sums[row] = sum_over_warp(sums[row]);
     if (threadIdx.x % kWarp == 0) of_warp[row][threadIdx.x / kWarp] = sums[row];
   }
   __syncthreads();
@@ -107,8 +104,7 @@ __global__ void mean_over_blocks(const math_t* partial, math_t* errors, int64_t 
   const math_t* row = partial + blockIdx.x * blocks_per_sample;
   math_t sum = 0;
   for (int64_t block = threadIdx.x; block < blocks_per_sample; block += kWarp) sum += row[block];
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) sum += __shfl_down_sync(0xffffffffu, sum, distance);
+  sum = sum_over_warp(sum);
   if (threadIdx.x == 0) errors[blockIdx.x] = sum / static_cast<math_t>(sample_numel);
 }
 

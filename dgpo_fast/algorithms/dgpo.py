@@ -14,42 +14,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dgpo_fast import rng
 from dgpo_fast.config import Config
 from dgpo_fast.flow.rollout import Sampler, model_timesteps, sample_latents
 from dgpo_fast.models.policy import Policy, View
-from dgpo_fast.ops.group_preference import (
-    clipped_samples,
-    group_preference,
-    group_scores,
-    velocity_errors,
-    weighted_errors,
-)
+from dgpo_fast.ops.flow_interpolate import flow_interpolate
+from dgpo_fast.ops.group_preference import group_preference, group_scores
+from dgpo_fast.ops.velocity_errors import VelocityErrors, velocity_errors
 from dgpo_fast.profiling import stage
 from dgpo_fast.records import DGPOBatch, LossOutput, PromptBatch, Rollout, ScoredGroups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Anchors:
-    """What a micro-batch is compared with, without gradients."""
+    """Velocities that a micro-batch is compared with, without gradients; None where nothing uses them."""
 
-    reference_velocity_MCHW: Tensor | None  # guided by kl_cfg; None where neither KL term nor group score uses it
-    reference_error_M: Tensor  # float32
-    old_error_M: Tensor | None  # float32; None where nothing uses it
+    old_MCHW: Tensor | None
+    reference_MCHW: Tensor | None
+    unconditional_MCHW: Tensor | None  # the reference's without the prompt, where kl_cfg guides it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupWeights:
-    """The weights of a round's groups, and the anchors that went into them, so that they are computed once."""
+    """What a piece of a cut group knows of the whole, and the anchors that went into it, so that they run once."""
 
-    weight_G: Tensor  # sigmoid(s_G) of the whole groups
-    objective: Tensor  # an equal share of their softplus(s_G) / beta for each micro-batch, so that the shares add up
+    score_G: Tensor  # s_G of the whole groups
+    num_pieces: int
     anchors: Anchors
+
+
+class _Groups(TypedDict):
+    """A batch's groups, as the group operators take them."""
+
+    advantage_M: Tensor
+    group_M: Tensor
+    size_G: Tensor
+    beta: float
 
 
 class DGPO:
@@ -77,51 +82,40 @@ class DGPO:
         per_round = max(micro, size)
         for timestep_index in self._training_timesteps(prompts.iteration):
             sigma, timestep = self._training_sigma(timestep_index)
-            noise_GCHW = self._shared_noise(prompts, timestep_index, x0_BCHW)
+            streams_G4 = self._noise_streams(prompts, timestep_index).to(x0_BCHW.device)
             for first in range(0, prompts.num_samples, per_round):
                 pieces = torch.arange(first, first + per_round, device=x0_BCHW.device).split(micro)
-                yield [self._batch(scored, noise_GCHW, sigma, timestep, first, index_M) for index_M in pieces]
+                yield [self._batch(scored, streams_G4, sigma, timestep, first, index_M) for index_M in pieces]
 
     @torch.no_grad()
     def group_weights(self, policy: Policy, batches: Sequence[DGPOBatch]) -> list[GroupWeights] | None:
-        """sigmoid(s_G) of groups that are cut over the round's micro-batches, from a first pass without gradients."""
+        """s_G of groups that are cut over the round's micro-batches, from a first pass without gradients."""
         if len(batches) == 1:
             return None
         anchors = [self._anchors(policy, batch) for batch in batches]
         scores = []
         for batch, anchor in zip(batches, anchors, strict=True):
             with stage("weights"):
-                error_M = velocity_errors(self._policy_velocity(policy, batch), batch.target_MCHW)
-            scores.append(
-                group_scores(
-                    error_M, anchor.reference_error_M, batch.advantage_M, batch.group_M, batch.group_size_G,
-                    beta=self.settings.beta,
-                )
-            )  # fmt: skip
+                errors = self._errors(self._policy_velocity(policy, batch), anchor, batch)
+            scores.append(group_scores(errors.policy_M, self._reference_error(errors), **self._groups(batch)))
         score_G = torch.stack(scores).sum(0)
-        weight_G, share = torch.sigmoid(score_G), F.softplus(score_G).sum() / self.settings.beta / len(batches)
-        return [GroupWeights(weight_G=weight_G, objective=share, anchors=anchor) for anchor in anchors]
+        return [GroupWeights(score_G=score_G, num_pieces=len(batches), anchors=anchor) for anchor in anchors]
 
     def loss(self, policy: Policy, batch: DGPOBatch, weights: GroupWeights | None) -> LossOutput:
         """softplus(s_G) / beta and the KL term; the gradient of a cut group is its surrogate's, which is the same."""
         anchors = self._anchors(policy, batch) if weights is None else weights.anchors
         with stage("policy"):
             velocity_MCHW = self._policy_velocity(policy, batch)
-        error_M = velocity_errors(velocity_MCHW, batch.target_MCHW)
-        clipped_M = self._clipped(error_M, anchors, batch)
-        groups = (batch.advantage_M, batch.group_M, batch.group_size_G)
-        if weights is None:
-            preference = group_preference(
-                error_M, anchors.reference_error_M, *groups, beta=self.settings.beta, clipped_M=clipped_M
-            )
-            objective, surrogate, weight_G = preference.objective, preference.surrogate, preference.weight_G
-        else:
-            weight_G = weights.weight_G
-            errors = weighted_errors(error_M, *groups, weight_G, clipped_M=clipped_M)
-            surrogate = errors.detach()
-            objective = weights.objective + (errors - surrogate)
+        errors = self._errors(velocity_MCHW, anchors, batch)
+        preference = group_preference(
+            errors.policy_M, self._reference_error(errors), **self._groups(batch),
+            score_G=None if weights is None else weights.score_G, old_error_M=errors.old_M, clip=self.settings.clip,
+        )  # fmt: skip
+        objective, surrogate = preference.objective, preference.surrogate.detach()
+        if weights is not None:
+            objective = objective.detach() / weights.num_pieces + (preference.surrogate - surrogate)
         dgpo_loss = batch.group_share * objective
-        kl = batch.sample_share * self._kl(velocity_MCHW, anchors, batch)
+        kl = batch.sample_share * self._kl(errors, batch)
         loss = dgpo_loss + self.settings.kl_coef * kl
         share_M = batch.sample_share * batch.valid_M
         metrics = {
@@ -129,8 +123,8 @@ class DGPO:
             "dgpo_loss": dgpo_loss,
             "surrogate_loss": batch.group_share * surrogate,
             "kl": kl,
-            "clip_fraction": (share_M * clipped_M).sum(),
-            "group_weight_mean": (share_M * weight_G[batch.group_M]).sum(),
+            "clip_fraction": (share_M * preference.clipped_M).sum(),
+            "group_weight_mean": (share_M * preference.weight_G[batch.group_M]).sum(),
         }
         return LossOutput(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
 
@@ -157,40 +151,40 @@ class DGPO:
         ]
         return rng.normal(names, policy.model.latent_shape, device=policy.model.device)
 
-    def _shared_noise(self, prompts: PromptBatch, timestep_index: int, like: Tensor) -> Tensor:
+    def _noise_streams(self, prompts: PromptBatch, timestep_index: int) -> Tensor:
+        """The words of each group's stream of training noise, int64 [G, 4]: operators draw it where they use it."""
+        seed, iteration = self.config.seed, prompts.iteration
         names = [
-            rng.stream(
-                self.config.seed,
-                stage="training noise",
-                iteration=prompts.iteration,
-                group=group,
-                timestep=timestep_index,
-            )
+            rng.stream(seed, stage="training noise", iteration=iteration, group=group, timestep=timestep_index)
             for group in prompts.group_ids
         ]
-        return rng.normal(names, like.shape[1:], device=like.device)
+        return torch.tensor(names)
 
     def _batch(
-        self, scored: ScoredGroups, noise_GCHW: Tensor, sigma: float, timestep: float, first: int, index_M: Tensor
+        self, scored: ScoredGroups, streams_G4: Tensor, sigma: float, timestep: float, first: int, index_M: Tensor
     ) -> DGPOBatch:
         prompts = scored.rollout.prompts
-        group_M, first_group = index_M // prompts.group_size, first // prompts.group_size
+        prompt_M, first_group = index_M // prompts.group_size, first // prompts.group_size
         last_group = (first + max(len(index_M), prompts.group_size) - 1) // prompts.group_size
-        valid_M, noise_MCHW = scored.valid_B[index_M], noise_GCHW[group_M]
+        mine, group_M = slice(first_group, last_group + 1), prompt_M - first_group
+        valid_M = scored.valid_B[index_M]
         # What could not be scored may not be finite either, and then a weight of zero would not keep it out.
         x0_MCHW = scored.rollout.x0_BCHW[index_M].where(valid_M[:, None, None, None], 0.0)
         sizes_G = scored.valid_B.view(prompts.num_groups, -1).sum(1).clamp(min=1).float()
         num_timesteps = self.settings.train_timesteps
+        sigma_M = x0_MCHW.new_full((len(index_M),), sigma, dtype=torch.float64)
+        noisy = flow_interpolate(x0_MCHW, sigma_M, streams=streams_G4[mine], group_B=group_M, with_target=False)
         return DGPOBatch(
-            x_t_MCHW=torch.lerp(x0_MCHW, noise_MCHW, sigma),
-            target_MCHW=noise_MCHW - x0_MCHW,
+            x_t_MCHW=noisy.x_t,
+            x0_MCHW=x0_MCHW,
+            streams_G4=streams_G4[mine],
             timestep_M=x0_MCHW.new_full((len(index_M),), timestep),
-            conditioning=prompts.conditioning[group_M],
+            conditioning=prompts.conditioning[prompt_M],
             unconditional=prompts.unconditional if self.settings.kl_cfg > 1 else None,
             advantage_M=scored.advantage_B[index_M],
             valid_M=valid_M,
-            group_M=group_M - first_group,
-            group_size_G=sizes_G[first_group : last_group + 1],
+            group_M=group_M,
+            group_size_G=sizes_G[mine],
             group_share=1 / (self.config.groups.per_iteration * num_timesteps),
             sample_share=1 / (scored.num_valid * num_timesteps),
         )
@@ -200,36 +194,36 @@ class DGPO:
 
     @torch.no_grad()
     def _anchors(self, policy: Policy, batch: DGPOBatch) -> Anchors:
-        """Reference and old errors, each in the policy's own batch shape: kernels, and so bits, depend on it."""
-        of_old, settings = self.settings.reference == "old", self.settings
-        reference_velocity = old_error_M = None
-        if settings.kl_coef > 0 or not of_old:
+        """Reference and old velocities, each in the policy's own batch shape: kernels, and so bits, depend on it."""
+        of_old, old, reference, unconditional = self.settings.reference == "old", None, None, None
+        inputs = (batch.x_t_MCHW, batch.timestep_M, batch.conditioning)
+        if self.settings.kl_coef > 0 or not of_old:
             with stage("reference"):
-                inputs = (batch.x_t_MCHW, batch.timestep_M, batch.conditioning, batch.unconditional)
-                v_cond, v_uncond = policy.velocity("ref", *inputs)
-                reference_velocity = (
-                    v_cond if v_uncond is None else torch.lerp(v_uncond.float(), v_cond.float(), settings.kl_cfg)
-                )
-        if settings.clip is not None or of_old:
+                reference, unconditional = policy.velocity("ref", *inputs, batch.unconditional)
+        if self.settings.clip is not None or of_old:
             with stage("old"):
-                v_old = policy.velocity("old", batch.x_t_MCHW, batch.timestep_M, batch.conditioning)[0]
-                old_error_M = velocity_errors(v_old, batch.target_MCHW)
-        reference_error_M = (
-            old_error_M if of_old else velocity_errors(reference_velocity, batch.target_MCHW)  # type: ignore[arg-type]
-        )
-        assert reference_error_M is not None
-        return Anchors(
-            reference_velocity_MCHW=reference_velocity, reference_error_M=reference_error_M, old_error_M=old_error_M
-        )
+                old = policy.velocity("old", *inputs)[0]
+        return Anchors(old_MCHW=old, reference_MCHW=reference, unconditional_MCHW=unconditional)
 
-    def _clipped(self, error_M: Tensor, anchors: Anchors, batch: DGPOBatch) -> Tensor:
-        if self.settings.clip is None:
-            return torch.zeros_like(batch.valid_M)
-        assert anchors.old_error_M is not None
-        return clipped_samples(error_M, anchors.old_error_M, batch.advantage_M, self.settings.clip)
+    def _errors(self, velocity_MCHW: Tensor, anchors: Anchors, batch: DGPOBatch) -> VelocityErrors:
+        return velocity_errors(
+            velocity_MCHW, x0=batch.x0_MCHW, streams=batch.streams_G4, group_M=batch.group_M, old=anchors.old_MCHW,
+            reference=anchors.reference_MCHW, unconditional=anchors.unconditional_MCHW, guidance=self.settings.kl_cfg,
+        )  # fmt: skip
 
-    def _kl(self, velocity_MCHW: Tensor, anchors: Anchors, batch: DGPOBatch) -> Tensor:
+    def _reference_error(self, errors: VelocityErrors) -> Tensor:
+        error_M = errors.old_M if self.settings.reference == "old" else errors.reference_M
+        assert error_M is not None
+        return error_M
+
+    def _groups(self, batch: DGPOBatch) -> _Groups:
+        return {
+            "advantage_M": batch.advantage_M, "group_M": batch.group_M, "size_G": batch.group_size_G,
+            "beta": self.settings.beta,
+        }  # fmt: skip
+
+    def _kl(self, errors: VelocityErrors, batch: DGPOBatch) -> Tensor:
         """Sum over valid samples of the mean squared distance to the reference's velocity."""
-        if anchors.reference_velocity_MCHW is None:
-            return velocity_MCHW.new_zeros((), dtype=torch.float32)
-        return (velocity_errors(velocity_MCHW, anchors.reference_velocity_MCHW.float()) * batch.valid_M).sum()
+        if errors.distance_M is None:
+            return errors.policy_M.new_zeros(())
+        return (errors.distance_M * batch.valid_M).sum()

@@ -2,7 +2,7 @@
 
 from dgpo_fast.ops.flow_interpolate import NoisySamples, flow_interpolate
 from dgpo_fast.ops.group_advantages import group_advantages
-from dgpo_fast.ops.group_preference import group_preference
+from dgpo_fast.ops.group_preference import group_preference, group_scores
 from dgpo_fast.ops.registry import Serving, describe_serving, implementations, serving
 from dgpo_fast.ops.solver_step import solver_step, solver_step_
 from dgpo_fast.ops.velocity_errors import VelocityErrors, velocity_errors
@@ -15,6 +15,7 @@ __all__ = [
     "flow_interpolate",
     "group_advantages",
     "group_preference",
+    "group_scores",
     "implementations",
     "serving",
     "solver_step",

@@ -20,7 +20,10 @@ POLICY, OLD, REFERENCE, DISTANCE = range(4)
 
 
 class VelocityErrors(NamedTuple):
-    """Means over the latent elements, [M] each, float32 (float64 where x0 is); None where no velocity was given."""
+    """Means over the latent elements, [M] each, in the dtype of x0; None where no velocity was given.
+
+    Gradients flow through policy_M and distance_M.
+    """
 
     policy_M: Tensor
     old_M: Tensor | None
@@ -75,8 +78,8 @@ def velocity_errors(
     errors_4M = _velocity_errors(velocity, x0, noise, words, group_M, old, reference, unconditional, guidance)
     return VelocityErrors(
         policy_M=errors_4M[POLICY],
-        old_M=None if old is None else errors_4M[OLD],
-        reference_M=None if reference is None else errors_4M[REFERENCE],
+        old_M=None if old is None else errors_4M[OLD].detach(),
+        reference_M=None if reference is None else errors_4M[REFERENCE].detach(),
         distance_M=None if reference is None else errors_4M[DISTANCE],
     )
 

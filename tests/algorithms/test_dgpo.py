@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from dgpo_fast import rng
 from dgpo_fast.algorithms.dgpo import DGPO
 from dgpo_fast.config import Config, load_recipe
 from dgpo_fast.models.policy import Policy, View
 from dgpo_fast.ops.group_advantages import group_advantages
-from dgpo_fast.ops.group_preference import group_scores, velocity_errors
+from dgpo_fast.ops.group_preference import group_scores
+from dgpo_fast.ops.velocity_errors import velocity_errors
 from dgpo_fast.records import Conditioning, DGPOBatch, LossOutput, PromptBatch, Rollout, ScoredGroups
 
 MakePolicy = Callable[..., Policy]
@@ -99,6 +101,16 @@ def single_batch(config: Config, scored: ScoredGroups) -> DGPOBatch:
     return batch
 
 
+def noise_of(batch: DGPOBatch) -> Tensor:
+    """The noise of each sample, drawn by the definition of the streams."""
+    return rng.normal(batch.streams_G4, batch.x0_MCHW.shape[1:])[batch.group_M]
+
+
+def mean_squares(velocity: Tensor, batch: DGPOBatch) -> Tensor:
+    """Denoising errors, written out."""
+    return (velocity.float() - (noise_of(batch) - batch.x0_MCHW)).square().mean((1, 2, 3))
+
+
 def counted(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """The forwards from now on, as they happen: view, and number of samples with both halves of guidance."""
     forwards: list[tuple[str, int]] = []
@@ -126,11 +138,12 @@ def test_noise_and_sigma_are_shared_by_a_group(make_policy: MakePolicy) -> None:
     for (batch,) in DGPO(config).batches(scored):
         (timestep,) = set(batch.timestep_M.tolist())
         sigma = timestep / 1000
-        noise_GCHW = torch.stack([batch.target_MCHW[first] + x0_BCHW[first] for first in (0, 4)])
-        noise_BCHW = noise_GCHW.repeat_interleave(4, 0)
+        noise_BCHW = noise_of(batch)
+        noise_GCHW = noise_BCHW[::4]
+        assert torch.equal(noise_BCHW, noise_GCHW.repeat_interleave(4, 0))
         largest = max(noise_BCHW.abs().max().item(), x0_BCHW.abs().max().item())
-        # target = noise - x0 and x_t = x0 + sigma (noise - x0), in a few roundings.
-        torch.testing.assert_close(batch.target_MCHW, noise_BCHW - x0_BCHW, rtol=0, atol=4 * EPS * largest)
+        assert torch.equal(batch.x0_MCHW, x0_BCHW)
+        # x_t = x0 + sigma (noise - x0) in a few roundings, the noise to 4 ulp.
         expected = (1 - sigma) * x0_BCHW.double() + sigma * noise_BCHW.double()
         torch.testing.assert_close(batch.x_t_MCHW.double(), expected, rtol=0, atol=8 * EPS * largest)
         assert batch.x_t_MCHW.dtype == batch.timestep_M.dtype == torch.float32
@@ -173,7 +186,7 @@ def test_integer_timesteps_truncate_sigma_too(make_policy: MakePolicy) -> None:
         (timestep,) = set(batch.timestep_M.tolist())
         sigma = timestep / 1000
         x0_BCHW = scored.rollout.x0_BCHW
-        expected = x0_BCHW.double() + sigma * batch.target_MCHW.double()
+        expected = x0_BCHW.double() + sigma * (noise_of(batch) - x0_BCHW).double()
         torch.testing.assert_close(batch.x_t_MCHW.double(), expected, rtol=0, atol=8 * EPS * 6)
         told.add(timestep)
     assert told == {999, 963, 922, 874, 817, 749, 666, 562, 428, 249}
@@ -195,7 +208,7 @@ def test_batches_of_a_group_do_not_depend_on_the_rank(make_policy: MakePolicy) -
     )
     _, (second,) = DGPO(config).batches(both)
     ((only,),) = DGPO(config).batches(alone)
-    for name in ("x_t_MCHW", "target_MCHW", "timestep_M", "advantage_M", "group_M", "group_size_G"):
+    for name in ("x_t_MCHW", "x0_MCHW", "streams_G4", "timestep_M", "advantage_M", "group_M", "group_size_G"):
         assert torch.equal(getattr(second, name), getattr(only, name)), name
     assert (second.group_share, second.sample_share) == (only.group_share, only.sample_share) == (1 / 2, 1 / 8)
 
@@ -224,9 +237,10 @@ def written_loss(policy: Policy, config: Config, batch: DGPOBatch) -> tuple[dict
     settings = config.algorithm
     inputs = (batch.x_t_MCHW, batch.timestep_M, batch.conditioning)
     empty = batch.unconditional
+    target = (noise_of(batch) - batch.x0_MCHW).double()
 
     def error(velocity: Tensor) -> Tensor:
-        return (batch.target_MCHW.double() - velocity.double()).square().mean((1, 2, 3))
+        return (target - velocity.double()).square().mean((1, 2, 3))
 
     with torch.no_grad():
         velocity = policy.velocity("policy", *inputs)[0]
@@ -306,9 +320,9 @@ def test_the_gradient_is_that_of_the_surrogate_and_the_kl_term(make_policy: Make
     inputs = (batch.x_t_MCHW, batch.timestep_M, batch.conditioning)
     with torch.no_grad():
         v_ref, v_old = (policy.velocity(view, *inputs)[0] for view in ("ref", "old"))
-    d_ref, d_old = velocity_errors(v_ref, batch.target_MCHW), velocity_errors(v_old, batch.target_MCHW)
+    d_ref, d_old = mean_squares(v_ref, batch), mean_squares(v_old, batch)
     velocity = policy.velocity("policy", *inputs)[0]
-    d, a, kept = velocity_errors(velocity, batch.target_MCHW), batch.advantage_M, batch.valid_M
+    d, a, kept = mean_squares(velocity, batch), batch.advantage_M, batch.valid_M
     weight_M = torch.cat(
         [torch.sigmoid(BETA * (a * (d - d_ref))[g][kept[g]].mean()).expand(4) for g in (slice(4), slice(4, 8))]
     ).detach()
@@ -348,7 +362,8 @@ def test_pieces_taken_for_groups_would_be_noticed(make_policy: MakePolicy) -> No
     expected, _ = learn(policy, config, scored)
     ((batch,),) = DGPO(config).batches(scored)
     pieces = replace(
-        batch, group_M=torch.arange(32) // 4, group_size_G=torch.full((8,), 4.0), group_share=batch.group_share / 4
+        batch, group_M=torch.arange(32) // 4, streams_G4=batch.streams_G4.repeat_interleave(4, 0),
+        group_size_G=torch.full((8,), 4.0), group_share=batch.group_share / 4,
     )
     assert policy.trainable.grad is not None
     policy.trainable.grad.zero_()
@@ -369,15 +384,14 @@ def test_weights_of_the_first_pass_are_those_of_the_loss(make_policy: MakePolicy
         for batch, weight in zip(batches, weights, strict=True):
             velocity = policy.velocity("policy", batch.x_t_MCHW, batch.timestep_M, batch.conditioning)[0]
             assert velocity.requires_grad
-            scores.append(
-                group_scores(
-                    velocity_errors(velocity, batch.target_MCHW), weight.anchors.reference_error_M, batch.advantage_M,
-                    batch.group_M, batch.group_size_G, beta=1000.0,
-                )
+            errors = velocity_errors(
+                velocity, x0=batch.x0_MCHW, streams=batch.streams_G4, group_M=batch.group_M,
+                reference=weight.anchors.reference_MCHW, unconditional=weight.anchors.unconditional_MCHW,
             )  # fmt: skip
-        weight_G = torch.sigmoid(torch.stack(scores).sum(0))
+            groups = {"advantage_M": batch.advantage_M, "group_M": batch.group_M, "size_G": batch.group_size_G}
+            scores.append(group_scores(errors.policy_M, errors.reference_M, **groups, beta=1000.0))
         for weight in weights:
-            assert torch.equal(weight.weight_G, weight_G)
+            assert torch.equal(weight.score_G, torch.stack(scores).sum(0))
 
 
 def test_no_first_pass_where_groups_are_whole(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,7 +425,7 @@ def test_everything_moved_too_far_gives_no_gradient(make_policy: MakePolicy) -> 
     with torch.no_grad():
         batch = single_batch(config, scored)
         inputs = (batch.x_t_MCHW, batch.timestep_M, batch.conditioning)
-        d, d_old = (velocity_errors(policy.velocity(v, *inputs)[0], batch.target_MCHW) for v in ("policy", "old"))
+        d, d_old = (mean_squares(policy.velocity(v, *inputs)[0], batch) for v in ("policy", "old"))
     # Advantages that praise what improved and blame what did not.
     praised = replace(scored, advantage_B=(d_old - d).sign())
     gradient, found = learn(policy, config, praised)

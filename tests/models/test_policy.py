@@ -17,7 +17,8 @@ from dgpo_fast.flow.rollout import Sampler, sample_latents
 from dgpo_fast.models.policy import TRAINED, Policy, View
 from dgpo_fast.models.sd3 import StableDiffusion3
 from dgpo_fast.models.sources import EMBEDDED
-from dgpo_fast.ops.group_preference import clipped_samples, velocity_errors
+from dgpo_fast.ops.group_preference import clipped_samples
+from dgpo_fast.ops.velocity_errors import velocity_errors
 from dgpo_fast.records import Conditioning
 
 MakePolicy = Callable[..., Policy]
@@ -103,12 +104,13 @@ def test_equal_weights_give_a_ratio_of_exactly_one(make_policy: MakePolicy, dtyp
     policy = make_policy(tiny(f"model.dtype={dtype}"), spread=0.05)
     policy.set_weights("old", policy.trainable.detach())
     inputs = model_inputs(policy.model)
-    target = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+    x0, noise = torch.randn(2, *inputs[0].shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        old_error_M = velocity_errors(policy.velocity("old", *inputs)[0], target)
+        old = policy.velocity("old", *inputs)[0]
     velocity = policy.velocity("policy", *inputs)[0]
     assert velocity.requires_grad
-    error_M = velocity_errors(velocity, target)
+    errors = velocity_errors(velocity, x0=x0, noise=noise, old=old)
+    error_M, old_error_M = errors.policy_M, errors.old_M
     assert torch.equal(torch.exp(old_error_M - error_M), torch.ones(len(PROMPTS)))
     assert not clipped_samples(error_M, old_error_M, torch.tensor([1.0, -1.0, 0.0]), 1e-30).any()
 
@@ -196,7 +198,7 @@ def test_an_optimizer_step_on_the_flat_tensor_descends(make_policy: MakePolicy) 
     optimizer = torch.optim.SGD([policy.trainable], lr=1e-3)
     losses = []
     for _ in range(3):
-        loss = velocity_errors(policy.velocity("policy", *inputs)[0], target).mean()
+        loss = (policy.velocity("policy", *inputs)[0] - target).square().mean()
         loss.backward()
         policy.collect_gradient()
         optimizer.step()

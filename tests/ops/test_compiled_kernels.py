@@ -44,6 +44,8 @@ def test_every_kernel_has_a_case(cases: Cases) -> None:
 def test_bulk_tensors_move_16_bytes_a_thread(cases: Cases) -> None:
     for name, case in cases.items():
         accesses, expected = case["accesses"], case["expected"]
+        if expected is None:
+            continue
         assert {width: accesses.get(width, 0) for width in expected} == expected, name
         assert set(accesses) - set(expected) <= NARROW_LOADS | NARROW_STORES, name
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,8 +13,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dgpo_fast.ops.group_advantages import GroupAdvantages, group_advantages
+from dgpo_fast.ops.group_advantages import GroupAdvantages, group_advantages, reference
 
+OnDevice = Callable[[Any], Any]
+AssertExact = Callable[..., None]
+Implementation = Callable[..., Callable[..., Any]]  # implementation(name, operator=OPERATOR), see conftest.py
+
+OPERATOR = "group_advantages"
 EPSILON, CLAMP = 1e-4, 5.0
 
 Std = Literal["group", "global"]
@@ -150,3 +156,104 @@ def test_advantages_follow_their_samples(sixteenths: list[int], order: list[int]
     reward_B = torch.tensor(sixteenths) / 16
     before, after = advantages(reward_B, 8, std=std), advantages(reward_B[order], 8, std=std)
     torch.testing.assert_close(before.advantage_B[order], after.advantage_B, rtol=4e-7, atol=0)
+
+
+# Every implementation, by the schema.
+
+
+def rewards(dtype: torch.dtype = torch.float32, *, group_size: int = 16) -> tuple[Tensor, Tensor]:
+    """Five groups: ordinary ones, one winner among losers, equal rewards, and one that failed but for a sample."""
+    generator = torch.Generator().manual_seed(3)
+    reward_GS = torch.randn(5, group_size, generator=generator, dtype=torch.float64)
+    reward_GS[1], reward_GS[2] = 0.0, 0.3
+    reward_GS[1, 0] = 1.0
+    valid_GS = torch.rand(5, group_size, generator=generator) < 0.8
+    valid_GS[1], valid_GS[3] = True, False
+    valid_GS[3, 1 % group_size] = True
+    return torch.where(valid_GS, reward_GS, torch.nan).flatten().to(dtype), valid_GS.flatten()
+
+
+@pytest.mark.parametrize("std", ["group", "global"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("group_size", [2, 32, 150])
+def test_every_implementation_follows_the_equation(
+    name: str,
+    implementation: Implementation,
+    group_size: int,
+    dtype: torch.dtype,
+    std: Std,
+    assert_as_exact_as_torch: AssertExact,
+) -> None:
+    reward_B, valid_B = rewards(dtype, group_size=group_size)
+    settings = (group_size, std == "global", EPSILON, CLAMP)
+    advantage_B, std_G, clamped_B = implementation(name)(reward_B, valid_B, *settings)
+    raw, _ = in_float64(reward_B.view(5, -1).numpy(), valid_B.view(5, -1).numpy(), std)
+    assert torch.equal(clamped_B, torch.tensor(abs(raw) > CLAMP).flatten())
+    assert clamped_B.any() or group_size < 32 or std == "global"
+
+    exact, plain = (reference(reward_B.to(t), valid_B, *settings) for t in (torch.float64, dtype))
+    for result, truth, of_torch in zip((advantage_B, std_G), exact, plain, strict=False):
+        if dtype == torch.float64:
+            torch.testing.assert_close(result, truth, rtol=1e-12, atol=1e-12)
+        else:
+            assert_as_exact_as_torch(result, exact=truth, plain=of_torch, implementation=name)
+    equal = slice(2 * group_size, 3 * group_size)
+    assert not advantage_B[equal].any() and std_G[2] == 0
+
+
+def test_strides_do_not_change_a_bit(name: str, implementation: Implementation) -> None:
+    reward_B, valid_B = rewards()
+    apart = (x.repeat_interleave(2)[::2] for x in (reward_B, valid_B))
+    settings = (16, False, EPSILON, CLAMP)
+    for one, other in zip(
+        implementation(name)(*apart, *settings), implementation(name)(reward_B, valid_B, *settings), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_no_rewards_no_advantages(name: str, implementation: Implementation) -> None:
+    results = implementation(name)(torch.zeros(0), torch.zeros(0, dtype=torch.bool), 4, True, EPSILON, CLAMP)
+    assert [tuple(result.shape) for result in results] == [(0,)] * 3
+
+
+def test_every_number_is_written(name: str, implementation: Implementation, poisoned_memory: None) -> None:
+    for result in implementation(name)(*rewards(), 16, False, EPSILON, CLAMP):
+        assert result.isfinite().all()
+
+
+MISTAKES: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "two dimensions": ("reward_B", (torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool), 2)),
+    "half precision": ("reward_B", (torch.zeros(4).half(), torch.ones(4, dtype=torch.bool), 2)),
+    "a truth too few": ("valid_B", (torch.zeros(4), torch.ones(3, dtype=torch.bool), 2)),
+    "numbers for truths": ("valid_B", (torch.zeros(4), torch.ones(4), 2)),
+    "truths elsewhere": ("valid_B", (torch.zeros(4), torch.ones(4, dtype=torch.bool, device="meta"), 2)),
+    "no divisor": ("group_size", (torch.zeros(4), torch.ones(4, dtype=torch.bool), 3)),
+    "no group": ("group_size", (torch.zeros(4), torch.ones(4, dtype=torch.bool), 0)),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_bad_argument_is_named(name: str, implementation: Implementation, mistake: str) -> None:
+    culprit, given = MISTAKES[mistake]
+    with pytest.raises(ValueError, match=f"^{culprit}: "):
+        implementation(name)(*given, False, EPSILON, CLAMP)
+
+
+def test_an_unknown_std_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^std: expected 'group' or 'global', got 'local'"):
+        advantages(torch.zeros(4), 2, std="local")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("global_std", [False, True])
+def test_opcheck(global_std: bool, on_device: OnDevice) -> None:
+    torch.library.opcheck(
+        torch.ops.dgpo_fast.group_advantages.default, (*on_device(rewards()), 16, global_std, EPSILON, CLAMP)
+    )
+
+
+def test_compiles_into_one_graph(on_device: OnDevice) -> None:
+    compiled = torch.compile(group_advantages, fullgraph=True, backend="aot_eager")
+    settings = {"group_size": 16, "std": "global", "epsilon": EPSILON, "clamp": CLAMP}
+    given = on_device(rewards())
+    for one, other in zip(compiled(*given, **settings), group_advantages(*given, **settings), strict=True):
+        assert torch.equal(one, other)
