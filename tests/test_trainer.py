@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +213,25 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path, quick: tu
         trainer.run_iteration()
     assert trainer.step == 0
     assert torch.equal(trainer.policy.trainable, before)
+
+
+def test_the_reference_operators_train_alike(
+    straight_run: Path, quick: tuple[str, ...], child_environment: dict[str, str], tmp_path: Path
+) -> None:
+    """The golden run: what the fused operators compute is what their definitions in eager PyTorch compute."""
+    command = [sys.executable, "-m", "dgpo_fast", "train", "tiny-dgpo", "--out", tmp_path / "run", "--steps", "2"]
+    run = subprocess.run(
+        [*command, *(part for override in quick if not override.startswith("steps=") for part in ("--set", override))],
+        env={**child_environment, "DGPO_FAST_OPS": "reference"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "operators on cpu: " in run.stderr and "native" not in run.stderr
+    fused, eager = (
+        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[:2]]
+        for out in (straight_run, tmp_path / "run")
+    )
+    for one, other in zip(fused, eager, strict=True):
+        for name in ("reward_mean", "loss", "dgpo_loss", "surrogate_loss", "kl", "group_weight_mean", "grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-7), name

@@ -362,8 +362,11 @@ def test_pieces_taken_for_groups_would_be_noticed(make_policy: MakePolicy) -> No
     expected, _ = learn(policy, config, scored)
     ((batch,),) = DGPO(config).batches(scored)
     pieces = replace(
-        batch, group_M=torch.arange(32) // 4, streams_G4=batch.streams_G4.repeat_interleave(4, 0),
-        group_size_G=torch.full((8,), 4.0), group_share=batch.group_share / 4,
+        batch,
+        group_M=torch.arange(32) // 4,
+        streams_G4=batch.streams_G4.repeat_interleave(4, 0),
+        group_size_G=torch.full((8,), 4.0),
+        group_share=batch.group_share / 4,
     )
     assert policy.trainable.grad is not None
     policy.trainable.grad.zero_()

@@ -219,11 +219,30 @@ MISTAKES: dict[str, tuple[str, Callable[[Arguments], Arguments]]] = {
 }
 
 
+OUT_OF_RANGE = ("negative sigma", "sigma that is not a number", "group after the last", "negative group")
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_bad_argument_is_named(name: str, implementation: Implementation, mistake: str) -> None:
+def test_a_bad_argument_is_named(name: str, implementation: Implementation, mistake: str, device: str) -> None:
     culprit, spoil = MISTAKES[mistake]
+    if device == "cuda" and mistake in (*OUT_OF_RANGE, "words of 33 bits"):
+        pytest.skip("to look would wait for the device")
     with pytest.raises(ValueError, match=f"^{culprit}: "):
         implementation(name)(*spoil(arguments()))
+
+
+@pytest.mark.parametrize("mistake", OUT_OF_RANGE)
+def test_what_cannot_be_interpolated_is_nan_on_cuda(
+    name: str, implementation: Implementation, mistake: str, device: str
+) -> None:
+    if device == "cpu" or name == "reference":
+        pytest.skip("raises: ValueError on the CPU, torch's own error in eager torch on CUDA")
+    given = arguments()
+    spoiled = MISTAKES[mistake][1](given)
+    bad = (spoiled.group_B < 0) | (spoiled.group_B > 3) | ~(spoiled.sigma_B >= 0)
+    assert bad.any()
+    for result in implementation(name)(*spoiled):
+        assert torch.equal(result.isnan().flatten(1).all(1), bad)
 
 
 def test_noise_comes_from_one_place() -> None:

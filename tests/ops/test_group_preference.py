@@ -478,6 +478,8 @@ def test_a_bad_argument_is_named(name: str, implementation: Implementation, mist
     culprit, spoil = MISTAKES[mistake]
     spoiled = spoil(arguments([3, 4]))
     if device == "cuda" and mistake in ("group after the last", "negative group"):
+        if name == "reference":
+            pytest.skip("torch's own error, after which the device is lost")
         objective, surrogate, _, _ = implementation(name)(*spoiled)
         assert objective.isnan() and surrogate.isnan(), "to raise would wait for the device"
         return
