@@ -153,7 +153,7 @@ def _fake_backward(grad_x_t: Tensor, grad_target: Tensor | None, sigma_B: Tensor
     return grad_x_t.new_empty(grad_x_t.shape)
 
 
-_flow_interpolate = define(
+define(
     "flow_interpolate(Tensor x0, Tensor sigma_B, Tensor? noise, Tensor? streams, Tensor group_B, bool with_target)"
     " -> (Tensor, Tensor)",
     check=_check,
@@ -179,4 +179,4 @@ def _backward(ctx: Any, grad_x_t: Tensor, grad_target: Tensor) -> tuple[Tensor |
     return grad_x0, None, None, None, None, None
 
 
-differentiate("flow_interpolate", setup_context=_save, backward=_backward)
+_flow_interpolate = differentiate("flow_interpolate", setup_context=_save, backward=_backward)

@@ -273,7 +273,7 @@ _group_scores = define(
     reference=reference_scores,
     fake=_fake_scores,
 )
-_group_preference = define(
+define(
     "group_preference(Tensor error_M, Tensor reference_error_M, Tensor advantage_M, Tensor group_M, Tensor size_G,"
     " Tensor? score_G, Tensor? old_error_M, float beta, float clip)"
     " -> (Tensor objective, Tensor surrogate, Tensor weight_G, Tensor clipped_M)",
@@ -302,4 +302,4 @@ def _backward(ctx: Any, grad_objective: Tensor, grad_surrogate: Tensor, *_: Tens
     return grad_error_M, *(None for _ in range(8))
 
 
-differentiate("group_preference", setup_context=_save, backward=_backward)
+_group_preference = differentiate("group_preference", setup_context=_save, backward=_backward)

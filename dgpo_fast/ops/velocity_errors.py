@@ -253,7 +253,7 @@ def _fake_backward(
     return velocity.new_empty(velocity.shape)
 
 
-_velocity_errors = define(
+define(
     "velocity_errors(Tensor velocity, Tensor x0, Tensor? noise, Tensor? streams, Tensor group_M, Tensor? old,"
     " Tensor? reference, Tensor? unconditional, float guidance) -> Tensor",
     check=_check,
@@ -279,4 +279,4 @@ def _backward(ctx: Any, grad_4M: Tensor) -> tuple[Tensor | None, ...]:
     return grad_velocity, *(None for _ in range(8))
 
 
-differentiate("velocity_errors", setup_context=_save, backward=_backward)
+_velocity_errors = differentiate("velocity_errors", setup_context=_save, backward=_backward)
