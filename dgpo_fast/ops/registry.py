@@ -6,7 +6,8 @@ two candidates, of which one is registered: Triton, and the CUDA C++ library `_c
 in a namespace of their own, `dgpo_fast_cuda`. An operator `name` is defined in `dgpo_fast/ops/<stem>.py`, and its
 Triton launcher is `dgpo_fast.kernels.<stem>.<name>`: by that convention alone it is found.
 
-The environment variable DGPO_FAST_OPS forces one implementation. It is read once, when this module is imported.
+Two environment variables are read once, when this module is imported: DGPO_FAST_OPS forces one implementation, and
+DGPO_FAST_NATIVE_DIR names another directory that holds the libraries, such as a build with sanitizers.
 """
 
 from __future__ import annotations
@@ -28,10 +29,8 @@ Choice = Literal["auto", "reference", "triton", "native"]
 
 Device = Literal["cpu", "cuda"]
 
-NATIVE_LIBRARIES: dict[Device, Path] = {
-    "cpu": Path(__file__).resolve().parents[1] / "_cpu.so",
-    "cuda": Path(__file__).resolve().parents[1] / "_cuda.so",
-}
+_NATIVE_DIR = Path(os.environ.get("DGPO_FAST_NATIVE_DIR", Path(__file__).parents[1])).resolve()
+NATIVE_LIBRARIES: dict[Device, Path] = {"cpu": _NATIVE_DIR / "_cpu.so", "cuda": _NATIVE_DIR / "_cuda.so"}
 
 NATIVE_WINS_ON_CUDA: dict[str, str] = {}
 """Operators that CUDA C++ serves rather than Triton, and the file in benchmarks/results/ that says why."""
