@@ -21,7 +21,7 @@ PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check
 # With torch in sight, as without build isolation, its setup.py asks for nvcc; its dependencies come with the package.
 DEEPSPEED := $(PIP_INSTALL) --quiet --no-deps deepspeed
 
-.PHONY: help setup test test-full demo bench lint clean
+.PHONY: help setup test test-full demo bench sanitize lint clean
 
 help:
 	@echo 'make demo       set up, fine-tune the embedded pipeline with DGPO, evaluate it   (minutes on two CPU cores)'
@@ -29,6 +29,7 @@ help:
 	@echo 'make test-full  the same with the slow sweeps'
 	@echo 'make setup      the environment alone'
 	@echo 'make bench      time the operators; CSV files in runs/bench'
+	@echo 'make sanitize   the C++ operators and their tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)'
 	@echo 'make lint       style and types'
 	@echo 'make clean      remove what was built, and keep the environment and runs/'
 
@@ -87,8 +88,22 @@ demo: setup
 
 bench: setup
 	@echo 'bench: times every operator on this machine; a few minutes; CSV files in runs/bench.'
-	@for script in benchmarks/bench_*.py; do \
-		$(PY) -m benchmarks.$$(basename $$script .py) --out runs/bench || exit 1; done
+	@status=0; for script in benchmarks/bench_*.py; do \
+		$(PY) -m benchmarks.$$(basename $$script .py) --out runs/bench || status=1; done; exit $$status
+
+SANITIZED := build/sanitize
+# Python itself is not instrumented, so the runtimes come first into the process, and its leaks are its own.
+SANITIZERS = LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+
+sanitize: setup
+	@echo 'sanitize: builds the C++ operators and their tests in $(SANITIZED); a minute or two.'
+	$(PY) -m cmake -S . -B $(SANITIZED) -DDGPO_FAST_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX) \
+		-DPython3_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')"
+	$(PY) -m cmake --build $(SANITIZED) --parallel
+	CTEST_OUTPUT_ON_FAILURE=1 $(PY) -m cmake --build $(SANITIZED) --target test
+	$(SANITIZERS) DGPO_FAST_OPS=native DGPO_FAST_NATIVE_DIR=$(SANITIZED) \
+		$(PY) -m pytest -q --capture=sys tests/ops -k 'not reference' -m 'not own_process and not slow'
 
 lint: setup
 	$(PY) -m ruff check .

@@ -1,73 +1,53 @@
-"""The solver step on the CPU: the C++ kernel against eager PyTorch and torch.compile.
+"""The solver step, with guidance, into new memory and in place.
 
-    python -m benchmarks.bench_solver_step [--out DIR]
+    python -m benchmarks.bench_solver_step [--device cpu|cuda] [--out DIR] [--rounds N] [--check]
 
-Bytes of one step, reading the states and both velocities once and writing the states once, for n elements a state:
+Bytes of one step, reading the K states and both velocities once and writing the states once, for n elements a state:
 
     n (2 K sizeof(state) + 2 sizeof(velocity))
 
-and the roof is the bandwidth of a copy that moves as many. Small shapes live in the cache, and a call costs some 6 us.
+Small shapes live in a cache of the CPU, and a call costs some 6 us there. A library's scheduler is no baseline: none
+does guidance and the update of all states in one call.
 """
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Iterator, Sequence
 from itertools import product
-from pathlib import Path
+from math import prod
 
 import torch
-from torch import Tensor
 
-from benchmarks.timing import copy_gbps, interleaved, report
-from dgpo_fast import ops
-from dgpo_fast.ops.solver_step import reference
+from benchmarks.operator_table import Case, Shape, dimensions, main
+from dgpo_fast.ops.solver_step import reference, reference_
 
-SHAPES = ((1, 16, 16, 16), (16, 16, 16, 16), (16, 16, 64, 64))
+SHAPES = {
+    "cpu": ((1, 16, 16, 16), (16, 16, 16, 16), (16, 16, 64, 64)),
+    "cuda": ((16, 16, 64, 64), (128, 16, 64, 64), (128, 16, 128, 128)),
+    "odd": ((3, 1, 5, 7), (2, 16, 4, 8)),
+}
 NUM_STATES = (2, 4)  # DPM-Solver++ 2M and UniPC
 NUM_EVALUATIONS = 10
 
 
-def arguments(num_states: int, shape: tuple[int, ...], velocity_dtype: torch.dtype) -> tuple[Tensor, ...]:
-    table = torch.randn(NUM_EVALUATIONS, num_states, num_states + 2, dtype=torch.float64)
-    velocities = (torch.randn(shape).to(velocity_dtype) for _ in range(2))
-    return torch.randn(num_states, *shape), *velocities, table, torch.full(shape[:1], 3)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="also write solver_step.csv there")
-    out = parser.parse_args().out
-    torch.manual_seed(0)
-    rows = []
-    for shape, num_states, velocity_dtype in product(SHAPES, NUM_STATES, (torch.float32, torch.bfloat16)):
-        given = arguments(num_states, shape, velocity_dtype)
-        torch.compiler.reset()  # each case gets a graph of its own, with its sizes known
-        variants = {**ops.implementations("solver_step"), "torch.compile": torch.compile(reference, fullgraph=True)}
-        variants.pop("triton", None)  # it would be its interpreter
-        for name, call in variants.items():  # no time for a wrong result
-            torch.testing.assert_close(call(*given), reference(*given), msg=lambda text, name=name: f"{name}: {text}")
-        num_bytes = given[1].numel() * (2 * num_states * 4 + 2 * velocity_dtype.itemsize)
-        roof_gbps = copy_gbps(num_bytes)
-        durations = interleaved({name: lambda call=call, given=given: call(*given) for name, call in variants.items()})
-        for name, duration in durations.items():
-            gbps = num_bytes / duration.median_us * 1e-3
-            rows.append(
-                {
-                    "implementation": name,
-                    "K": num_states,
-                    "shape": "x".join(map(str, shape)),
-                    "velocity": str(velocity_dtype).removeprefix("torch."),
-                    "bytes": num_bytes,
-                    "median_us": f"{duration.median_us:.1f}",
-                    "low_us": f"{duration.low_us:.1f}",
-                    "high_us": f"{duration.high_us:.1f}",
-                    "gbps": f"{gbps:.1f}",
-                    "share_of_copy": f"{gbps / roof_gbps:.2f}",
-                    "threads": torch.get_num_threads(),
-                }
+def cases(shapes: Sequence[Shape], device: torch.device) -> Iterator[Case]:
+    for shape, num_states, dtype in product(shapes, NUM_STATES, (torch.float32, torch.bfloat16)):
+        state_KBN = torch.randn(num_states, *shape, device=device)
+        velocities = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+        # Rows that sum to less than 1, so that a state updated in place thousands of times stays a number.
+        table = torch.rand(NUM_EVALUATIONS, num_states, num_states + 2, dtype=torch.float64, device=device)
+        row_B = torch.full(shape[:1], 3, device=device)
+        arguments = (state_KBN, *velocities, table / (num_states + 2), row_B)
+        for operator, in_eager_torch in (("solver_step", reference), ("solver_step_", reference_)):
+            yield Case(
+                operator=operator,
+                label=f"{dimensions(shape)} K={num_states}",
+                dtype=dtype,
+                arguments=arguments,
+                num_bytes=prod(shape) * (2 * num_states * state_KBN.itemsize + 2 * dtype.itemsize),
+                reference=in_eager_torch,
             )
-    report(rows, name="solver_step", out=out)
 
 
 if __name__ == "__main__":
-    main()
+    main("solver_step", __doc__, cases, SHAPES)

@@ -39,7 +39,7 @@ def machine_name() -> str:
     """The device in words: the GPU's name, or the processor's with its cores."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
-    return f"{_processor()}, {num_cores()} cores"
+    return f"{processor_name()}, {num_cores()} cores"
 
 
 def num_cores() -> int:
@@ -54,7 +54,8 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """The processor in words."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]

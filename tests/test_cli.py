@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import re
 import shutil
@@ -375,8 +376,35 @@ def test_doctor_knows_the_operators(dgpo_fast: CommandLine) -> None:
 
     status, stdout, stderr = dgpo_fast("doctor")
     assert (status, stderr) == (0, "")
-    for word in ("machine", "torch", "flash-attn", "native library", "triton", "TRITON_INTERPRET", "solver_step_"):
+    for word in ("machine", "torch", "flash-attn", "native library", "triton", "TRITON_INTERPRET", "on cpu"):
         assert word in stdout
+    (row,) = (line.split() for line in stdout.splitlines() if "solver_step" in line)
+    assert row[:3] == ["solver_step", "in", "place"]
+    for reason in findings["because"]["cpu"]:
+        assert f"on cpu: {reason}" in " ".join(stdout.split())
+
+
+def test_doctor_says_which_form_of_an_operator_falls_back() -> None:
+    from rich.console import Console
+
+    from dgpo_fast.doctor import examine, render
+
+    def served(operator: str, device: str, implementation: str, language: str) -> dict[str, str]:
+        return {
+            "operator": operator, "stem": "norm", "device": device, "implementation": implementation,
+            "reason": "", "language": language,
+        }  # fmt: skip
+
+    operators = [
+        served("norm", "cpu", "native", "C++"), served("norm", "cuda", "triton", "Triton"),
+        served("norm_backward", "cpu", "reference", "PyTorch"), served("norm_backward", "cuda", "triton", "Triton"),
+    ]  # fmt: skip
+    findings = {**examine(), "operators": operators, "because": {"cpu": ["first", "second"], "cuda": ["third"]}}
+    page = io.StringIO()
+    Console(file=page, width=120).print(render(findings))
+    shown = [" ".join(line.split()) for line in page.getvalue().splitlines()]
+    assert "norm backward C++, backward: PyTorch Triton" in shown
+    assert shown[-3:] == ["on cpu: first", "on cpu: second", "on cuda: third"]
 
 
 def test_profile_accounts_for_the_whole_iteration(

@@ -6,7 +6,8 @@ two candidates, of which one is registered: Triton, and the CUDA C++ library `_c
 in a namespace of their own, `dgpo_fast_cuda`. An operator `name` is defined in `dgpo_fast/ops/<stem>.py`, and its
 Triton launcher is `dgpo_fast.kernels.<stem>.<name>`: by that convention alone it is found.
 
-The environment variable DGPO_FAST_OPS forces one implementation. It is read once, when this module is imported.
+Two environment variables are read once, when this module is imported: DGPO_FAST_OPS forces one implementation, and
+DGPO_FAST_NATIVE_DIR names another directory that holds the libraries, such as a build with sanitizers.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ Choice = Literal["auto", "reference", "triton", "native"]
 
 Device = Literal["cpu", "cuda"]
 
-NATIVE_LIBRARIES: dict[Device, Path] = {
-    "cpu": Path(__file__).resolve().parents[1] / "_cpu.so",
-    "cuda": Path(__file__).resolve().parents[1] / "_cuda.so",
-}
+_NATIVE_DIR = Path(os.environ.get("DGPO_FAST_NATIVE_DIR", Path(__file__).parents[1])).resolve()
+NATIVE_LIBRARIES: dict[Device, Path] = {"cpu": _NATIVE_DIR / "_cpu.so", "cuda": _NATIVE_DIR / "_cuda.so"}
+
+_FUSED = "one pass over memory"
 
 NATIVE_WINS_ON_CUDA: dict[str, str] = {}
 """Operators that CUDA C++ serves rather than Triton, and the file in benchmarks/results/ that says why."""
@@ -40,12 +41,22 @@ NATIVE_WINS_ON_CUDA: dict[str, str] = {}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
-    """Which implementation of an operator serves a device type ("cpu" or "cuda"), and why."""
+    """Which implementation of an operator serves a device type ("cpu" or "cuda"), and why.
+
+    An operator's gradient and its in-place form are operators of the same stem, that of the file they are defined in.
+    """
 
     operator: str
+    stem: str
     device: str
     implementation: str
     reason: str
+
+    @property
+    def language(self) -> str:
+        """What the implementation is written in."""
+        native = "C++" if self.device == "cpu" else "CUDA C++"
+        return {"reference": "PyTorch", "triton": "Triton", "native": native}[self.implementation]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +125,7 @@ def define(
     _LIBRARY.impl(name, checked_reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dgpo_fast::{name}", fake, lib=_LIBRARY)
 
-    servings = tuple(_serving(name, device) for device in ("cpu", *(("cuda",) if torch.version.cuda else ())))
+    servings = tuple(_serving(name, stem, device) for device in ("cpu", *(("cuda",) if torch.version.cuda else ())))
     for serving in servings:
         if serving.implementation == "triton":
             _LIBRARY.impl(name, triton, serving.device.upper())
@@ -179,13 +190,27 @@ def serving(name: str | None = None) -> tuple[Serving, ...]:
 
 
 def describe_serving(device: str) -> str:
-    """One line to start a run with: "operators on cpu: native for solver_step, ... (C++, one pass over memory)"."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for choice in serving():
-        if choice.device == device:
-            groups.setdefault((choice.implementation, choice.reason), []).append(choice.operator)
-    parts = (f"{by} for {', '.join(names)} ({reason})" for (by, reason), names in groups.items())
-    return f"operators on {device}: {'; '.join(parts)}"
+    """One line to start a run with: "operators on cpu: C++ for 20 of 22 (one pass over memory), PyTorch for ..."."""
+    return f"operators on {device}: {', '.join(serving_by_reason(device))}"
+
+
+def serving_by_reason(device: str) -> list[str]:
+    """What serves the operators of a device and why, a phrase for each reason: the commonest counts, others name."""
+    here = [choice for choice in serving() if choice.device == device]
+    groups: dict[tuple[str, str], list[Serving]] = {}
+    for choice in here:
+        groups.setdefault((choice.language, choice.reason), []).append(choice)
+    phrases: list[str] = []
+    for (language, reason), group in sorted(groups.items(), key=lambda item: len(item[1]), reverse=True):
+        count = f"all {len(here)}" if len(group) == len(here) else f"{len(group)} of {len(here)}"
+        phrases.append(f"{language} for {', '.join(_names(group, here)) if phrases else count} ({reason})")
+    return phrases
+
+
+def _names(group: list[Serving], everything: list[Serving]) -> list[str]:
+    """The operators of a group, or their stem where all operators of the stem are in it."""
+    whole = {choice.stem for choice in group} - {choice.stem for choice in everything if choice not in group}
+    return list(dict.fromkeys(choice.stem if choice.stem in whole else choice.operator for choice in group))
 
 
 def _operator(name: str) -> _Operator:
@@ -224,9 +249,9 @@ def _has_native_cuda_kernel(name: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"dgpo_fast_cuda::{name}", "CUDA")
 
 
-def _serving(name: str, device: str) -> Serving:
+def _serving(name: str, stem: str, device: str) -> Serving:
     implementation, reason = _choice_for_cpu(name) if device == "cpu" else _choice_for_cuda(name)
-    return Serving(operator=name, device=device, implementation=implementation, reason=reason)
+    return Serving(operator=name, stem=stem, device=device, implementation=implementation, reason=reason)
 
 
 def _choice_for_cpu(name: str) -> tuple[str, str]:
@@ -240,23 +265,26 @@ def _choice_for_cpu(name: str) -> tuple[str, str]:
     if (missing := _MISSING["cpu"]) is not None:
         return "reference", missing
     if not _has_native_cpu_kernel(name):
-        return "reference", "the native library has no kernel for it"
-    return "native", "C++, one pass over memory" if _CHOICE == "auto" else forced
+        return "reference", "no kernel in the native library"
+    return "native", _FUSED if _CHOICE == "auto" else forced
 
 
 def _choice_for_cuda(name: str) -> tuple[str, str]:
     forced = f"forced by DGPO_FAST_OPS={_CHOICE}"
     if _CHOICE == "reference":
         return "reference", forced
+    has_native = _has_native_cuda_kernel(name)
+    without_native = _MISSING["cuda"] or "no kernel in the native library"
     if _CHOICE == "native":
-        return ("native", forced) if _has_native_cuda_kernel(name) else ("reference", _MISSING["cuda"] or "no kernel")
-    if _has_native_cuda_kernel(name) and name in NATIVE_WINS_ON_CUDA:
+        return ("native", forced) if has_native else ("reference", without_native)
+    if has_native and name in NATIVE_WINS_ON_CUDA:
         return "native", f"faster than Triton: {NATIVE_WINS_ON_CUDA[name]}"
-    if find_spec("triton") is not None:
-        return "triton", forced if _CHOICE == "triton" else "fused; not timed against CUDA C++ yet"
-    if _has_native_cuda_kernel(name):
-        return "native", "triton is not installed"
-    return "reference", f"triton is not installed, and {_MISSING['cuda']}"
+    if find_spec("triton") is None:
+        triton_is_missing = "triton is not installed"
+        return ("native", triton_is_missing) if has_native else ("reference", f"{triton_is_missing}; {without_native}")
+    if _CHOICE == "triton":
+        return "triton", forced
+    return "triton", "not timed against CUDA C++ yet" if has_native else _FUSED
 
 
 def _load_native_libraries() -> dict[Device, str | None]:

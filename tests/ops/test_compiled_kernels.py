@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.own_process
+
 HERE = Path(__file__).parent
 # What moves little: one number for a whole block or row.
 NARROW_LOADS = {"LDG.E", "LDG.E.64", "LDG.E.U16"}

@@ -16,7 +16,10 @@ SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 CMAKE = Path(sys.executable).with_name("cmake")
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc, and none is required")
+pytestmark = [
+    pytest.mark.own_process,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc, and none is required"),
+]
 
 
 class Kernel(NamedTuple):

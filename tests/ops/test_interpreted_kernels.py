@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.own_process
+
 HERE = Path(__file__).parent
 # What is not an operator is a part of some.
 PARTS = {"numbers", "random_normal", "samples"}

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.own_process
+
 ROOT = Path(__file__).resolve().parents[2]
 # Beside this Python, whose environment need not be the active one.
 CMAKE = Path(sys.executable).with_name("cmake")

@@ -32,8 +32,36 @@ def test_a_run_says_in_one_line_what_serves_the_operators_of_its_device() -> Non
     line = ops.describe_serving("cpu")
     assert line.startswith("operators on cpu: ") and "\n" not in line
     for serving in (serving for serving in ops.serving() if serving.device == "cpu"):
-        assert serving.operator in line and serving.reason in line
-    assert ops.serving("solver_step")[0].implementation in line
+        assert f"{serving.language} for " in line and f"({serving.reason})" in line
+
+
+def test_the_line_names_what_the_commonest_implementation_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    servings = [
+        *(served("norm", form, "native", "one pass over memory") for form in ("", "_backward")),
+        *(served("gate", form, "native", "one pass over memory") for form in ("", "_backward")),
+        *(served("step", form, "reference", "not built") for form in ("", "_")),
+        served("gelu", "", "native", "one pass over memory"),
+        served("gelu", "_backward", "reference", "not built"),
+        served("adam", "_", "triton", "forced"),
+        served("adam", "_", "native", "forced", device="cuda"),
+    ]
+    monkeypatch.setattr(registry, "serving", lambda: servings)
+    assert ops.describe_serving("cpu") == (
+        "operators on cpu: C++ for 5 of 9 (one pass over memory), "
+        "PyTorch for step, gelu_backward (not built), Triton for adam (forced)"
+    )
+    assert ops.describe_serving("cuda") == "operators on cuda: CUDA C++ for all 1 (forced)"
+
+
+def served(stem: str, form: str, implementation: str, reason: str, *, device: str = "cpu") -> ops.Serving:
+    return ops.Serving(operator=f"{stem}{form}", stem=stem, device=device, implementation=implementation, reason=reason)
+
+
+def test_an_operator_and_its_other_forms_share_a_stem() -> None:
+    stems = {serving.operator: serving.stem for serving in ops.serving()}
+    assert stems["solver_step"] == stems["solver_step_"] == "solver_step"
+    assert stems["velocity_errors_backward"] == "velocity_errors"
+    assert all(operator.startswith(stem) for operator, stem in stems.items())
 
 
 def test_an_unknown_operator_is_refused() -> None:
@@ -66,6 +94,18 @@ def test_a_broken_library_is_a_reason(tmp_path: Path) -> None:
     broken = tmp_path / "_cpu.so"
     broken.write_text("not a library")
     assert "does not load" in str(registry.load_native_library(broken, choice="auto"))
+
+
+def test_the_libraries_are_looked_for_where_the_environment_says(tmp_path: Path) -> None:
+    program = "from dgpo_fast.ops.registry import NATIVE_LIBRARIES as there; print(there['cpu'], there['cuda'])"
+    environ = {name: value for name, value in os.environ.items() if name != "DGPO_FAST_OPS"}
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**environ, "DGPO_FAST_NATIVE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.split() == [f"{tmp_path}/_cpu.so", f"{tmp_path}/_cuda.so"], run.stderr
 
 
 def test_the_reference_serves_where_forced() -> None:

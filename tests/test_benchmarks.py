@@ -1,0 +1,163 @@
+"""The frame of the benchmarks: what is wrong gets no time, what is missing is named, and every operator has its script.
+
+Times themselves are not looked at: they are the machine's.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dgpo_fast import ops
+from dgpo_fast.ops.solver_step import reference, reference_
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py"))
+
+Run = Callable[..., tuple[int, list[dict[str, str]], str]]
+
+
+@pytest.fixture(autouse=True)
+def from_the_clone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """benchmarks/ is no part of the package. Nothing is compiled: that takes seconds a case."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@pytest.fixture
+def make_case() -> Callable[..., Any]:
+    """`make_case(**changes)`: one step of the solver, of 2 x 3 numbers."""
+    from benchmarks.operator_table import Case
+
+    def make(operator: str = "solver_step", **changes: Any) -> Case:
+        table = torch.tensor([[[0.5, 0.25, 0.125]]], dtype=torch.float64)
+        arguments = (torch.ones(1, 2, 3), torch.ones(2, 3), torch.ones(2, 3), table, torch.tensor([0, 0]))
+        default = reference_ if operator.endswith("_") else reference
+        given = {"reference": default, "label": "2x3", "dtype": torch.float32, "num_bytes": 96, "arguments": arguments}
+        return Case(operator=operator, **{**given, **changes})
+
+    return make
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`run(case, rounds=2)`: the exit status, the rows of the CSV file, and what people see."""
+    from benchmarks.operator_table import run as run_cases
+
+    def run_one(case: Any, *, rounds: int = 2) -> tuple[int, list[dict[str, str]], str]:
+        status = run_cases("steps", [case], device="cpu", out=tmp_path, rounds=rounds)
+        with (tmp_path / "steps.csv").open() as file:
+            return status, list(csv.DictReader(file)), capsys.readouterr().err
+
+    return run_one
+
+
+def test_rows_say_what_was_measured_and_on_what(run: Run, make_case: Callable[..., Any]) -> None:
+    from benchmarks.operator_table import COLUMNS
+
+    status, rows, _ = run(make_case())
+    assert status == 0
+    own = {*ops.implementations("solver_step")} - {"reference", "triton"}
+    assert {row["implementation"] for row in rows} == {"eager", "torch.compile", "copy"} | own
+    for row in rows:
+        assert tuple(row) == COLUMNS
+        assert (row["operator"], row["case"], row["dtype"], row["bytes"]) == ("solver_step", "2x3", "float32", "96")
+        assert float(row["low_us"]) <= float(row["median_us"]) <= float(row["high_us"])
+        assert float(row["gbps"]) == pytest.approx(96 / float(row["median_us"]) * 1e-3, abs=0.051)
+        assert all(row[column] for column in ("device", "torch", "commit", "date"))
+    assert [row["share_of_copy"] for row in rows if row["implementation"] == "copy"] == ["1.000"]
+
+
+def slightly_wrong(*arguments: Any) -> Tensor:
+    return reference(*arguments) * (1 + 1e-5)
+
+
+def of_another_dtype(*arguments: Any) -> Tensor:
+    return reference(*arguments).double()
+
+
+def not_a_number(*arguments: Any) -> Tensor:
+    return reference(*arguments) * torch.nan
+
+
+def broken(*arguments: Any) -> Tensor:
+    raise RuntimeError("no such kernel\nand a long story")
+
+
+@pytest.mark.parametrize("wrong", [slightly_wrong, of_another_dtype, not_a_number, broken])
+def test_what_is_wrong_gets_no_time_and_fails_the_script(
+    run: Run, make_case: Callable[..., Any], wrong: Callable[..., Tensor]
+) -> None:
+    status, rows, shown = run(make_case(implementations={"right": reference, "wrong": wrong}))
+    assert status == 1
+    assert {row["implementation"] for row in rows} == {"eager", "torch.compile", "right", "copy"}
+    (line,) = (line for line in shown.splitlines() if line.startswith("wrong: "))
+    if wrong is broken:
+        assert line == "wrong: RuntimeError: no such kernel"
+
+
+def test_a_wrong_baseline_fails_the_script_as_well(run: Run, make_case: Callable[..., Any]) -> None:
+    rough = run(make_case(baselines={"library": slightly_wrong}))
+    assert rough[0] == 1
+    rounded = run(make_case(baselines={"library": lambda *arguments: reference(*arguments) * (1 + 1e-6)}))
+    assert rounded[0] == 0, "a baseline may round between its steps"
+
+
+def test_a_library_that_is_missing_is_named(run: Run, make_case: Callable[..., Any]) -> None:
+    from benchmarks.operator_table import library
+
+    assert library("no_such_package.norms", "norm") is None
+    assert library("torch.nn", "Linear") is torch.nn.Linear
+    status, rows, shown = run(make_case(baselines={"library": None}))
+    assert status == 0
+    assert "library: not installed" in shown.splitlines()
+    assert "library" not in {row["implementation"] for row in rows}
+
+
+def test_an_update_in_place_is_judged_by_what_it_writes(run: Run, make_case: Callable[..., Any]) -> None:
+    lazy = make_case("solver_step_", implementations={"right": reference_, "lazy": lambda *arguments: None})
+    before = lazy.arguments[0].clone()
+    status, rows, shown = run(lazy, rounds=0)
+    assert (status, rows) == (1, [])
+    assert "correct: eager, torch.compile, right" in shown.splitlines()
+    assert any(line.startswith("lazy: ") for line in shown.splitlines())
+    assert torch.equal(lazy.arguments[0], before), "a check works on copies"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_variant_of_every_script_is_correct(script: str, tmp_path: Path) -> None:
+    from benchmarks.operator_table import run as run_cases
+
+    module = importlib.import_module(f"benchmarks.{script}")
+    cases = module.cases(module.SHAPES["odd"], torch.device("cpu"))
+    assert run_cases(script, cases, device="cpu", out=tmp_path, rounds=0) == 0
+
+
+@pytest.mark.skipif(ops.serving()[0].implementation == "reference", reason="there is nothing but the reference")
+def test_every_operator_is_launched(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import launches
+
+    monkeypatch.setattr("sys.argv", ["launches", "--device", "cpu"])
+    with pytest.raises(SystemExit) as ended:
+        launches.main()
+    assert ended.value.code == 0, capsys.readouterr().out
+
+
+def test_an_operator_without_a_launch_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import launches
+
+    monkeypatch.setattr("sys.argv", ["launches", "--device", "cpu"])
+    monkeypatch.setattr(launches, "SCRIPTS", ["bench_flow_interpolate"])
+    with pytest.raises(SystemExit) as ended:
+        launches.main()
+    assert ended.value.code == 1
+    assert "velocity_errors_backward: not launched" in capsys.readouterr().out
