@@ -25,11 +25,11 @@ struct DenseGroups {
 
   DenseGroups(const Tensor& error_M, const Tensor& reference_error_M, const Tensor& advantage_M, const Tensor& group_M,
               const Tensor& size_G)
-      : error(torch::stable::contiguous(error_M)),
-        reference_error(torch::stable::contiguous(reference_error_M)),
-        advantage(torch::stable::contiguous(advantage_M)),
-        group(torch::stable::contiguous(group_M)),
-        size(torch::stable::contiguous(size_G)) {}
+      : error(dense(error_M)),
+        reference_error(dense(reference_error_M)),
+        advantage(dense(advantage_M)),
+        group(dense(group_M)),
+        size(dense(size_G)) {}
 
   template <typename number_t>
   Groups<number_t> pointers() const {

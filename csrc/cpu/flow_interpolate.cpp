@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> flow_interpolate(const Tensor& x0, const Tensor& sigm
                                             const std::optional<Tensor>& streams, const Tensor& group_B,
                                             bool with_target) {
   check_arguments(x0, sigma_B, noise, streams, group_B);
-  const Tensor samples = torch::stable::contiguous(x0);
+  const Tensor samples = dense(x0);
   const GroupNoise group_noise(noise, streams, group_B);
   const std::vector<double> sigmas = numbers_of(sigma_B);
   const Tensor x_t = torch::stable::empty_like(samples);
@@ -65,8 +65,8 @@ Tensor flow_interpolate_backward(const Tensor& grad_x_t, const std::optional<Ten
                    "grad_target", "expected the shape and device of grad_x_t");
   }
   const std::vector<double> sigmas = numbers_of(sigma_B);
-  const Tensor of_x_t = torch::stable::contiguous(grad_x_t);
-  const std::optional<Tensor> of_target = grad_target ? std::optional(torch::stable::contiguous(*grad_target)) : std::nullopt;
+  const Tensor of_x_t = dense(grad_x_t);
+  const std::optional<Tensor> of_target = grad_target ? std::optional(dense(*grad_target)) : std::nullopt;
   const Tensor grad_x0 = empty_like(of_x_t);
   const int64_t numel = of_x_t.size(0) > 0 ? of_x_t.numel() / of_x_t.size(0) : 0;
   dispatch_floating(of_x_t.scalar_type(), [&]<typename grad_t>() {

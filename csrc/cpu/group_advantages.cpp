@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> group_advantages(const Tensor& reward_B, cons
   const int64_t num_samples = reward_B.size(0);
   check_argument(group_size >= 1 && num_samples % group_size == 0, "group_size", "expected a divisor of ", num_samples,
                  ", the number of rewards, got ", group_size);
-  const Tensor rewards = torch::stable::contiguous(reward_B), truths = torch::stable::contiguous(valid_B);
+  const Tensor rewards = dense(reward_B), truths = dense(valid_B);
   const Tensor advantage_B = torch::stable::empty_like(rewards), clamped_B = torch::stable::empty_like(truths);
   const Tensor std_G = empty(rewards, {num_samples / group_size});
   dispatch_number(rewards.scalar_type(), [&]<typename number_t>() {

@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_preference(const Tensor& error_
   if (score_G) check_numbers(*score_G, "score_G", size_G, error_M, "group");
   if (old_error_M) check_numbers(*old_error_M, "old_error_M", error_M, error_M, "sample");
   const DenseGroups groups(error_M, reference_error_M, advantage_M, group_M, size_G);
-  const Tensor old_error = old_error_M ? torch::stable::contiguous(*old_error_M) : groups.error;
+  const Tensor old_error = old_error_M ? dense(*old_error_M) : groups.error;
   const Tensor objective = empty(groups.error, {}), surrogate = empty(groups.error, {});
   const Tensor weight_G = torch::stable::empty_like(groups.size);
   const Tensor clipped_M =
@@ -99,7 +99,7 @@ Tensor group_preference_backward(const Tensor& grad, const Tensor& weight_G, con
   check_argument(is_one_of(clipped_M, {ScalarType::Bool}), "clipped_M", "expected bool, got ", dtype_name(clipped_M));
   check_per_sample(clipped_M, "clipped_M", advantage_M);
   const DenseGroups groups(advantage_M, advantage_M, advantage_M, group_M, size_G);
-  const Tensor weights = torch::stable::contiguous(weight_G), clipped = torch::stable::contiguous(clipped_M);
+  const Tensor weights = dense(weight_G), clipped = dense(clipped_M);
   const Tensor grad_error_M = torch::stable::empty_like(groups.advantage);
   dispatch_number(advantage_M.scalar_type(), [&]<typename number_t>() {
     const Groups<number_t> at = groups.pointers<number_t>();

@@ -48,10 +48,10 @@ struct DenseVelocities {
 
   DenseVelocities(const Tensor& velocity, const OptionalTensor& old_or_none, const OptionalTensor& reference_or_none,
                   const OptionalTensor& unconditional_or_none)
-      : policy(torch::stable::contiguous(velocity)),
-        old(old_or_none ? torch::stable::contiguous(*old_or_none) : policy),
-        reference(reference_or_none ? torch::stable::contiguous(*reference_or_none) : policy),
-        unconditional(unconditional_or_none ? torch::stable::contiguous(*unconditional_or_none) : reference) {}
+      : policy(dense(velocity)),
+        old(old_or_none ? dense(*old_or_none) : policy),
+        reference(reference_or_none ? dense(*reference_or_none) : policy),
+        unconditional(unconditional_or_none ? dense(*unconditional_or_none) : reference) {}
 
   template <typename velocity_t>
   Velocities<velocity_t> pointers() const {
@@ -75,7 +75,7 @@ Tensor velocity_errors(const Tensor& velocity, const Tensor& x0, const OptionalT
                        const OptionalTensor& streams, const Tensor& group_M, const OptionalTensor& old,
                        const OptionalTensor& reference, const OptionalTensor& unconditional, double guidance) {
   check_arguments(velocity, x0, noise, streams, group_M, old, reference, unconditional);
-  const Tensor samples = torch::stable::contiguous(x0);
+  const Tensor samples = dense(x0);
   const DenseVelocities velocities(velocity, old, reference, unconditional);
   const GroupNoise group_noise(noise, streams, group_M);
   const int64_t num_samples = x0.size(0), numel = num_samples > 0 ? x0.numel() / num_samples : 0;
@@ -113,7 +113,7 @@ Tensor velocity_errors_backward(const Tensor& grad_4M, const Tensor& velocity, c
                  "expected the dtype and device of x0");
   check_argument(grad_4M.dim() == 2 && grad_4M.size(0) == kNumErrors && grad_4M.size(1) == num_samples, "grad_4M",
                  "expected [4, ", num_samples, "]");
-  const Tensor samples = torch::stable::contiguous(x0);
+  const Tensor samples = dense(x0);
   const DenseVelocities velocities(velocity, std::nullopt, reference, unconditional);
   const GroupNoise group_noise(noise, streams, group_M);
   const std::vector<double> grads = numbers_of(grad_4M);

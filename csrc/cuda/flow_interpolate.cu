@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) flow_interpolate_backward_kernel(con
 }
 
 Tensor dense_doubles(const Tensor& numbers) {
-  return torch::stable::contiguous(torch::stable::to(numbers, ScalarType::Double));
+  return dense(torch::stable::to(numbers, ScalarType::Double));
 }
 
 std::tuple<Tensor, Tensor> flow_interpolate(const Tensor& x0, const Tensor& sigma_B, const std::optional<Tensor>& noise,

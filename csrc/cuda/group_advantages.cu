@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kWarp)
 std::tuple<Tensor, Tensor, Tensor> group_advantages(const Tensor& reward_B, const Tensor& valid_B, int64_t group_size,
                                                     bool global_std, double epsilon, double clamp) {
   const torch::stable::accelerator::DeviceGuard guard(reward_B.get_device_index());
-  const Tensor rewards = torch::stable::contiguous(reward_B), truths = torch::stable::contiguous(valid_B);
+  const Tensor rewards = dense(reward_B), truths = dense(valid_B);
   const Tensor advantage_B = torch::stable::empty_like(rewards), clamped_B = torch::stable::empty_like(truths);
   const int64_t num_samples = reward_B.size(0), num_groups = num_samples / group_size;
   const Tensor std_G = empty(rewards, {num_groups});

@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(kThreads)
   grad_error[m] = clipped[m] ? number_t{0} : *grad * share * at.advantage[m];
 }
 
-OptionalTensor dense(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(torch::stable::contiguous(*tensor)) : std::nullopt;
+OptionalTensor dense_if_given(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(dense(*tensor)) : std::nullopt;
 }
 
 template <typename number_t>
@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_preference(const Tensor& error_
                                                             double clip) {
   const torch::stable::accelerator::DeviceGuard guard(error_M.get_device_index());
   const DenseGroups groups(error_M, reference_error_M, advantage_M, group_M, size_G);
-  const OptionalTensor scores = dense(score_G), old_errors = dense(old_error_M);
+  const OptionalTensor scores = dense_if_given(score_G), old_errors = dense_if_given(old_error_M);
   const Tensor objective = empty(groups.error, {}), surrogate = empty(groups.error, {});
   const Tensor weight_G = torch::stable::empty_like(groups.size);
   const Tensor clipped_M =
@@ -139,7 +139,7 @@ Tensor group_preference_backward(const Tensor& grad, const Tensor& weight_G, con
                                  const Tensor& group_M, const Tensor& size_G, const Tensor& clipped_M) {
   const torch::stable::accelerator::DeviceGuard guard(advantage_M.get_device_index());
   const DenseGroups groups(advantage_M, advantage_M, advantage_M, group_M, size_G);
-  const Tensor weights = torch::stable::contiguous(weight_G), clipped = torch::stable::contiguous(clipped_M);
+  const Tensor weights = dense(weight_G), clipped = dense(clipped_M);
   const Tensor grad_error_M = torch::stable::empty_like(groups.advantage);
   const int64_t num_samples = advantage_M.numel();
   if (num_samples == 0) return grad_error_M;

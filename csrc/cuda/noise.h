@@ -57,11 +57,11 @@ struct NoiseTensors {
   Tensor group;
 
   NoiseTensors(const std::optional<Tensor>& noise, const std::optional<Tensor>& words, const Tensor& groups)
-      : group(torch::stable::contiguous(groups)) {
+      : group(dense(groups)) {
     if (noise)
       numbers = with_contiguous_from(*noise, 1);
     else
-      streams = torch::stable::contiguous(*words);
+      streams = dense(*words);
   }
 
   bool is_drawn() const { return !numbers.has_value(); }

@@ -83,7 +83,7 @@ void advance_into(const Tensor& new_state_KBN, const Tensor& state_KBN, const Te
   const torch::stable::accelerator::DeviceGuard guard(state_KBN.get_device_index());
   const Tensor cond = with_contiguous_from(v_cond, 1);
   const Tensor uncond = v_uncond ? with_contiguous_from(*v_uncond, 1) : cond;
-  const Tensor coefficients = torch::stable::contiguous(torch::stable::to(table, ScalarType::Double));
+  const Tensor coefficients = dense(torch::stable::to(table, ScalarType::Double));
   const int64_t num_states = state_KBN.size(0), num_samples = state_KBN.size(1);
   const int64_t sample_numel = cond.numel() / num_samples;
   const bool vectorised = sample_numel % kVector == 0 && is_aligned(state_KBN, 2) && is_aligned(new_state_KBN, 2) &&

@@ -236,7 +236,7 @@ Tensor velocity_errors_backward(const Tensor& grad_4M, const Tensor& velocity, c
       guidance,
   };
   const Grid grid = given.grid();
-  const Tensor grads = torch::stable::contiguous(grad_4M);
+  const Tensor grads = dense(grad_4M);
   const cudaStream_t stream = current_stream(x0);
   given.dispatch([&]<typename math_t, typename velocity_t>() {
     const Operands<math_t, velocity_t> at = given.operands<math_t, velocity_t>(grid);
