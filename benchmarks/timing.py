@@ -1,4 +1,4 @@
-"""Times of competing implementations on the CPU, taken in turn so that a change of clock or load meets all of them."""
+"""Times of competing implementations, taken in turn so that a change of clock or load meets all of them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def interleaved(variants: Mapping[str, Callable[[], object]], *, rounds: int = 3
     return {name: _duration(times) for name, times in samples.items()}
 
 
-def copy_gbps(num_bytes: int) -> float:
+def copy_gbps(num_bytes: int, device: str = "cpu") -> float:
     """Bandwidth of torch's copy of a buffer, reads and writes together moving `num_bytes`: the roof for that size."""
-    source = torch.ones(max(num_bytes // 8, 1))
+    source = torch.ones(max(num_bytes // 8, 1), device=device)
     target = torch.empty_like(source)
     duration = interleaved({"copy": lambda: target.copy_(source)})["copy"]
     return 2 * source.nbytes / duration.median_us * 1e-3
@@ -63,6 +63,8 @@ def _seconds_per_call(call: Callable[[], object], calls: int) -> float:
     start = time.perf_counter()
     for _ in range(calls):
         call()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return (time.perf_counter() - start) / calls
 
 

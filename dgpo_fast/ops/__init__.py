@@ -1,5 +1,6 @@
 """Operators on plain tensors, on any device. Of the fused ones, `serving` says what serves them here."""
 
+from dgpo_fast.ops.bias_gelu import bias_gelu
 from dgpo_fast.ops.flow_interpolate import NoisySamples, flow_interpolate
 from dgpo_fast.ops.group_advantages import group_advantages
 from dgpo_fast.ops.group_preference import group_preference
@@ -11,6 +12,7 @@ __all__ = [
     "NoisySamples",
     "Serving",
     "VelocityErrors",
+    "bias_gelu",
     "describe_serving",
     "flow_interpolate",
     "group_advantages",
