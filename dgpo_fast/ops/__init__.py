@@ -4,12 +4,15 @@ from dgpo_fast.ops.bias_gelu import bias_gelu
 from dgpo_fast.ops.flow_interpolate import NoisySamples, flow_interpolate
 from dgpo_fast.ops.group_advantages import group_advantages
 from dgpo_fast.ops.group_preference import group_preference
+from dgpo_fast.ops.joint_qk_norm import QKV, QKWeights, joint_qk_norm
 from dgpo_fast.ops.registry import Serving, describe_serving, implementations, serving
 from dgpo_fast.ops.solver_step import solver_step, solver_step_
 from dgpo_fast.ops.velocity_errors import VelocityErrors, velocity_errors
 
 __all__ = [
+    "QKV",
     "NoisySamples",
+    "QKWeights",
     "Serving",
     "VelocityErrors",
     "bias_gelu",
@@ -18,6 +21,7 @@ __all__ = [
     "group_advantages",
     "group_preference",
     "implementations",
+    "joint_qk_norm",
     "serving",
     "solver_step",
     "solver_step_",
