@@ -117,12 +117,14 @@ def _assert_as_exact_as_torch(result: Tensor, *, exact: Tensor, plain: Tensor, i
     """`result` is no further from `exact`, float64, than twice as far as `plain`, which PyTorch computed.
 
     Triton's interpreter truncates what it stores as bfloat16, where torch and a GPU round: there `exact` truncated is
-    the truth, up to a step where the two lie across a boundary.
+    the truth, up to a step where the two lie across a boundary, or to the roundings of float32 where large terms cancel
+    and leave a number whose steps are smaller.
     """
     assert result.dtype == plain.dtype and result.shape == plain.shape
     if implementation == "triton" and INTERPRETED and result.dtype == torch.bfloat16:
         steps = (_truncated(exact).view(torch.int16).int() - result.view(torch.int16).int()).abs()
-        assert (steps <= 1).all(), f"{steps.max()} steps of bfloat16"
+        roundings = 4 * torch.finfo(torch.float32).eps * exact.abs().max() if result.numel() else 0
+        assert ((steps <= 1) | ((result - exact).abs() <= roundings)).all(), f"{steps.max()} steps of bfloat16"
         return
     error, bound = ((tensor.double() - exact).abs() for tensor in (result, plain))
     assert error.isfinite().all()
