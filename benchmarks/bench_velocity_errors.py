@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.operator_table import Call, Case, Shape, dimensions, main
 from dgpo_fast import ops, rng
+from dgpo_fast.ops.velocity_errors import _velocity_errors as as_trained
 from dgpo_fast.ops.velocity_errors import reference_backward, reference_errors
 
 SHAPES = {
@@ -70,7 +71,7 @@ def cases(shapes: Sequence[Shape], device: torch.device) -> Iterator[Case]:
             reference=through_autograd(reference_errors),
             implementations={
                 **kernels_in_turn(device.type),
-                "through autograd": through_autograd(torch.ops.dgpo_fast.velocity_errors.default),
+                "through autograd": through_autograd(as_trained),
             },
             baselines={"torch.compile": through_autograd(torch.compile(reference_errors, dynamic=False))},
         )
