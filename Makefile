@@ -87,7 +87,7 @@ demo: setup
 	@echo 'demo: look at $(DEMO)/report.html and $(DEMO)/before-after.png'
 
 bench: setup
-	@echo 'bench: times every operator on this machine; a few minutes; CSV files in runs/bench.'
+	@echo 'bench: times every operator on this machine, a minute or two each; CSV files in runs/bench.'
 	@status=0; for script in benchmarks/bench_*.py; do \
 		$(PY) -m benchmarks.$$(basename $$script .py) --out runs/bench || status=1; done; exit $$status
 

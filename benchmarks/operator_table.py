@@ -169,35 +169,42 @@ class _Truth:
         self._plain = self._results(case.reference)
 
     def problem_of(self, call: Call, *, is_baseline: bool) -> str | None:
-        """What is wrong with a variant's results. Ours err at most twice as far as eager torch.
+        """What is wrong with a variant's results. Ours err at most twice as far as eager torch does.
 
         A baseline may round between its steps.
         """
         try:
             results = self._results(call)
-        except Exception as error:  # whatever a compiler or a library raises: reported, and the status is 1
-            return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        except Exception as raised:  # whatever a compiler or a library raises: reported, and the status is 1
+            return f"{type(raised).__name__}: {str(raised).strip().partition(chr(10))[0]}"
         if [(x.shape, x.dtype) for x in results] != [(x.shape, x.dtype) for x in self._plain]:
             return "results of another shape or dtype"
         for result, plain, exact in zip(results, self._plain, self._exact, strict=True):
             if not result.numel():
                 continue
-            arithmetic = torch.float64 if result.dtype == torch.float64 else torch.float32
-            rounding = 32 * torch.finfo(result.dtype).eps if is_baseline else 8 * torch.finfo(arithmetic).eps
-            error, allowed = ((tensor.double() - exact).abs().max() for tensor in (result, plain))
-            bound = 2 * allowed + rounding * exact.abs().max()
+            error, allowed = ((tensor.double() - exact.double()).abs().max() for tensor in (result, plain))
+            bound = 2 * allowed + _rounding(result.dtype, is_baseline=is_baseline) * exact.double().abs().max()
             if not error <= bound:
                 return f"{error:.3g} from float64, where {bound:.3g} is allowed"
         return None
 
     def _results(self, call: Call, *, in_float64: bool = False) -> list[Tensor]:
-        """The floating-point tensors that a call returns, and those that it writes into its arguments."""
+        """The tensors that a call returns, and those that it writes into its arguments."""
         arguments = tree_map_only(Tensor, Tensor.clone, self._case.arguments)
         if in_float64:
             arguments = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, arguments)
         returned = call(*arguments)
         written = [arguments[i] for i in _written_arguments(self._case.operator)]
-        return [x for x in tree_leaves((returned, written)) if isinstance(x, Tensor) and x.is_floating_point()]
+        return [x for x in tree_leaves((returned, written)) if isinstance(x, Tensor)]
+
+
+def _rounding(dtype: torch.dtype, *, is_baseline: bool) -> float:
+    """What a result may err by in any case, relative to the largest: a few units of the arithmetic, or of `dtype`."""
+    if not dtype.is_floating_point:
+        return 0.0
+    if is_baseline:
+        return 32 * torch.finfo(dtype).eps
+    return 8 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
 
 def _written_arguments(operator: str) -> list[int]:

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import csv
 import importlib
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +92,17 @@ def not_a_number(*arguments: Any) -> Tensor:
     return reference(*arguments) * torch.nan
 
 
+def with_a_count(*arguments: Any, count: int = 3) -> tuple[Tensor, Tensor]:
+    return reference(*arguments), torch.tensor(count)
+
+
+def test_whole_numbers_are_compared_as_well(run: Run, make_case: Callable[..., Any]) -> None:
+    variants = {"right": with_a_count, "wrong": partial(with_a_count, count=4)}
+    status, _, shown = run(make_case(reference=with_a_count, implementations=variants), rounds=0)
+    assert status == 1
+    assert "correct: eager, torch.compile, right" in shown.splitlines()
+
+
 def broken(*arguments: Any) -> Tensor:
     raise RuntimeError("no such kernel\nand a long story")
 
@@ -161,3 +177,30 @@ def test_an_operator_without_a_launch_is_named(
         launches.main()
     assert ended.value.code == 1
     assert "velocity_errors_backward: not launched" in capsys.readouterr().out
+
+
+def test_the_suite_for_a_gpu_runs_every_script(tmp_path: Path) -> None:
+    suite = ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh")]
+    environ = {**os.environ, "PYTHON": sys.executable}
+    plan = subprocess.run([*suite, "--out", tmp_path / "new", "--dry-run"], env=environ, capture_output=True, text=True)
+    assert (plan.returncode, plan.stderr) == (0, "")
+    parts = {line.partition(",")[0] for line in plan.stdout.splitlines() if " s at most: " in line}
+    assert parts - {"ncu"} == {"machine", "build", "launches", "tests", "memcheck", "racecheck", "check", *SCRIPTS}
+    assert not (tmp_path / "new").exists()
+
+    unknown = subprocess.run([*suite, "--fast"], env=environ, capture_output=True, text=True)
+    assert (unknown.returncode, unknown.stdout) == (2, "")
+    assert "got '--fast'" in unknown.stderr
+
+
+def test_the_suite_for_a_gpu_goes_on_after_a_failure(tmp_path: Path) -> None:
+    """Two parts whose program is `false`: both are tried, named and counted, and the status is 1."""
+    run = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh"), "--out", tmp_path / "out", "--only", "launches|tests"],
+        env={**os.environ, "PYTHON": shutil.which("false") or "false"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1, run.stderr
+    assert run.stdout.splitlines()[-1] == "failed: launches tests"
+    assert len((tmp_path / "out" / "summary.txt").read_text().splitlines()) == 2

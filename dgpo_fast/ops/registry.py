@@ -271,8 +271,8 @@ def _choice_for_cpu(name: str) -> tuple[str, str]:
 
 def _choice_for_cuda(name: str) -> tuple[str, str]:
     forced = f"forced by DGPO_FAST_OPS={_CHOICE}"
-    if _CHOICE == "reference":
-        return "reference", forced
+    if _CHOICE in ("reference", "triton"):
+        return _CHOICE, forced
     has_native = _has_native_cuda_kernel(name)
     without_native = _MISSING["cuda"] or "no kernel in the native library"
     if _CHOICE == "native":
@@ -282,8 +282,6 @@ def _choice_for_cuda(name: str) -> tuple[str, str]:
     if find_spec("triton") is None:
         triton_is_missing = "triton is not installed"
         return ("native", triton_is_missing) if has_native else ("reference", f"{triton_is_missing}; {without_native}")
-    if _CHOICE == "triton":
-        return "triton", forced
     return "triton", "not timed against CUDA C++ yet" if has_native else _FUSED
 
 

@@ -64,6 +64,31 @@ def test_an_operator_and_its_other_forms_share_a_stem() -> None:
     assert stems["group_scores"] == "group_preference"
 
 
+@pytest.mark.parametrize(
+    ("choice", "native", "triton", "wins", "expected"),
+    [
+        ("auto", True, True, False, ("triton", "not timed against CUDA C++ yet")),
+        ("auto", True, True, True, ("native", "faster than Triton: results/step.csv")),
+        ("auto", False, True, False, ("triton", "one pass over memory")),
+        ("auto", True, False, False, ("native", "triton is not installed")),
+        ("auto", False, False, False, ("reference", "triton is not installed; not built")),
+        ("triton", True, True, True, ("triton", "forced by DGPO_FAST_OPS=triton")),
+        ("native", True, True, False, ("native", "forced by DGPO_FAST_OPS=native")),
+        ("native", False, True, False, ("reference", "not built")),
+        ("reference", True, True, True, ("reference", "forced by DGPO_FAST_OPS=reference")),
+    ],
+)
+def test_what_serves_cuda_and_why(
+    monkeypatch: pytest.MonkeyPatch, choice: str, native: bool, triton: bool, wins: bool, expected: tuple[str, str]
+) -> None:
+    monkeypatch.setattr(registry, "_CHOICE", choice)
+    monkeypatch.setattr(registry, "_MISSING", {"cpu": None, "cuda": "not built"})
+    monkeypatch.setattr(registry, "_has_native_cuda_kernel", lambda name: native)
+    monkeypatch.setattr(registry, "find_spec", lambda name: object() if triton else None)
+    monkeypatch.setattr(registry, "NATIVE_WINS_ON_CUDA", {"step": "results/step.csv"} if wins else {})
+    assert registry._choice_for_cuda("step") == expected
+
+
 def test_an_unknown_operator_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected one of .*solver_step.*got 'solver'"):
         ops.implementations("solver")
