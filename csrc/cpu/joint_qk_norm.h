@@ -19,8 +19,11 @@ inline void sum_in_lanes(int64_t size, const Term& term, math_t (&sums)[kSums]) 
     for (int sum = 0; sum < kSums; ++sum) lanes[sum][lane] += terms[sum];
   };
   const int64_t whole = size / kLanes * kLanes;
-  for (int64_t first = 0; first < whole; first += kLanes)
+  for (int64_t first = 0; first < whole; first += kLanes) {
+    // GCC would unroll the lanes before it vectorises them: 0.32 ns an element instead of 0.22 (float32, 2026-11).
+#pragma GCC unroll 1
     for (int lane = 0; lane < kLanes; ++lane) add(first + lane, lane);
+  }
   for (int64_t i = whole; i < size; ++i) add(i, static_cast<int>(i - whole));
   for (int sum = 0; sum < kSums; ++sum) {
     sums[sum] = 0;

@@ -258,7 +258,7 @@ def strided(given: Arguments) -> Iterator[tuple[str, Arguments]]:
     yield "slices of one product", Arguments(*image.chunk(3, dim=-1), *text.chunk(3, dim=-1), *given[6:])
     both = [torch.cat(pair, dim=1) for pair in zip(given[:3], given[3:6], strict=True)]
     yield "slices of all tokens", Arguments(*(x[:, :7] for x in both), *(x[:, 7:] for x in both), *given[6:])
-    yield "samples innermost", Arguments(*(x.mT.contiguous().mT for x in given[:6]), *given[6:])
+    yield "tokens innermost", Arguments(*(x.mT.contiguous().mT for x in given[:6]), *given[6:])
     yield "tokens first", Arguments(*(x.transpose(0, 1).contiguous().transpose(0, 1) for x in given[:6]), *given[6:])
     yield "weights apart", given._replace(w_q_text=given.w_q_text.repeat_interleave(2)[::2])
 
