@@ -1,5 +1,6 @@
 """Operators on plain tensors, on any device. Of the fused ones, `serving` says what serves them here."""
 
+from dgpo_fast.ops.ema_lerp import ema_lerp_
 from dgpo_fast.ops.flow_interpolate import NoisySamples, flow_interpolate
 from dgpo_fast.ops.group_advantages import group_advantages
 from dgpo_fast.ops.group_preference import group_preference
@@ -12,6 +13,7 @@ __all__ = [
     "Serving",
     "VelocityErrors",
     "describe_serving",
+    "ema_lerp_",
     "flow_interpolate",
     "group_advantages",
     "group_preference",
