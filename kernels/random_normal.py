@@ -32,17 +32,22 @@ def box_muller(b_a, b_b):
     b_radius = tl.sqrt_rn(-2.0 * log_uniform(b_a))
     # The angle within an octant, exact in integers; there sin and cos are their Taylor series.
     b_quadrant = (b_b + 0x20000000) >> 30
-    b_x = (b_b - (b_quadrant << 30)).to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09
+    # The offset has more digits than a float, and so has pi: what x lacks of both is added at the end.
+    b_offset = (b_b - (b_quadrant << 30)).to(tl.int32, bitcast=True)
+    b_rounded = b_offset.to(tl.float32)
+    b_lost = (b_offset - b_rounded.to(tl.int32)).to(tl.float32)
+    b_x = b_rounded * 1.4629180792671596e-09
+    b_x_lost = b_lost * 1.4629180792671596e-09 - b_rounded * 4.070940267922164e-17
     b_z = b_x * b_x
     b_sin = b_z * (1.0 / 362880) - 1.0 / 5040
     b_sin = b_sin * b_z + 1.0 / 120
     b_sin = b_sin * b_z - 1.0 / 6
-    b_sin = b_x + b_x * b_z * b_sin
+    b_sin = b_x + (b_x * b_z * b_sin + b_x_lost)
     b_cos = b_z * (-1.0 / 3628800) + 1.0 / 40320
     b_cos = b_cos * b_z - 1.0 / 720
     b_cos = b_cos * b_z + 1.0 / 24
     b_cos = b_cos * b_z - 0.5
-    b_cos = 1.0 + b_z * b_cos
+    b_cos = 1.0 + (b_z * b_cos - b_x * b_x_lost)
     swapped = (b_quadrant & 1) != 0
     b_first = tl.where(((b_quadrant + 1) & 2) != 0, -b_radius, b_radius) * tl.where(swapped, b_sin, b_cos)
     b_second = tl.where((b_quadrant & 2) != 0, -b_radius, b_radius) * tl.where(swapped, b_cos, b_sin)
@@ -64,5 +69,7 @@ def log_uniform(b_word):
     b_series = b_series * b_z + 1.0 / 7
     b_series = b_series * b_z + 1.0 / 5
     b_series = b_series * b_z + 1.0 / 3
-    b_log1p = 2.0 * b_s + 2.0 * b_s * b_z * b_series
-    return b_e * 0.693145751953125 + (b_log1p + b_e * 1.428606765330187e-06)  # ln 2 in two parts
+    b_half_square = 0.5 * b_f * b_f
+    b_rest = b_s * (b_half_square + 2.0 * b_z * b_series)
+    # ln 2 in two parts.
+    return b_e * 0.693145751953125 + (b_f - (b_half_square - (b_rest + b_e * 1.428606765330187e-06)))

@@ -71,6 +71,13 @@ inline Tensor with_contiguous_from(const Tensor& tensor, int64_t first) {
 // As one block of memory. Asked here first: the call to the dispatcher that finds nothing to do costs a microsecond.
 inline Tensor dense(const Tensor& tensor) { return with_contiguous_from(tensor, 0); }
 
+// Each element has memory of its own, so that it can be written.
+inline void check_own_memory(const Tensor& tensor, const char* name) {
+  for (int64_t d = 0; d < tensor.dim(); ++d)
+    check_argument(tensor.size(d) <= 1 || tensor.stride(d) != 0, name,
+                   "its elements share memory (an expanded tensor?), so it cannot be updated in place");
+}
+
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
   const std::vector<int64_t> shape(sizes);
   return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device());

@@ -140,17 +140,10 @@ Tensor solver_step(const Tensor& state_KBN, const Tensor& v_cond, const std::opt
   return advanced(state_KBN, v_cond, v_uncond, table, row_B);
 }
 
-bool shares_elements(const Tensor& tensor) {
-  for (int64_t d = 0; d < tensor.dim(); ++d)
-    if (tensor.size(d) > 1 && tensor.stride(d) == 0) return true;
-  return false;
-}
-
 void solver_step_(Tensor& state_KBN, const Tensor& v_cond, const std::optional<Tensor>& v_uncond, const Tensor& table,
                   const Tensor& row_B) {
   check_arguments(state_KBN, v_cond, v_uncond, table, row_B);
-  check_argument(!shares_elements(state_KBN), "state_KBN",
-                 "its elements share memory (an expanded tensor?), so it cannot be updated in place");
+  check_own_memory(state_KBN, "state_KBN");
   if (is_contiguous_from(state_KBN, 2))
     advance_into(state_KBN, state_KBN, v_cond, v_uncond, table, row_B);
   else

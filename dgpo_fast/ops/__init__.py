@@ -1,6 +1,7 @@
 """Operators on plain tensors, on any device. Of the fused ones, `serving` says what serves them here."""
 
 from dgpo_fast.ops.bias_gelu import bias_gelu
+from dgpo_fast.ops.ema_lerp import ema_lerp_
 from dgpo_fast.ops.flow_interpolate import NoisySamples, flow_interpolate
 from dgpo_fast.ops.gate_residual import gate_residual
 from dgpo_fast.ops.gate_residual_norm_modulate import NormedResidual, gate_residual_norm_modulate
@@ -21,6 +22,7 @@ __all__ = [
     "VelocityErrors",
     "bias_gelu",
     "describe_serving",
+    "ema_lerp_",
     "flow_interpolate",
     "gate_residual",
     "gate_residual_norm_modulate",

@@ -65,3 +65,9 @@ def check_no_gradient(name: str, tensor: Tensor | None, *, reason: str) -> None:
     """`tensor` requires no gradient while gradients are on."""
     if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: requires a gradient, but {reason}; use torch.no_grad()")
+
+
+def check_own_memory(name: str, tensor: Tensor) -> None:
+    """Each element of `tensor` has memory of its own, so that it can be written."""
+    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(f"{name}: its elements share memory (an expanded tensor?), so it cannot be updated in place")

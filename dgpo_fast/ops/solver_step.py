@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dgpo_fast.ops.arguments import check_own_memory
 from dgpo_fast.ops.registry import define
 
 MAX_STATES = 4
@@ -102,8 +103,7 @@ def _check_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
 
 def _check_in_place(state_KBN: Tensor, v_cond: Tensor, v_uncond: Tensor | None, table: Tensor, row_B: Tensor) -> None:
     _check(state_KBN, v_cond, v_uncond, table, row_B)
-    if any(stride == 0 and size > 1 for size, stride in zip(state_KBN.shape, state_KBN.stride(), strict=True)):
-        raise ValueError("state_KBN: its elements share memory (an expanded tensor?), so it cannot be updated in place")
+    check_own_memory("state_KBN", state_KBN)
 
 
 def reference(state_KBN: Tensor, v_cond: Tensor, v_uncond: Tensor | None, table: Tensor, row_B: Tensor) -> Tensor:
