@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dgpo_fast.kernels.velocity_errors import two_parts
+from dgpo_fast.kernels.numbers import two_parts
 
 # Four warps with eight elements a thread: two 16-byte loads of float32, or one of bfloat16, per thread and operand.
 # Chosen from the machine code; not timed on a GPU yet.

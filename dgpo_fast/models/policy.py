@@ -25,6 +25,7 @@ from dgpo_fast.config import AdapterConfig
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.architectures import check_targets
 from dgpo_fast.models.sd3 import StableDiffusion3
+from dgpo_fast.ops.ema_lerp import ema_lerp_
 from dgpo_fast.records import Conditioning
 
 View = Literal["policy", "old", "ema", "ref"]
@@ -122,7 +123,7 @@ class Policy:
     def average_into(self, view: Literal["old", "ema"], *, decay: float) -> None:
         """view <- decay view + (1 - decay) policy, in float32."""
         average = self.views[view]
-        average.master.lerp_(self.trainable, 1 - decay)
+        ema_lerp_([average.master], [self.trainable], decay=decay)
         average.refresh()
 
     @torch.no_grad()

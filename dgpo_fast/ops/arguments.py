@@ -71,3 +71,8 @@ def check_own_memory(name: str, tensor: Tensor) -> None:
     """Each element of `tensor` has memory of its own, so that it can be written."""
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         raise ValueError(f"{name}: its elements share memory (an expanded tensor?), so it cannot be updated in place")
+
+
+def arithmetic_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

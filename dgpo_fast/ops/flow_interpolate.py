@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from dgpo_fast import rng
-from dgpo_fast.ops.arguments import FLOATING, check_device, check_dtype, check_indices, check_no_gradient, check_shape
+from dgpo_fast.ops.arguments import (
+    FLOATING,
+    arithmetic_dtype,
+    check_device,
+    check_dtype,
+    check_indices,
+    check_no_gradient,
+    check_shape,
+)
 from dgpo_fast.ops.registry import define, differentiate
 
 
@@ -109,11 +117,6 @@ def reference(
     x_t = (1 - sigma) * x0_B + sigma * eps_B
     target = eps_B - x0_B if with_target else x0_B.new_empty(0)
     return x_t.to(x0.dtype).contiguous(), target.to(x0.dtype).contiguous()
-
-
-def arithmetic_dtype(tensor: Tensor) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def per_sample(number_B: Tensor, like: Tensor) -> Tensor:

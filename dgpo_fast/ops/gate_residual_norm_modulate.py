@@ -10,8 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dgpo_fast.ops.arguments import check_alike, check_modulation, check_positive, check_tokens
-from dgpo_fast.ops.flow_interpolate import arithmetic_dtype
+from dgpo_fast.ops.arguments import (
+    arithmetic_dtype,
+    check_alike,
+    check_modulation,
+    check_positive,
+    check_tokens,
+)
 from dgpo_fast.ops.gate_residual import gate_gradients
 from dgpo_fast.ops.gate_residual import reference as gated_residual
 from dgpo_fast.ops.layer_norm_modulate import modulation_gradients, standardise, standardise_backward

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dgpo_fast.ops.arguments import FLOATING, check_device, check_dtype, check_shape
-from dgpo_fast.ops.flow_interpolate import arithmetic_dtype
+from dgpo_fast.ops.arguments import FLOATING, arithmetic_dtype, check_device, check_dtype, check_shape
 from dgpo_fast.ops.registry import define, differentiate
 
 

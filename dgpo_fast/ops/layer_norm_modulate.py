@@ -9,8 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from dgpo_fast.ops.arguments import check_alike, check_modulation, check_positive, check_tokens
-from dgpo_fast.ops.flow_interpolate import arithmetic_dtype
+from dgpo_fast.ops.arguments import (
+    arithmetic_dtype,
+    check_alike,
+    check_modulation,
+    check_positive,
+    check_tokens,
+)
 from dgpo_fast.ops.registry import define, differentiate
 
 

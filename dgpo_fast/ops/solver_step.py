@@ -8,7 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dgpo_fast.ops.arguments import check_own_memory
+from dgpo_fast.ops.arguments import (
+    FLOATING,
+    check_device,
+    check_dtype,
+    check_indices,
+    check_no_gradient,
+    check_own_memory,
+    check_shape,
+)
 from dgpo_fast.ops.registry import define
 
 MAX_STATES = 4
@@ -56,49 +64,33 @@ def solver_step_(state_KBN: Tensor, v_cond: Tensor, *, v_uncond: Tensor | None, 
 
 def _refuse_gradients(state_KBN: Tensor, v_cond: Tensor, v_uncond: Tensor | None) -> None:
     # Here rather than as an Autograd kernel: that would add 4 us of Python to a call of 6 us, on every step.
-    if not torch.is_grad_enabled():
-        return
     for name, tensor in (("state_KBN", state_KBN), ("v_cond", v_cond), ("v_uncond", v_uncond)):
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(
-                f"{name}: requires a gradient, but a solver step is not differentiable; use torch.no_grad()"
-            )
+        check_no_gradient(name, tensor, reason="a solver step is not differentiable")
 
 
 def _check(state_KBN: Tensor, v_cond: Tensor, v_uncond: Tensor | None, table: Tensor, row_B: Tensor) -> None:
     _check_metadata(state_KBN, v_cond, v_uncond, table, row_B)
-    if row_B.device.type == "cpu" and row_B.numel() and not (0 <= int(row_B.min()) <= int(row_B.max()) < len(table)):
-        raise ValueError(f"row_B: expected rows in 0..{len(table) - 1}, got {row_B.tolist()}")
+    check_indices("row_B", row_B, len(table))
 
 
 def _check_metadata(state_KBN: Tensor, v_cond: Tensor, v_uncond: Tensor | None, table: Tensor, row_B: Tensor) -> None:
     num_states, *sample_shape = state_KBN.shape if state_KBN.dim() >= 2 else (0,)
     if not 1 <= num_states <= MAX_STATES:
         raise ValueError(f"state_KBN: expected [K, B, ...] with K in 1..{MAX_STATES}, got {list(state_KBN.shape)}")
-    _check_dtype("state_KBN", state_KBN, torch.float32, torch.float64)
-    _check_velocity("v_cond", v_cond, sample_shape, torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    check_dtype("state_KBN", state_KBN, torch.float32, torch.float64)
+    check_dtype("v_cond", v_cond, *FLOATING)
+    check_shape("v_cond", v_cond, sample_shape, meaning="the shape of state_KBN[0]")
     if v_uncond is not None:
-        _check_velocity("v_uncond", v_uncond, sample_shape, v_cond.dtype)
+        check_dtype("v_uncond", v_uncond, v_cond.dtype)
+        check_shape("v_uncond", v_uncond, sample_shape, meaning="the shape of state_KBN[0]")
+    check_dtype("table", table, torch.float32, torch.float64)
     if table.dim() != 3 or list(table.shape[1:]) != [num_states, num_states + 2]:
         raise ValueError(f"table: expected [E, {num_states}, {num_states + 2}], got {list(table.shape)}")
-    _check_dtype("table", table, torch.float32, torch.float64)
-    if list(row_B.shape) != sample_shape[:1]:
-        raise ValueError(f"row_B: expected {sample_shape[:1]}, one row for each sample, got {list(row_B.shape)}")
-    _check_dtype("row_B", row_B, torch.int64)
+    check_dtype("row_B", row_B, torch.int64)
+    check_shape("row_B", row_B, sample_shape[:1], meaning="one row for each sample")
     for name, tensor in (("v_cond", v_cond), ("v_uncond", v_uncond), ("table", table), ("row_B", row_B)):
-        if tensor is not None and tensor.device != state_KBN.device:
-            raise ValueError(f"{name}: expected the device of state_KBN, {state_KBN.device}, got {tensor.device}")
-
-
-def _check_velocity(name: str, velocity: Tensor, sample_shape: list[int], *dtypes: torch.dtype) -> None:
-    if list(velocity.shape) != sample_shape:
-        raise ValueError(f"{name}: expected the shape of state_KBN[0], {sample_shape}, got {list(velocity.shape)}")
-    _check_dtype(name, velocity, *dtypes)
-
-
-def _check_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+        if tensor is not None:
+            check_device(name, tensor, state_KBN, meaning="state_KBN")
 
 
 def _check_in_place(state_KBN: Tensor, v_cond: Tensor, v_uncond: Tensor | None, table: Tensor, row_B: Tensor) -> None:
