@@ -3,6 +3,7 @@
 from dgpo_fast.ops.flow_interpolate import NoisySamples, flow_interpolate
 from dgpo_fast.ops.group_advantages import group_advantages
 from dgpo_fast.ops.group_preference import group_preference
+from dgpo_fast.ops.layer_norm_modulate import layer_norm_modulate
 from dgpo_fast.ops.registry import Serving, describe_serving, implementations, serving
 from dgpo_fast.ops.solver_step import solver_step, solver_step_
 from dgpo_fast.ops.velocity_errors import VelocityErrors, velocity_errors
@@ -16,6 +17,7 @@ __all__ = [
     "group_advantages",
     "group_preference",
     "implementations",
+    "layer_norm_modulate",
     "serving",
     "solver_step",
     "solver_step_",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 # What is not an operator is a part of some.
-PARTS = {"random_normal", "samples"}
+PARTS = {"layer_norm", "random_normal", "samples"}
 KERNELS = [path for path in sorted((HERE.parents[1] / "kernels").glob("*.py")) if path.stem not in PARTS]
 
 
