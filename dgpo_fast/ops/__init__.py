@@ -1,6 +1,7 @@
 """Operators on plain tensors, on any device. Of the fused ones, `serving` says what serves them here."""
 
 from dgpo_fast.ops.flow_interpolate import NoisySamples, flow_interpolate
+from dgpo_fast.ops.gate_residual import gate_residual
 from dgpo_fast.ops.group_advantages import group_advantages
 from dgpo_fast.ops.group_preference import group_preference
 from dgpo_fast.ops.layer_norm_modulate import layer_norm_modulate
@@ -14,6 +15,7 @@ __all__ = [
     "VelocityErrors",
     "describe_serving",
     "flow_interpolate",
+    "gate_residual",
     "group_advantages",
     "group_preference",
     "implementations",
