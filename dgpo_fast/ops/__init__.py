@@ -2,6 +2,7 @@
 
 from dgpo_fast.ops.flow_interpolate import NoisySamples, flow_interpolate
 from dgpo_fast.ops.gate_residual import gate_residual
+from dgpo_fast.ops.gate_residual_norm_modulate import NormedResidual, gate_residual_norm_modulate
 from dgpo_fast.ops.group_advantages import group_advantages
 from dgpo_fast.ops.group_preference import group_preference
 from dgpo_fast.ops.layer_norm_modulate import layer_norm_modulate
@@ -11,11 +12,13 @@ from dgpo_fast.ops.velocity_errors import VelocityErrors, velocity_errors
 
 __all__ = [
     "NoisySamples",
+    "NormedResidual",
     "Serving",
     "VelocityErrors",
     "describe_serving",
     "flow_interpolate",
     "gate_residual",
+    "gate_residual_norm_modulate",
     "group_advantages",
     "group_preference",
     "implementations",
