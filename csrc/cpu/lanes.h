@@ -4,9 +4,9 @@
 
 namespace dgpo_fast::cpu {
 
-// The sum of term(i) for i in 0..n-1, in an order that n alone decides: lanes that fill several vector registers, so that
-// one addition need not wait for the last, then a tree, whose few roundings keep the sum of a row within an ulp or two.
-// Inlined always, so that it is compiled for the instruction set of its caller.
+// The sum of term(i), called once for each i in 0..n-1, in an order that n alone decides: lanes that fill several
+// vector registers, so that one addition need not wait for the last, then a tree, whose few roundings keep the sum of a
+// row within an ulp or two. Inlined always, so that it is compiled for the instruction set of its caller.
 template <typename math_t, typename Term>
 [[gnu::always_inline]] inline math_t sum_in_lanes(int64_t n, const Term& term) {
   constexpr int kLanes = 64;

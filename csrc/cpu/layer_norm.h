@@ -12,10 +12,12 @@ namespace dgpo_fast::cpu {
 // the row, which lies in the cache: the variance is the mean of squared deviations.
 template <typename math_t, typename scalar_t>
 DGPO_FAST_MULTIVERSION math_t standardise(const scalar_t* x, math_t eps, math_t* standard, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) standard[i] = static_cast<math_t>(x[i]);
-  const math_t mean = sum_in_lanes<math_t>(n, [&](int64_t i) { return standard[i]; }) / static_cast<math_t>(n);
-  for (int64_t i = 0; i < n; ++i) standard[i] -= mean;
-  const math_t squares = sum_in_lanes<math_t>(n, [&](int64_t i) { return standard[i] * standard[i]; });
+  const math_t sum = sum_in_lanes<math_t>(n, [&](int64_t i) { return standard[i] = static_cast<math_t>(x[i]); });
+  const math_t mean = sum / static_cast<math_t>(n);
+  const math_t squares = sum_in_lanes<math_t>(n, [&](int64_t i) {
+    standard[i] -= mean;
+    return standard[i] * standard[i];
+  });
   const math_t rstd = 1 / std::sqrt(squares / static_cast<math_t>(n) + eps);
   for (int64_t i = 0; i < n; ++i) standard[i] *= rstd;
   return rstd;
@@ -36,9 +38,11 @@ template <typename math_t, typename scalar_t>
 DGPO_FAST_MULTIVERSION void norm_modulate_backward(const scalar_t* grad, const scalar_t* x, const scalar_t* scale,
                                                    math_t eps, math_t* standard, math_t* grad_x, int64_t n) {
   const math_t rstd = standardise(x, eps, standard, n);
-  for (int64_t i = 0; i < n; ++i) grad_x[i] = static_cast<math_t>(grad[i]) * (1 + static_cast<math_t>(scale[i]));
+  const math_t sum = sum_in_lanes<math_t>(n, [&](int64_t i) {
+    return grad_x[i] = static_cast<math_t>(grad[i]) * (1 + static_cast<math_t>(scale[i]));
+  });
   // What changes only the mean or the variance of x changes nothing: it is taken out.
-  const math_t mean = sum_in_lanes<math_t>(n, [&](int64_t i) { return grad_x[i]; }) / static_cast<math_t>(n);
+  const math_t mean = sum / static_cast<math_t>(n);
   const math_t along =
       sum_in_lanes<math_t>(n, [&](int64_t i) { return grad_x[i] * standard[i]; }) / static_cast<math_t>(n);
   for (int64_t i = 0; i < n; ++i) grad_x[i] = rstd * (grad_x[i] - mean - along * standard[i]);

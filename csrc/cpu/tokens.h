@@ -68,7 +68,7 @@ class WithRows {
 // Rows of samples, in chunks of neighbours that one thread works on.
 class RowChunks {
  public:
-  // A constant, so that sums depend on shapes alone, never on the number of threads. As few as torch adds up one by one.
+  // As few as torch adds up one by one; a constant, so that sums depend on shapes alone, never on the number of threads.
   static constexpr int64_t kRows = 16;
 
   explicit RowChunks(const Tensor& tokens)
