@@ -23,7 +23,6 @@ from dgpo_fast.ops import group_preference, velocity_errors
 from dgpo_fast.ops.group_preference import reference as eager_preference
 from dgpo_fast.ops.group_preference import reference_backward as eager_backward
 from dgpo_fast.ops.group_preference import reference_scores as eager_scores
-from dgpo_fast.ops.velocity_errors import DISTANCE, OLD, POLICY, REFERENCE
 
 SHAPES = {
     "cpu": ((1, 16, 16, 16), (16, 16, 16, 16), (16, 16, 64, 64)),
@@ -157,16 +156,14 @@ def kernels_in_turn(device: str) -> dict[str, Callable[..., tuple[Tensor, Tensor
             velocity: Tensor, old: Tensor, reference: Tensor, x0: Tensor, noise: Tensor, *groups: Tensor
         ) -> tuple[Tensor, Tensor]:
             advantage_M, group_M, size_G = groups
-            errors_4M = errors_of(velocity, x0, noise, None, group_M, old, reference, None, 1.0)
-            objective, _, weight_G, clipped_M = preference_of(
-                errors_4M[POLICY], errors_4M[REFERENCE], *groups, None, errors_4M[OLD], BETA, CLIP
+            error_M, old_M, reference_M, distance_M = errors_of(
+                velocity, x0, noise, None, group_M, old, reference, None, 1.0
             )
-            grad_4M = torch.zeros_like(errors_4M)
-            one = torch.ones_like(objective)
-            grad_4M[POLICY] = preference_backward(one, weight_G, advantage_M, group_M, size_G, clipped_M)
-            grad_4M[DISTANCE] = KL_COEF
-            gradient = errors_backward(grad_4M, velocity, x0, noise, None, group_M, reference, None, 1.0)
-            return objective + KL_COEF * errors_4M[DISTANCE].sum(), gradient
+            objective, _, weight_G, clipped_M = preference_of(error_M, reference_M, *groups, None, old_M, BETA, CLIP)
+            one, of_distance = torch.ones_like(objective), torch.full_like(distance_M, KL_COEF)
+            of_error = preference_backward(one, weight_G, advantage_M, group_M, size_G, clipped_M)
+            gradient = errors_backward(of_error, of_distance, velocity, x0, noise, None, group_M, reference, None, 1.0)
+            return objective + KL_COEF * distance_M.sum(), gradient
 
         return both
 

@@ -42,7 +42,7 @@ def cases(shapes: Sequence[Shape], device: torch.device) -> Iterator[Case]:
         streams = [rng.stream(0, stage="benchmark", group=group) for group in range(num_groups)]
         words = torch.tensor(streams, device=device) if source == "drawn" else None
         target = (x0, noise, words, torch.arange(shape[0], device=device) // GROUP_SIZE)
-        grad_4M = torch.randn(4, shape[0], device=device)
+        gradients = tuple(torch.randn(2, shape[0], device=device))
         num_bytes = 4 * velocity.nbytes + x0.nbytes + (0 if noise is None else noise.nbytes)
         label = f"{dimensions(shape)} {source}"
         forward = (velocity, *target, old, reference, unconditional, 4.5)
@@ -58,7 +58,7 @@ def cases(shapes: Sequence[Shape], device: torch.device) -> Iterator[Case]:
             operator="velocity_errors_backward",
             label=label,
             dtype=dtype,
-            arguments=(grad_4M, velocity, *target, reference, unconditional, 4.5),
+            arguments=(*gradients, velocity, *target, reference, unconditional, 4.5),
             num_bytes=num_bytes,
             reference=reference_backward,
         )
@@ -66,7 +66,7 @@ def cases(shapes: Sequence[Shape], device: torch.device) -> Iterator[Case]:
             operator="velocity_errors + backward",
             label=label,
             dtype=dtype,
-            arguments=(grad_4M, *forward),
+            arguments=(*gradients, *forward),
             num_bytes=2 * num_bytes,
             reference=through_autograd(reference_errors),
             implementations={
@@ -80,10 +80,11 @@ def cases(shapes: Sequence[Shape], device: torch.device) -> Iterator[Case]:
 def through_autograd(errors_of: Call) -> Call:
     """Errors, and the gradient of the policy's velocity, as autograd finds it."""
 
-    def loss(grad_4M: Tensor, velocity: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def loss(of_policy_M: Tensor, of_distance_M: Tensor, velocity: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         leaf = velocity.detach().requires_grad_()
-        errors_4M = errors_of(leaf, *rest)
-        return errors_4M.detach(), torch.autograd.grad(errors_4M, leaf, grad_4M)[0]
+        policy_M, old_M, reference_M, distance_M = errors_of(leaf, *rest)
+        (gradient,) = torch.autograd.grad((policy_M, distance_M), leaf, (of_policy_M, of_distance_M))
+        return policy_M.detach(), old_M, reference_M, distance_M.detach(), gradient
 
     return loss
 
@@ -96,9 +97,9 @@ def kernels_in_turn(device: str) -> dict[str, Call]:
     )
 
     def both(forward: Call, backward: Call) -> Call:
-        def loss(grad_4M: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        def loss(of_policy_M: Tensor, of_distance_M: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
             without_old = arguments[:5] + arguments[6:]
-            return forward(*arguments), backward(grad_4M, *without_old)
+            return *forward(*arguments), backward(of_policy_M, of_distance_M, *without_old)
 
         return loss
 

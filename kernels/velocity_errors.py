@@ -17,6 +17,8 @@ from dgpo_fast.kernels.samples import flat_samples, load_noise, noise_source
 # Chosen from the machine code; not timed on a GPU yet.
 BLOCK = 1024
 NUM_WARPS = 4
+# Sums of blocks at a time: a latent of 512 x 512 pixels has 64.
+SUMS_BLOCK = 64
 
 
 @triton.jit
@@ -102,8 +104,42 @@ def velocity_errors_kernel(
 
 
 @triton.jit
+def velocity_errors_mean_kernel(
+    p_sums,  # [4, M, P]
+    p_policy,  # [M]
+    p_old,  # [M], not written unless OLD
+    p_reference,  # [M], not written unless REFERENCE
+    p_distance,  # [M], not written unless REFERENCE
+    sums_stride_row,
+    num_blocks,  # P
+    N,
+    OLD: tl.constexpr,
+    REFERENCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_m = tl.program_id(0).to(tl.int64)
+    p_row = p_sums + i_m * num_blocks
+    tl.store(p_policy + i_m, sum_of_row(p_row, num_blocks, BLOCK) / N)
+    if OLD:
+        tl.store(p_old + i_m, sum_of_row(p_row + sums_stride_row, num_blocks, BLOCK) / N)
+    if REFERENCE:
+        tl.store(p_reference + i_m, sum_of_row(p_row + 2 * sums_stride_row, num_blocks, BLOCK) / N)
+        tl.store(p_distance + i_m, sum_of_row(p_row + 3 * sums_stride_row, num_blocks, BLOCK) / N)
+
+
+@triton.jit
+def sum_of_row(p_row, num_numbers, BLOCK: tl.constexpr):
+    b_sum = tl.zeros([BLOCK], p_row.dtype.element_ty)
+    for o_block in range(0, num_numbers, BLOCK):
+        o_n = o_block + tl.arange(0, BLOCK)
+        b_sum += tl.load(p_row + o_n, mask=o_n < num_numbers, other=0)
+    return tl.sum(b_sum, 0)
+
+
+@triton.jit
 def velocity_errors_backward_kernel(
-    p_grad,  # [4, M], contiguous
+    p_grad_policy,  # [M]
+    p_grad_distance,  # [M], not read unless REFERENCE
     p_velocity,  # [M, N]
     p_x0,  # [M, N]
     p_noise,  # [G, N] of the dtype of x0, or, where DRAWN, the words of the streams, [G, 4] of int64
@@ -117,7 +153,6 @@ def velocity_errors_backward_kernel(
     group_stride_m,
     reference_stride_m,
     unconditional_stride_m,
-    grad_stride_row,
     guidance,
     guidance_rest,
     num_groups,
@@ -133,7 +168,7 @@ def velocity_errors_backward_kernel(
     i_block = i_program % num_blocks
     o_n = i_block * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < N
-    dtype = p_grad.dtype.element_ty
+    dtype = p_grad_policy.dtype.element_ty
 
     i_g = tl.load(p_group + i_m * group_stride_m)
     valid = (i_g >= 0) & (i_g < num_groups)
@@ -141,13 +176,13 @@ def velocity_errors_backward_kernel(
     b_target = b_noise - tl.load(p_x0 + i_m * x0_stride_m + o_n, mask=m_n)
     b_target = tl.where(valid, b_target, float("nan"))
     b_velocity = tl.load(p_velocity + i_m * velocity_stride_m + o_n, mask=m_n).to(dtype)
-    b_grad = 2 * tl.load(p_grad + i_m) / N * (b_velocity - b_target)
+    b_grad = 2 * tl.load(p_grad_policy + i_m) / N * (b_velocity - b_target)
     if REFERENCE:
         o_reference, o_unconditional = i_m * reference_stride_m + o_n, i_m * unconditional_stride_m + o_n
         b_guided = load_guided(
             p_reference, p_unconditional, o_reference, o_unconditional, m_n, guidance, guidance_rest, GUIDED, dtype
         )
-        b_grad += 2 * tl.load(p_grad + 3 * grad_stride_row + i_m) / N * (b_velocity - b_guided)
+        b_grad += 2 * tl.load(p_grad_distance + i_m) / N * (b_velocity - b_guided)
     tl.store(p_grad_velocity + i_m * N + o_n, b_grad.to(p_grad_velocity.dtype.element_ty), mask=m_n)
 
 
@@ -161,14 +196,16 @@ def velocity_errors(
     reference: Tensor | None,
     unconditional: Tensor | None,
     guidance: float,
-) -> Tensor:
-    """The errors, [4, M]; the arguments are checked by the caller."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The errors, [M] each or [0]; the arguments are checked by the caller."""
     num_samples = len(x0)
-    numel = x0.numel() // max(1, num_samples)
+    counts = [num_samples, *(0 if given is None else num_samples for given in (old, reference, reference))]
+    policy_M, old_M, reference_M, distance_M = errors = [x0.new_empty(count) for count in counts]
     if x0.numel() == 0:
-        return x0.new_full((4, num_samples), float("nan") if num_samples else 0.0)
+        return policy_M.fill_(float("nan")), old_M, reference_M, distance_M
+    numel = x0.numel() // num_samples
     num_blocks = triton.cdiv(numel, BLOCK)
-    sums = x0.new_zeros(4, num_samples, num_blocks)
+    sums = x0.new_empty(4, num_samples, num_blocks)
     v, samples = flat_samples(velocity), flat_samples(x0)
     source, drawn = noise_source(noise, streams)
     v_old, v_ref, v_uncond = (v if given is None else flat_samples(given) for given in (old, reference, unconditional))
@@ -181,11 +218,16 @@ def velocity_errors(
             DRAWN=drawn, OLD=old is not None, REFERENCE=reference is not None, GUIDED=unconditional is not None,
             BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
-    return sums.sum(2) / numel
+        velocity_errors_mean_kernel[(num_samples,)](
+            sums, *errors, sums.stride(0), num_blocks, numel,
+            OLD=old is not None, REFERENCE=reference is not None, BLOCK=SUMS_BLOCK, num_warps=1,
+        )  # fmt: skip
+    return policy_M, old_M, reference_M, distance_M
 
 
 def velocity_errors_backward(
-    grad_4M: Tensor,
+    grad_policy_M: Tensor,
+    grad_distance_M: Tensor | None,
     velocity: Tensor,
     x0: Tensor,
     noise: Tensor | None,
@@ -204,12 +246,14 @@ def velocity_errors_backward(
     v, samples = flat_samples(velocity), flat_samples(x0)
     source, drawn = noise_source(noise, streams)
     v_ref, v_uncond = (v if given is None else flat_samples(given) for given in (reference, unconditional))
+    grads = grad_policy_M.contiguous()
+    distance_grads = grads if grad_distance_M is None else grad_distance_M.contiguous()
     with torch.cuda.device_of(x0):
         velocity_errors_backward_kernel[(num_blocks * num_samples,)](
-            grad_4M.contiguous(), v, samples, source, group_M, v_ref, v_uncond, grad_velocity,
+            grads, distance_grads, v, samples, source, group_M, v_ref, v_uncond, grad_velocity,
             v.stride(0), samples.stride(0), source.stride(0), group_M.stride(0), v_ref.stride(0), v_uncond.stride(0),
-            num_samples, *two_parts(guidance), len(source), num_blocks, numel,
-            DRAWN=drawn, REFERENCE=reference is not None, GUIDED=unconditional is not None,
+            *two_parts(guidance), len(source), num_blocks, numel,
+            DRAWN=drawn, REFERENCE=grad_distance_M is not None, GUIDED=unconditional is not None,
             BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return grad_velocity

@@ -3,6 +3,7 @@
 #include "velocity_errors.h"
 
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -71,7 +72,9 @@ void dispatch(const Tensor& x0, const Tensor& velocity, const Body& body) {
   });
 }
 
-Tensor velocity_errors(const Tensor& velocity, const Tensor& x0, const OptionalTensor& noise,
+using Errors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Errors velocity_errors(const Tensor& velocity, const Tensor& x0, const OptionalTensor& noise,
                        const OptionalTensor& streams, const Tensor& group_M, const OptionalTensor& old,
                        const OptionalTensor& reference, const OptionalTensor& unconditional, double guidance) {
   check_arguments(velocity, x0, noise, streams, group_M, old, reference, unconditional);
@@ -79,7 +82,9 @@ Tensor velocity_errors(const Tensor& velocity, const Tensor& x0, const OptionalT
   const DenseVelocities velocities(velocity, old, reference, unconditional);
   const GroupNoise group_noise(noise, streams, group_M);
   const int64_t num_samples = x0.size(0), numel = num_samples > 0 ? x0.numel() / num_samples : 0;
-  const Tensor errors = empty(samples, {kNumErrors, num_samples});
+  const int64_t num_old = old ? num_samples : 0, num_reference = reference ? num_samples : 0;
+  const Tensor errors[kNumErrors] = {empty(samples, {num_samples}), empty(samples, {num_old}),
+                                     empty(samples, {num_reference}), empty(samples, {num_reference})};
   dispatch(samples, velocity, [&]<typename math_t, typename velocity_t>() {
     const int64_t chunks = GroupNoise::num_chunks(numel);
     std::vector<double> partial(num_samples * chunks * kNumErrors);
@@ -91,32 +96,38 @@ Tensor velocity_errors(const Tensor& velocity, const Tensor& x0, const OptionalT
       sum_squares<math_t>(x0_first + at, eps, v + at, static_cast<math_t>(guidance), n, sums);
       std::copy_n(sums, kNumErrors, &partial[(m * chunks + first / GroupNoise::kChunk) * kNumErrors]);
     });
-    const bool given[kNumErrors] = {true, old.has_value(), reference.has_value(), reference.has_value()};
-    math_t* out = errors.mutable_data_ptr<math_t>();
-    for (int row = 0; row < kNumErrors; ++row)
-      for (int64_t m = 0; m < num_samples; ++m) {
+    for (int row = 0; row < kNumErrors; ++row) {
+      math_t* out = errors[row].mutable_data_ptr<math_t>();
+      for (int64_t m = 0; m < errors[row].numel(); ++m) {
         double sum = 0;
         for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[(m * chunks + chunk) * kNumErrors + row];
-        out[row * num_samples + m] = static_cast<math_t>(given[row] ? sum / static_cast<double>(numel) : 0.0);
+        out[m] = static_cast<math_t>(sum / static_cast<double>(numel));
       }
+    }
   });
-  return errors;
+  return {errors[kPolicy], errors[kOld], errors[kReference], errors[kDistance]};
 }
 
-Tensor velocity_errors_backward(const Tensor& grad_4M, const Tensor& velocity, const Tensor& x0,
-                                const OptionalTensor& noise, const OptionalTensor& streams, const Tensor& group_M,
-                                const OptionalTensor& reference, const OptionalTensor& unconditional,
-                                double guidance) {
+void check_gradient(const Tensor& grad, const char* name, const Tensor& x0) {
+  check_argument(grad.is_cpu() && grad.scalar_type() == x0.scalar_type(), name, "expected the dtype and device of x0");
+  check_per_sample(grad, name, x0);
+}
+
+Tensor velocity_errors_backward(const Tensor& grad_policy_M, const OptionalTensor& grad_distance_M,
+                                const Tensor& velocity, const Tensor& x0, const OptionalTensor& noise,
+                                const OptionalTensor& streams, const Tensor& group_M, const OptionalTensor& reference,
+                                const OptionalTensor& unconditional, double guidance) {
   check_arguments(velocity, x0, noise, streams, group_M, std::nullopt, reference, unconditional);
   const int64_t num_samples = x0.size(0), numel = num_samples > 0 ? x0.numel() / num_samples : 0;
-  check_argument(grad_4M.is_cpu() && grad_4M.scalar_type() == x0.scalar_type(), "grad_4M",
-                 "expected the dtype and device of x0");
-  check_argument(grad_4M.dim() == 2 && grad_4M.size(0) == kNumErrors && grad_4M.size(1) == num_samples, "grad_4M",
-                 "expected [4, ", num_samples, "]");
+  check_gradient(grad_policy_M, "grad_policy_M", x0);
+  check_argument(!grad_distance_M || reference, "grad_distance_M", "expected None without reference");
+  if (grad_distance_M) check_gradient(*grad_distance_M, "grad_distance_M", x0);
   const Tensor samples = dense(x0);
   const DenseVelocities velocities(velocity, std::nullopt, reference, unconditional);
   const GroupNoise group_noise(noise, streams, group_M);
-  const std::vector<double> grads = numbers_of(grad_4M);
+  const std::vector<double> policy_grads = numbers_of(grad_policy_M);
+  const std::vector<double> distance_grads =
+      grad_distance_M ? numbers_of(*grad_distance_M) : std::vector<double>(num_samples);
   const Tensor grad_velocity = torch::stable::empty_like(velocities.policy);
   dispatch(samples, velocity, [&]<typename math_t, typename velocity_t>() {
     const math_t* x0_first = samples.const_data_ptr<math_t>();
@@ -125,8 +136,8 @@ Tensor velocity_errors_backward(const Tensor& grad_4M, const Tensor& velocity, c
     const double scale = 2.0 / static_cast<double>(numel);
     group_noise.for_each_piece<math_t>(numel, [&](int64_t m, int64_t first, int64_t n, const auto* eps) {
       const int64_t at = m * numel + first;
-      const math_t of_target = static_cast<math_t>(scale * grads[kPolicy * num_samples + m]);
-      const math_t of_reference = reference ? static_cast<math_t>(scale * grads[kDistance * num_samples + m]) : 0;
+      const math_t of_target = static_cast<math_t>(scale * policy_grads[m]);
+      const math_t of_reference = static_cast<math_t>(scale * distance_grads[m]);
       velocity_gradient<math_t>(x0_first + at, eps, v + at, static_cast<math_t>(guidance), of_target, of_reference,
                                 out + at, n);
     });

@@ -6,7 +6,7 @@
 
 namespace dgpo_fast::cpu {
 
-// Rows of the result, as in dgpo_fast/ops/velocity_errors.py.
+// The results, in the order of the schema in dgpo_fast/ops/velocity_errors.py.
 enum VelocityError { kPolicy, kOld, kReference, kDistance, kNumErrors };
 
 // Neighbouring elements of one sample. What is absent points to what stands in for it: `old` and `reference` to `policy`,
@@ -18,7 +18,7 @@ struct Velocities {
   Velocities operator+(int64_t i) const { return {policy + i, old + i, reference + i, unconditional + i}; }
 };
 
-// Adds up the squares of `n` elements for each row of the result, in an order that n alone decides.
+// Adds up the squares of `n` elements for each of the results, in an order that n alone decides.
 template <typename math_t, typename velocity_t, typename noise_t>
 DGPO_FAST_MULTIVERSION void sum_squares(const math_t* x0, const noise_t* noise, const Velocities<velocity_t> v,
                                         math_t guidance, int64_t n, double (&sums)[kNumErrors]) {

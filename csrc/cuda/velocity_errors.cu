@@ -1,6 +1,7 @@
 // Denoising errors on CUDA. Schema, equations, checks and reference: dgpo_fast/ops/velocity_errors.py.
 
 #include <optional>
+#include <tuple>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -97,21 +98,28 @@ __global__ void __launch_bounds__(kThreads)
   partial[(threadIdx.x * at.num_samples + m) * at.blocks_per_sample + block] = sum;
 }
 
-// One warp for each number of the result: the mean over a sample's blocks.
 template <typename math_t>
-__global__ void mean_over_blocks(const math_t* partial, math_t* errors, int64_t blocks_per_sample,
-                                 int64_t sample_numel) {
+struct Errors {
+  math_t* of[kNumErrors];  // [M] each, or null
+};
+
+// One warp for each number of the results: the mean over a sample's blocks.
+template <typename math_t>
+__global__ void mean_over_blocks(const math_t* partial, const Errors<math_t> errors, int64_t num_samples,
+                                 int64_t blocks_per_sample, int64_t sample_numel) {
+  math_t* error = errors.of[blockIdx.x / num_samples];
+  if (error == nullptr) return;
   const math_t* row = partial + blockIdx.x * blocks_per_sample;
   math_t sum = 0;
   for (int64_t block = threadIdx.x; block < blocks_per_sample; block += kWarp) sum += row[block];
   sum = sum_over_warp(sum);
-  if (threadIdx.x == 0) errors[blockIdx.x] = sum / static_cast<math_t>(sample_numel);
+  if (threadIdx.x == 0) error[blockIdx.x % num_samples] = sum / static_cast<math_t>(sample_numel);
 }
 
 template <int kCount, bool kDrawn, typename math_t, typename velocity_t>
 __global__ void __launch_bounds__(kThreads)
-    velocity_errors_backward_kernel(const Operands<math_t, velocity_t> at, const math_t* grad_4M,
-                                    velocity_t* grad_velocity) {
+    velocity_errors_backward_kernel(const Operands<math_t, velocity_t> at, const math_t* grad_policy,
+                                    const math_t* grad_distance, velocity_t* grad_velocity) {
   const int64_t m = blockIdx.x / at.blocks_per_sample;
   const int64_t i = ((blockIdx.x % at.blocks_per_sample) * kThreads + threadIdx.x) * kCount;
   if (i >= at.sample_numel) return;
@@ -119,13 +127,13 @@ __global__ void __launch_bounds__(kThreads)
   math_t target[kCount], policy[kCount], grad[kCount];
   load_target<kCount, kDrawn>(at, m, i, target);
   load<kCount>(at.velocity + m * at.velocity_stride + i, policy);
-  const math_t of_target = scale * grad_4M[kPolicy * at.num_samples + m];
+  const math_t of_target = scale * grad_policy[m];
 #pragma unroll
   for (int n = 0; n < kCount; ++n) grad[n] = of_target * (policy[n] - target[n]);
-  if (at.reference != nullptr) {
+  if (grad_distance != nullptr) {
     math_t guided[kCount];
     load_guided(at, m, i, guided);
-    const math_t of_reference = scale * grad_4M[kDistance * at.num_samples + m];
+    const math_t of_reference = scale * grad_distance[m];
 #pragma unroll
     for (int n = 0; n < kCount; ++n) grad[n] += of_reference * (policy[n] - guided[n]);
   }
@@ -186,12 +194,20 @@ OptionalTensor with_contiguous_samples(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(with_contiguous_from(*tensor, 1)) : std::nullopt;
 }
 
-Tensor velocity_errors(const Tensor& velocity, const Tensor& x0, const OptionalTensor& noise,
+std::tuple<Tensor, Tensor, Tensor, Tensor> velocity_errors(const Tensor& velocity, const Tensor& x0, const OptionalTensor& noise,
                        const OptionalTensor& streams, const Tensor& group_M, const OptionalTensor& old,
                        const OptionalTensor& reference, const OptionalTensor& unconditional, double guidance) {
   const torch::stable::accelerator::DeviceGuard guard(x0.get_device_index());
-  const Tensor errors = empty(x0, {kNumErrors, x0.size(0)});
-  if (x0.numel() == 0) return torch::stable::fill_(errors, NAN), errors;
+  const int64_t num_samples = x0.size(0);
+  const bool given_of[kNumErrors] = {true, old.has_value(), reference.has_value(), reference.has_value()};
+  const auto room = [&](int row) { return empty(x0, {given_of[row] ? num_samples : 0}); };
+  const Tensor errors[kNumErrors] = {room(kPolicy), room(kOld), room(kReference), room(kDistance)};
+  const std::tuple<Tensor, Tensor, Tensor, Tensor> result{errors[kPolicy], errors[kOld], errors[kReference],
+                                                          errors[kDistance]};
+  if (x0.numel() == 0) {
+    for (const Tensor& error : errors) torch::stable::fill_(error, NAN);
+    return result;
+  }
   const Arguments given{
       with_contiguous_from(velocity, 1),
       with_contiguous_from(x0, 1),
@@ -211,17 +227,19 @@ Tensor velocity_errors(const Tensor& velocity, const Tensor& x0, const OptionalT
       velocity_errors_kernel<kCount, kDrawn><<<grid.blocks(), kThreads, 0, stream>>>(at, sums);
     });
     const dim3 rows(static_cast<unsigned>(kNumErrors * grid.num_samples));
-    mean_over_blocks<<<rows, kWarp, 0, stream>>>(sums, errors.mutable_data_ptr<math_t>(), at.blocks_per_sample,
-                                                 at.sample_numel);
+    Errors<math_t> means;
+    for (int row = 0; row < kNumErrors; ++row)
+      means.of[row] = given_of[row] ? errors[row].mutable_data_ptr<math_t>() : nullptr;
+    mean_over_blocks<<<rows, kWarp, 0, stream>>>(sums, means, at.num_samples, at.blocks_per_sample, at.sample_numel);
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return errors;
+  return result;
 }
 
-Tensor velocity_errors_backward(const Tensor& grad_4M, const Tensor& velocity, const Tensor& x0,
-                                const OptionalTensor& noise, const OptionalTensor& streams, const Tensor& group_M,
-                                const OptionalTensor& reference, const OptionalTensor& unconditional,
-                                double guidance) {
+Tensor velocity_errors_backward(const Tensor& grad_policy_M, const OptionalTensor& grad_distance_M,
+                                const Tensor& velocity, const Tensor& x0, const OptionalTensor& noise,
+                                const OptionalTensor& streams, const Tensor& group_M, const OptionalTensor& reference,
+                                const OptionalTensor& unconditional, double guidance) {
   const torch::stable::accelerator::DeviceGuard guard(x0.get_device_index());
   const Tensor grad_velocity =
       torch::stable::empty(velocity.sizes(), velocity.scalar_type(), std::nullopt, velocity.device());
@@ -236,13 +254,16 @@ Tensor velocity_errors_backward(const Tensor& grad_4M, const Tensor& velocity, c
       guidance,
   };
   const Grid grid = given.grid();
-  const Tensor grads = dense(grad_4M);
+  const Tensor policy_grads = dense(grad_policy_M);
+  const OptionalTensor distance_grads = grad_distance_M ? OptionalTensor(dense(*grad_distance_M)) : std::nullopt;
   const cudaStream_t stream = current_stream(x0);
   given.dispatch([&]<typename math_t, typename velocity_t>() {
     const Operands<math_t, velocity_t> at = given.operands<math_t, velocity_t>(grid);
     dispatch_grid(grid, given.noises.is_drawn(), [&]<int kCount, bool kDrawn>() {
       velocity_errors_backward_kernel<kCount, kDrawn><<<grid.blocks(), kThreads, 0, stream>>>(
-          at, grads.const_data_ptr<math_t>(), grad_velocity.mutable_data_ptr<velocity_t>());
+          at, policy_grads.const_data_ptr<math_t>(),
+          distance_grads ? distance_grads->const_data_ptr<math_t>() : nullptr,
+          grad_velocity.mutable_data_ptr<velocity_t>());
     });
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -15,9 +15,6 @@ from dgpo_fast import rng
 from dgpo_fast.ops.arguments import FLOATING, check_device, check_dtype, check_indices, check_no_gradient, check_shape
 from dgpo_fast.ops.registry import define, differentiate
 
-POLICY, OLD, REFERENCE, DISTANCE = range(4)
-"""Rows of the operator's result."""
-
 
 class VelocityErrors(NamedTuple):
     """Means over the latent elements, [M] each, in the dtype of x0; None where no velocity was given.
@@ -75,12 +72,14 @@ def velocity_errors(
         check_no_gradient(name, tensor, reason="gradients flow to velocity only")
     words = None if streams is None else torch.as_tensor(streams, dtype=torch.int64, device=x0.device)
     group_M = torch.arange(len(x0), device=x0.device) if group_M is None else group_M
-    errors_4M = _velocity_errors(velocity, x0, noise, words, group_M, old, reference, unconditional, guidance)
+    policy_M, old_M, reference_M, distance_M = _velocity_errors(
+        velocity, x0, noise, words, group_M, old, reference, unconditional, guidance
+    )
     return VelocityErrors(
-        policy_M=errors_4M[POLICY],
-        old_M=None if old is None else errors_4M[OLD].detach(),
-        reference_M=None if reference is None else errors_4M[REFERENCE].detach(),
-        distance_M=None if reference is None else errors_4M[DISTANCE],
+        policy_M=policy_M,
+        old_M=None if old is None else old_M,
+        reference_M=None if reference is None else reference_M,
+        distance_M=None if reference is None else distance_M,
     )
 
 
@@ -166,21 +165,22 @@ def reference_errors(
     reference: Tensor | None,
     unconditional: Tensor | None,
     guidance: float,
-) -> Tensor:
-    """The equations of `velocity_errors` in eager torch: [4, M], zero where no velocity was given."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The equations of `velocity_errors` in eager torch; no element where no velocity was given."""
     dtype = x0.dtype
     target, v = _target(x0, noise, streams, group_M), velocity.to(dtype)
-    rows = [_mean_square(v - target), *(x0.new_zeros(len(x0)) for _ in range(3))]
+    old_M, reference_M, distance_M = (x0.new_empty(0) for _ in range(3))
     if old is not None:
-        rows[OLD] = _mean_square(old.to(dtype) - target)
+        old_M = _mean_square(old.to(dtype) - target)
     if reference is not None:
         v_ref = _guided(reference, unconditional, guidance, dtype)
-        rows[REFERENCE], rows[DISTANCE] = _mean_square(v_ref - target), _mean_square(v - v_ref)
-    return torch.stack(rows)
+        reference_M, distance_M = _mean_square(v_ref - target), _mean_square(v - v_ref)
+    return _mean_square(v - target), old_M, reference_M, distance_M
 
 
 def reference_backward(
-    grad_4M: Tensor,
+    grad_policy_M: Tensor,
+    grad_distance_M: Tensor | None,
     velocity: Tensor,
     x0: Tensor,
     noise: Tensor | None,
@@ -190,14 +190,15 @@ def reference_backward(
     unconditional: Tensor | None,
     guidance: float,
 ) -> Tensor:
-    """grad_velocity = 2 / N (grad[policy] (v - v*) + grad[distance] (v - v_ref)), N elements of a sample."""
+    """grad_velocity = 2 / N (grad_policy (v - v*) + grad_distance (v - v_ref)), N elements of a sample."""
     dtype = x0.dtype
     v = velocity.to(dtype)
-    scale_4M = grad_4M * (2 / max(1, x0[0].numel() if len(x0) else 1))
+    scale = 2 / max(1, x0[0].numel() if len(x0) else 1)
     per_sample = (-1, *(1 for _ in x0.shape[1:]))
-    grad = scale_4M[POLICY].view(per_sample) * (v - _target(x0, noise, streams, group_M))
-    if reference is not None:
-        grad = grad + scale_4M[DISTANCE].view(per_sample) * (v - _guided(reference, unconditional, guidance, dtype))
+    grad = (scale * grad_policy_M).view(per_sample) * (v - _target(x0, noise, streams, group_M))
+    if reference is not None and grad_distance_M is not None:
+        v_ref = _guided(reference, unconditional, guidance, dtype)
+        grad = grad + (scale * grad_distance_M).view(per_sample) * (v - v_ref)
     return grad.to(velocity.dtype).contiguous()
 
 
@@ -211,13 +212,16 @@ def _fake(
     reference: Tensor | None,
     unconditional: Tensor | None,
     guidance: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_metadata(velocity, x0, noise, streams, group_M, old, reference, unconditional, guidance)
-    return x0.new_empty(4, len(x0))
+    num_old, num_reference = (0 if given is None else len(x0) for given in (old, reference))
+    policy_M, *others = (x0.new_empty(count) for count in (len(x0), num_old, num_reference, num_reference))
+    return policy_M, *others  # type: ignore[return-value]
 
 
 def _check_backward(
-    grad_4M: Tensor,
+    grad_policy_M: Tensor,
+    grad_distance_M: Tensor | None,
     velocity: Tensor,
     x0: Tensor,
     noise: Tensor | None,
@@ -228,17 +232,24 @@ def _check_backward(
     guidance: float,
 ) -> None:
     _check(velocity, x0, noise, streams, group_M, None, reference, unconditional, guidance)
-    _check_gradient(grad_4M, x0)
+    _check_gradients(grad_policy_M, grad_distance_M, x0, reference)
 
 
-def _check_gradient(grad_4M: Tensor, x0: Tensor) -> None:
-    check_dtype("grad_4M", grad_4M, x0.dtype)
-    check_shape("grad_4M", grad_4M, [4, len(x0)], meaning="a number for each error")
-    check_device("grad_4M", grad_4M, x0, meaning="x0")
+def _check_gradients(
+    grad_policy_M: Tensor, grad_distance_M: Tensor | None, x0: Tensor, reference: Tensor | None
+) -> None:
+    if grad_distance_M is not None and reference is None:
+        raise ValueError("grad_distance_M: expected None without reference")
+    for name, gradient in {"grad_policy_M": grad_policy_M, "grad_distance_M": grad_distance_M}.items():
+        if gradient is not None:
+            check_dtype(name, gradient, x0.dtype)
+            check_shape(name, gradient, x0.shape[:1], meaning="a number for each sample")
+            check_device(name, gradient, x0, meaning="x0")
 
 
 def _fake_backward(
-    grad_4M: Tensor,
+    grad_policy_M: Tensor,
+    grad_distance_M: Tensor | None,
     velocity: Tensor,
     x0: Tensor,
     noise: Tensor | None,
@@ -249,33 +260,41 @@ def _fake_backward(
     guidance: float,
 ) -> Tensor:
     _check_metadata(velocity, x0, noise, streams, group_M, None, reference, unconditional, guidance)
-    _check_gradient(grad_4M, x0)
+    _check_gradients(grad_policy_M, grad_distance_M, x0, reference)
     return velocity.new_empty(velocity.shape)
 
 
 define(
     "velocity_errors(Tensor velocity, Tensor x0, Tensor? noise, Tensor? streams, Tensor group_M, Tensor? old,"
-    " Tensor? reference, Tensor? unconditional, float guidance) -> Tensor",
+    " Tensor? reference, Tensor? unconditional, float guidance)"
+    " -> (Tensor policy_M, Tensor old_M, Tensor reference_M, Tensor distance_M)",
     check=_check,
     reference=reference_errors,
     fake=_fake,
 )
 _velocity_errors_backward = define(
-    "velocity_errors_backward(Tensor grad_4M, Tensor velocity, Tensor x0, Tensor? noise, Tensor? streams,"
-    " Tensor group_M, Tensor? reference, Tensor? unconditional, float guidance) -> Tensor",
+    "velocity_errors_backward(Tensor grad_policy_M, Tensor? grad_distance_M, Tensor velocity, Tensor x0,"
+    " Tensor? noise, Tensor? streams, Tensor group_M, Tensor? reference, Tensor? unconditional, float guidance)"
+    " -> Tensor",
     check=_check_backward,
     reference=reference_backward,
     fake=_fake_backward,
 )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     velocity, x0, noise, streams, group_M, _, reference, unconditional, ctx.guidance = inputs
+    _, old_M, reference_M, _ = output
+    ctx.mark_non_differentiable(old_M, reference_M)
     ctx.save_for_backward(velocity, x0, noise, streams, group_M, reference, unconditional)
 
 
-def _backward(ctx: Any, grad_4M: Tensor) -> tuple[Tensor | None, ...]:
-    grad_velocity = _velocity_errors_backward(grad_4M, *ctx.saved_tensors, ctx.guidance)
+def _backward(
+    ctx: Any, grad_policy_M: Tensor, _: Tensor | None, __: Tensor | None, grad_distance_M: Tensor
+) -> tuple[Tensor | None, ...]:
+    *_inputs, reference, _unconditional = ctx.saved_tensors
+    of_distance = None if reference is None else grad_distance_M
+    grad_velocity = _velocity_errors_backward(grad_policy_M, of_distance, *ctx.saved_tensors, ctx.guidance)
     return grad_velocity, *(None for _ in range(8))
 
 

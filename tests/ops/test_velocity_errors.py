@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from dgpo_fast import ops, rng
-from dgpo_fast.ops.velocity_errors import DISTANCE, OLD, POLICY, REFERENCE
 
 OnDevice = Callable[[Any], Any]
 AssertExact = Callable[..., None]
 Implementation = Callable[..., Callable[..., Any]]  # implementation(name, operator=OPERATOR), see conftest.py
 
 OPERATOR = "velocity_errors"
+POLICY, OLD, REFERENCE, DISTANCE = range(4)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 STREAMS = torch.tensor([rng.stream(7, stage="training noise", group=group) for group in range(4)])
 
@@ -87,9 +87,8 @@ def test_equals_the_closed_form(
     assert_as_exact_as_torch: AssertExact,
 ) -> None:
     given = arguments(velocity_dtype=velocity_dtype, dtype=dtype, sample_shape=(3, 11, 67))
-    assert_as_exact_as_torch(
-        implementation(name)(*given), exact=equation(in_float64(given)), plain=equation(given), implementation=name
-    )
+    result = torch.stack(implementation(name)(*given))
+    assert_as_exact_as_torch(result, exact=equation(in_float64(given)), plain=equation(given), implementation=name)
 
 
 @pytest.mark.parametrize("sample_shape", [(), (1,), (2, 1, 1), (1025,), (3, 1, 1366)], ids=str)
@@ -97,7 +96,8 @@ def test_any_size_of_sample(name: str, implementation: Implementation, sample_sh
     given = arguments(sample_shape=sample_shape)
     rows = given if sample_shape else Arguments(*(x.view(-1, 1) if is_number(x) else x for x in given))
     exact = equation(in_float64(rows))
-    torch.testing.assert_close(implementation(name)(*given).double(), exact, rtol=1e-5, atol=1e-6)
+    result = torch.stack(implementation(name)(*given))
+    torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 def test_equal_velocities_have_equal_errors(name: str, implementation: Implementation) -> None:
@@ -114,19 +114,21 @@ def test_what_is_absent_changes_nothing_else(name: str, implementation: Implemen
     everything = implementation(name)(*given)
     policy_only = implementation(name)(*given._replace(old=None, reference=None, unconditional=None))
     assert torch.equal(policy_only[POLICY], everything[POLICY])
-    assert not policy_only[1:].any()
+    assert [tuple(each.shape) for each in policy_only[1:]] == [(0,)] * 3
     without_old = implementation(name)(*given._replace(old=None))
-    assert torch.equal(without_old[[POLICY, REFERENCE, DISTANCE]], everything[[POLICY, REFERENCE, DISTANCE]])
+    assert without_old[OLD].shape == (0,)
+    for each in (POLICY, REFERENCE, DISTANCE):
+        assert torch.equal(without_old[each], everything[each])
 
 
 def test_a_sample_does_not_see_its_batch(name: str, implementation: Implementation) -> None:
     given = arguments(sample_shape=(2, 1031), drawn=True)
-    whole = implementation(name)(*given)
+    whole = torch.stack(implementation(name)(*given))
     alone = given._replace(
         **{field: getattr(given, field)[3:4] for field in ("velocity", "x0", "group_M", "old", "reference")},
         unconditional=given.unconditional[3:4],
     )
-    assert torch.equal(implementation(name)(*alone), whole[:, 3:4])
+    assert torch.equal(torch.stack(implementation(name)(*alone)), whole[:, 3:4])
 
 
 def test_drawn_noise_is_that_of_the_forward_process(name: str, implementation: Implementation) -> None:
@@ -135,7 +137,7 @@ def test_drawn_noise_is_that_of_the_forward_process(name: str, implementation: I
     _, target = implementation(name, "flow_interpolate")(given.x0, torch.ones(5), None, STREAMS, given.group_M, True)
     assert not implementation(name)(*given._replace(velocity=target))[POLICY].any()
     assert not implementation(name, "velocity_errors_backward")(
-        torch.ones(4, 5), target, given.x0, None, STREAMS, given.group_M, None, None, 1.0
+        torch.ones(5), None, target, given.x0, None, STREAMS, given.group_M, None, None, 1.0
     ).any()
 
 
@@ -146,10 +148,10 @@ def test_an_empty_batch(name: str, implementation: Implementation, shape: tuple[
     noise = None if drawn else torch.zeros(4, *shape[1:])
     source = (noise, STREAMS if drawn else None, torch.arange(shape[0]))
     errors = implementation(name)(torch.zeros(shape), torch.zeros(shape), *source, None, None, None, 1.0)
-    assert errors.shape == (4, shape[0])
+    assert [len(each) for each in errors] == [shape[0], 0, 0, 0]
     assert errors[POLICY].isnan().all()
     grad = implementation(name, "velocity_errors_backward")(
-        torch.ones(4, shape[0]), torch.zeros(shape), torch.zeros(shape), *source, None, None, 1.0
+        torch.ones(shape[0]), None, torch.zeros(shape), torch.zeros(shape), *source, None, None, 1.0
     )
     assert grad.shape == shape
 
@@ -168,10 +170,11 @@ def strided(given: Arguments) -> Iterator[tuple[str, Arguments]]:
 def test_strides_do_not_change_a_bit(name: str, implementation: Implementation, layout: str) -> None:
     given = arguments()
     laid_out = dict(strided(given))[layout]
-    assert torch.equal(implementation(name)(*laid_out), implementation(name)(*given))
+    assert torch.equal(*(torch.stack(implementation(name)(*each)) for each in (laid_out, given)))
+    ones = torch.ones(5)
     one, other = (
         implementation(name, "velocity_errors_backward")(
-            torch.ones(4, 5), a.velocity, a.x0, a.noise, a.streams, a.group_M, a.reference, a.unconditional, a.guidance
+            ones, ones, a.velocity, a.x0, a.noise, a.streams, a.group_M, a.reference, a.unconditional, a.guidance
         )
         for a in (laid_out, given)
     )
@@ -183,7 +186,7 @@ def test_samples_beyond_two_billion_elements(
 ) -> None:
     given = arguments()
     apart = given._replace(velocity=far_apart(given.velocity), reference=far_apart(given.reference))
-    assert torch.equal(implementation(name)(*apart), implementation(name)(*given))
+    assert torch.equal(*(torch.stack(implementation(name)(*each)) for each in (apart, given)))
 
 
 MISTAKES: dict[str, tuple[str, Callable[[Arguments], Arguments]]] = {
@@ -221,13 +224,18 @@ def test_a_group_that_does_not_exist_gives_nan_on_cuda(name: str, implementation
     assert torch.equal(errors[POLICY].isnan(), given.group_M == 3)
 
 
-@pytest.mark.parametrize("grad", [torch.ones(3, 5), torch.ones(4, 4), torch.ones(4, 5).double()], ids=["3", "M", "f64"])
+@pytest.mark.parametrize("grad", [torch.ones(1, 5), torch.ones(4), torch.ones(5).double()], ids=["1M", "M", "f64"])
 def test_a_bad_gradient_is_named(name: str, implementation: Implementation, grad: Tensor) -> None:
-    given = arguments()
-    with pytest.raises(ValueError, match=r"^grad_4M: "):
-        implementation(name, "velocity_errors_backward")(
-            grad, given.velocity, given.x0, given.noise, None, given.group_M, None, None, 1.0
-        )
+    given, ones = arguments(), torch.ones(5)
+    for culprit, policy, distance, reference in (
+        ("grad_policy_M", grad, None, None),
+        ("grad_distance_M", ones, grad, given.reference),
+        ("grad_distance_M", ones, ones, None),
+    ):
+        with pytest.raises(ValueError, match=f"^{culprit}: "):
+            implementation(name, "velocity_errors_backward")(
+                policy, distance, given.velocity, given.x0, given.noise, None, given.group_M, reference, None, 1.0
+            )
 
 
 @pytest.mark.parametrize("culprit", ["x0", "noise", "old", "reference", "unconditional"])
@@ -258,18 +266,19 @@ def test_backward_equals_the_closed_form(
     name: str, implementation: Implementation, velocity_dtype: torch.dtype, assert_as_exact_as_torch: AssertExact
 ) -> None:
     given = arguments(velocity_dtype=velocity_dtype, sample_shape=(3, 345))
-    grad_4M = torch.randn(4, 5, generator=torch.Generator().manual_seed(8))
+    of_policy, of_distance = torch.randn(2, 5, generator=torch.Generator().manual_seed(8))
 
     def gradient(given: Arguments) -> Tensor:
         velocity = given.velocity.detach().clone().requires_grad_()
         errors = equation(given._replace(velocity=velocity))
-        (errors[[POLICY, DISTANCE]] * grad_4M.to(errors.dtype)[[POLICY, DISTANCE]]).sum().backward()
+        weights = torch.stack([of_policy, of_distance]).to(errors.dtype)
+        (errors[[POLICY, DISTANCE]] * weights).sum().backward()
         assert velocity.grad is not None
         return velocity.grad
 
     result = implementation(name, "velocity_errors_backward")(
-        grad_4M, given.velocity, given.x0, given.noise, None, given.group_M, given.reference, given.unconditional,
-        given.guidance,
+        of_policy, of_distance, given.velocity, given.x0, given.noise, None, given.group_M, given.reference,
+        given.unconditional, given.guidance,
     )  # fmt: skip
     exact = gradient(in_float64(given))
     assert_as_exact_as_torch(result, exact=exact, plain=gradient(given), implementation=name)
@@ -282,7 +291,8 @@ def test_opcheck(drawn: bool, on_device: OnDevice) -> None:
     learning = given._replace(velocity=given.velocity.clone().requires_grad_(), old=None)
     torch.library.opcheck(torch.ops.dgpo_fast.velocity_errors.default, learning)
     backward = (
-        on_device(torch.ones(4, 5)),
+        on_device(torch.ones(5)),
+        None,
         given.velocity,
         given.x0,
         given.noise,

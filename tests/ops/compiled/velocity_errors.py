@@ -12,7 +12,7 @@ def case(name: str, *, backward: bool, drawn: bool, loads: int, stores: int) -> 
         kernel=kernel,
         types={
             **dict.fromkeys(VELOCITIES, "*bf16"),
-            **dict.fromkeys(("p_x0", "p_sums", "p_grad"), "*fp32"),
+            **dict.fromkeys(("p_x0", "p_sums", "p_grad_policy", "p_grad_distance"), "*fp32"),
             **{"p_group": "*i64", "p_noise": "*i64" if drawn else "*fp32"},
         },
         constants={
@@ -31,5 +31,15 @@ CASES = [
     # 1024 elements over 128 threads: one access for each bfloat16 velocity, two for the samples and for a given noise.
     case("velocity_errors given", backward=False, drawn=False, loads=4 + 2 + 2, stores=0),
     case("velocity_errors drawn", backward=False, drawn=True, loads=4 + 2, stores=0),
+    Case(
+        name="velocity_errors_mean",
+        kernel=velocity_errors.velocity_errors_mean_kernel,
+        types=dict.fromkeys(("p_sums", "p_policy", "p_old", "p_reference", "p_distance"), "*fp32"),
+        constants={"OLD": True, "REFERENCE": True, "BLOCK": velocity_errors.SUMS_BLOCK},
+        num_warps=1,
+        int32=("num_blocks", "N"),
+        loads=None,
+        stores=None,
+    ),
     case("velocity_errors_backward drawn", backward=True, drawn=True, loads=3 + 2, stores=1),
 ]
