@@ -5,11 +5,13 @@ from dgpo_fast.ops.flow_interpolate import NoisySamples, flow_interpolate
 from dgpo_fast.ops.group_advantages import group_advantages
 from dgpo_fast.ops.group_preference import group_preference
 from dgpo_fast.ops.registry import Serving, describe_serving, implementations, serving
+from dgpo_fast.ops.sde_step import SDEStep, sde_coefficients, sde_step
 from dgpo_fast.ops.solver_step import solver_step, solver_step_
 from dgpo_fast.ops.velocity_errors import VelocityErrors, velocity_errors
 
 __all__ = [
     "NoisySamples",
+    "SDEStep",
     "Serving",
     "VelocityErrors",
     "describe_serving",
@@ -18,6 +20,8 @@ __all__ = [
     "group_advantages",
     "group_preference",
     "implementations",
+    "sde_coefficients",
+    "sde_step",
     "serving",
     "solver_step",
     "solver_step_",
