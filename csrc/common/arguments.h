@@ -99,20 +99,20 @@ inline std::vector<double> numbers_of(const Tensor& tensor) {
 }
 
 // The noise of groups of samples, on the CPU: given, or drawn from streams, and the group of each sample.
-inline void check_noise(const Tensor& x0, const std::optional<Tensor>& noise, const std::optional<Tensor>& streams,
+inline void check_noise(const Tensor& samples, const std::optional<Tensor>& noise, const std::optional<Tensor>& streams,
                         const Tensor& group, const char* group_name) {
-  check_per_sample(group, group_name, x0);
+  check_per_sample(group, group_name, samples);
   check_argument(is_one_of(group, {ScalarType::Long}), group_name, "expected int64, got ", dtype_name(group));
   check_argument(noise.has_value() != streams.has_value(), "noise", "expected either noise or streams");
   if (noise) {
-    check_argument(noise->scalar_type() == x0.scalar_type(), "noise", "expected the dtype of x0, ", dtype_name(x0),
-                   ", got ", dtype_name(*noise));
-    check_argument(has_samples_like(*noise, x0), "noise", "expected samples of the shape of x0");
-    check_argument(noise->is_cpu(), "noise", "expected the device of x0, cpu");
+    check_argument(noise->scalar_type() == samples.scalar_type(), "noise", "expected the dtype of the samples, ",
+                   dtype_name(samples), ", got ", dtype_name(*noise));
+    check_argument(has_samples_like(*noise, samples), "noise", "expected the shape of the samples");
+    check_argument(noise->is_cpu(), "noise", "expected the device of the samples, cpu");
   } else {
     check_argument(is_one_of(*streams, {ScalarType::Long}), "streams", "expected int64, got ", dtype_name(*streams));
     check_argument(streams->dim() == 2 && streams->size(1) == 4, "streams", "expected four words for each group");
-    check_argument(streams->is_cpu(), "streams", "expected the device of x0, cpu");
+    check_argument(streams->is_cpu(), "streams", "expected the device of the samples, cpu");
     for (int64_t word : values_of<int64_t>(*streams))
       check_argument(0 <= word && word < (int64_t{1} << 32), "streams", "expected values in 0..2^32-1, got ", word);
   }

@@ -10,6 +10,7 @@ from dgpo_fast.ops.group_preference import group_preference, group_scores
 from dgpo_fast.ops.joint_qk_norm import QKV, QKWeights, joint_qk_norm
 from dgpo_fast.ops.layer_norm_modulate import layer_norm_modulate
 from dgpo_fast.ops.registry import Serving, describe_serving, implementations, serving
+from dgpo_fast.ops.sde_step import SDEStep, sde_coefficients, sde_step
 from dgpo_fast.ops.solver_step import solver_step, solver_step_
 from dgpo_fast.ops.velocity_errors import VelocityErrors, velocity_errors
 
@@ -18,6 +19,7 @@ __all__ = [
     "NoisySamples",
     "NormedResidual",
     "QKWeights",
+    "SDEStep",
     "Serving",
     "VelocityErrors",
     "bias_gelu",
@@ -32,6 +34,8 @@ __all__ = [
     "implementations",
     "joint_qk_norm",
     "layer_norm_modulate",
+    "sde_coefficients",
+    "sde_step",
     "serving",
     "solver_step",
     "solver_step_",

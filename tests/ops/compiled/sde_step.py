@@ -1,0 +1,46 @@
+from case import Case
+
+from dgpo_fast.kernels import sde_step
+
+SAMPLES = ("p_x", "p_x_next", "p_mean", "p_sums", "p_grad_mean", "p_grad_log_prob", "p_log_prob", "p_coefficients")
+
+
+def case(name: str, kernel: object, constants: dict[str, object], *, drawn: bool, loads: int, stores: int) -> Case:
+    return Case(
+        name=name,
+        kernel=kernel,
+        types={
+            **dict.fromkeys(SAMPLES, "*fp32"),
+            **dict.fromkeys(("p_velocity", "p_grad_velocity"), "*bf16"),
+            **{"p_group": "*i64", "p_noise": "*i64" if drawn else "*fp32"},
+        },
+        constants=constants,
+        num_warps=1 if "log_prob" in name else sde_step.NUM_WARPS,
+        int32=("num_groups", "num_blocks", "N"),
+        loads=loads,
+        stores=stores,
+    )
+
+
+def forward(name: str, *, given: bool, drawn: bool, with_mean: bool, loads: int, stores: int) -> Case:
+    constants = {"GIVEN": given, "DRAWN": drawn, "WITH_MEAN": with_mean, "BLOCK": sde_step.BLOCK}
+    return case(name, sde_step.sde_step_kernel, constants, drawn=drawn, loads=loads, stores=stores)
+
+
+CASES = [
+    # 1024 elements over 128 threads: two accesses for x, for a given noise, for x_next and for the mean, one for a
+    # bfloat16 velocity.
+    forward("sde_step drawn", given=False, drawn=True, with_mean=False, loads=2 + 1, stores=2),
+    forward("sde_step noise", given=False, drawn=False, with_mean=True, loads=2 + 1 + 2, stores=2 + 2),
+    forward("sde_step given", given=True, drawn=False, with_mean=True, loads=2 + 1 + 2, stores=2),
+    case(
+        "sde_step_backward",
+        sde_step.sde_step_backward_kernel,
+        {"OF_MEAN": True, "OF_LOG_PROB": True, "BLOCK": sde_step.BLOCK},
+        drawn=False,
+        loads=2 + 1 + 2 + 2,
+        stores=1,
+    ),
+    # 32 sums over 32 threads.
+    case("sde_log_prob", sde_step.sde_log_prob_kernel, {"BLOCK": sde_step.SUM_BLOCK}, drawn=False, loads=0, stores=0),
+]
