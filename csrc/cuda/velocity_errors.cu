@@ -98,16 +98,21 @@ __global__ void __launch_bounds__(kThreads)
   partial[(threadIdx.x * at.num_samples + m) * at.blocks_per_sample + block] = sum;
 }
 
+// Named, since an array of arguments that is indexed at run time would be copied to local memory.
 template <typename math_t>
 struct Errors {
-  math_t* of[kNumErrors];  // [M] each, or null
+  math_t *policy, *old, *reference, *distance;  // [M] each, or null
+
+  __device__ __forceinline__ math_t* of(int64_t row) const {
+    return row == kPolicy ? policy : row == kOld ? old : row == kReference ? reference : distance;
+  }
 };
 
 // One warp for each number of the results: the mean over a sample's blocks.
 template <typename math_t>
 __global__ void mean_over_blocks(const math_t* partial, const Errors<math_t> errors, int64_t num_samples,
                                  int64_t blocks_per_sample, int64_t sample_numel) {
-  math_t* error = errors.of[blockIdx.x / num_samples];
+  math_t* error = errors.of(blockIdx.x / num_samples);
   if (error == nullptr) return;
   const math_t* row = partial + blockIdx.x * blocks_per_sample;
   math_t sum = 0;
@@ -227,9 +232,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> velocity_errors(const Tensor& velocit
       velocity_errors_kernel<kCount, kDrawn><<<grid.blocks(), kThreads, 0, stream>>>(at, sums);
     });
     const dim3 rows(static_cast<unsigned>(kNumErrors * grid.num_samples));
-    Errors<math_t> means;
-    for (int row = 0; row < kNumErrors; ++row)
-      means.of[row] = given_of[row] ? errors[row].mutable_data_ptr<math_t>() : nullptr;
+    const auto pointer = [&](int row) {
+      return given_of[row] ? errors[row].template mutable_data_ptr<math_t>() : nullptr;
+    };
+    const Errors<math_t> means{pointer(kPolicy), pointer(kOld), pointer(kReference), pointer(kDistance)};
     mean_over_blocks<<<rows, kWarp, 0, stream>>>(sums, means, at.num_samples, at.blocks_per_sample, at.sample_numel);
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();

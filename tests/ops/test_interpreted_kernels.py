@@ -22,9 +22,22 @@ KERNELS = [
 
 def test_kernels_pass_the_tests_of_their_operators() -> None:
     files = [str(HERE / f"test_{kernel.stem}.py") for kernel in KERNELS]
+    # The interpreter is slow and runs on one core: a worker for each.
+    workers = ["-n", str(min(4, os.cpu_count() or 1))]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "--implementation", "triton"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "DGPO_FAST_OPS": "triton"},
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *workers,
+            *files,
+            "--implementation",
+            "triton",
+        ],
+        env={**os.environ, "TRITON_INTERPRET": "1", "DGPO_FAST_OPS": "triton", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
