@@ -1,111 +1,92 @@
-"""GELU of a biased input: the kernels against eager PyTorch and torch.compile.
+"""GELU of a biased input: forward, backward with a bias that learns or is frozen, and both through autograd.
 
-    python -m benchmarks.bench_bias_gelu [--device cuda] [--out DIR]
+    python -m benchmarks.bench_bias_gelu [--device cpu|cuda] [--out DIR] [--rounds N] [--check]
 
-Bytes for n elements, read and written once each; the bias and the sums for it are small beside them:
+Bytes for n = B N D elements of s bytes, and a bias of D. Forward reads x and the bias and writes y; backward reads the
+gradient, x and the bias and writes the gradient of x, and that of the bias where it learns:
 
-    2 n sizeof(x)    forward,        3 n sizeof(x)    backward
+    s (2 n + D) forward,    s (3 n + 2 D) backward,    s (3 n + D) backward, frozen
+    s (5 n + 3 D) both,     s (5 n + 2 D) both, frozen
 
-and the roof is the bandwidth of a copy that moves as many. Eager PyTorch adds the bias in a pass of its own and keeps
-x + bias for its backward pass; there it sums what it has rounded, in another pass.
+"eager" is what a user writes, the sum and torch.nn.functional.gelu, each step rounded; of the backward alone it is what
+autograd runs, after the sum again.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Iterator, Sequence
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.functional import gelu
 
-from benchmarks.gate import assert_as_exact
-from benchmarks.timing import copy_gbps, interleaved, report
+from benchmarks.operator_table import Call, Case, Shape, dimensions, main
 from dgpo_fast import ops
-from dgpo_fast.ops.bias_gelu import reference, reference_backward
 
-# Tokens and width of the MLP: in cache, and one image of 512 x 512 in SD3.5-M.
-SHAPES = ((256, 512), (1024, 6144))
-
-Variants = Mapping[str, Callable[[], object]]
-
-
-def plain(x: Tensor, bias: Tensor) -> Tensor:
-    return functional.gelu(x + bias, approximate="tanh")
+# Tokens and width of the MLP, [B, N, D]: in cache; SD3.5's text and image, medium and large.
+SHAPES = {
+    "cpu": ((1, 256, 512), (1, 1024, 6144), (1, 1024, 9728)),
+    "cuda": ((16, 333, 6144), (16, 1024, 6144), (16, 1024, 9728)),
+    "odd": ((2, 19, 37), (1, 3, 8)),
+}
 
 
-def plain_backward(grad: Tensor, u: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
-    """What autograd runs; u = x + bias is kept from the forward pass."""
-    grad_x = torch.ops.aten.gelu_backward(grad, u, approximate="tanh")
-    return grad_x, grad_x.sum(0) if with_bias else grad_x.new_empty(0)
+def cases(shapes: Sequence[Shape], device: torch.device) -> Iterator[Case]:
+    for shape, dtype in product(shapes, (torch.float32, torch.bfloat16)):
+        x, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+        bias = torch.randn(shape[-1:], device=device).to(dtype)
+        label = dimensions(shape)
+        n, d = x.nbytes, bias.nbytes
+        yield Case(
+            operator="bias_gelu",
+            label=label,
+            dtype=dtype,
+            arguments=(x, bias),
+            num_bytes=2 * n + d,
+            reference=plain,
+        )
+        for bias_learns in (True, False):
+            as_learnt = label if bias_learns else f"{label} frozen"
+            yield Case(
+                operator="bias_gelu_backward",
+                label=as_learnt,
+                dtype=dtype,
+                arguments=(grad, x, bias, bias_learns),
+                num_bytes=3 * n + (2 if bias_learns else 1) * d,
+                reference=plain_backward,
+            )
+            yield Case(
+                operator="bias_gelu + backward",
+                label=as_learnt,
+                dtype=dtype,
+                arguments=(grad, x, bias, bias_learns),
+                num_bytes=5 * n + (3 if bias_learns else 2) * d,
+                reference=through_autograd(plain),
+                implementations={"through autograd": through_autograd(ops.bias_gelu)},
+                baselines={"torch.compile": through_autograd(torch.compile(plain, dynamic=False))},
+            )
 
 
-def forward_variants(x: Tensor, bias: Tensor) -> Variants:
-    calls = {name: partial(call, x, bias) for name, call in kernels("bias_gelu", x).items()}
-    exact = reference(x.double(), bias.double())
-    for name, call in calls.items():
-        assert_as_exact(name, [call()], exact=[exact], plain=[plain(x, bias)])
-    return {**calls, "eager": partial(plain, x, bias), "torch.compile": partial(torch.compile(plain), x, bias)}
+def plain(x: Tensor, bias_D: Tensor) -> Tensor:
+    return gelu(x + bias_D, approximate="tanh")
 
 
-def backward_variants(x: Tensor, bias: Tensor, *, with_bias: bool) -> Variants:
-    grad, u = torch.randn_like(x), x + bias
-    calls = {name: partial(call, grad, x, bias, with_bias) for name, call in kernels("bias_gelu_backward", x).items()}
-    eager = partial(plain_backward, grad, u, with_bias)
-    exact = reference_backward(grad.double(), x.double(), bias.double(), True)
-    asked = slice(1 + with_bias)
-    for name, call in calls.items():
-        assert_as_exact(name, call()[asked], exact=exact[asked], plain=eager()[asked])
-    return {**calls, "eager": eager, "torch.compile": partial(torch.compile(plain_backward), grad, u, with_bias)}
+def plain_backward(grad: Tensor, x: Tensor, bias_D: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
+    grad_x = torch.ops.aten.gelu_backward(grad, x + bias_D, approximate="tanh")
+    return grad_x, grad_x.flatten(0, -2).sum(0) if with_bias else grad_x.new_empty(0)
 
 
-def kernels(operator: str, x: Tensor) -> dict[str, Callable[..., Any]]:
-    """What the operator has here; on the CPU, Triton would be its interpreter."""
-    calls = ops.implementations(operator, x.device.type)  # type: ignore[arg-type]
-    return {name: call for name, call in calls.items() if name != "triton" or x.is_cuda}
+def through_autograd(biased_gelu: Call) -> Call:
+    """y, and the gradients of x and of a bias that learns, as autograd finds them."""
 
+    def step(grad: Tensor, x: Tensor, bias_D: Tensor, bias_learns: bool) -> tuple[Tensor, ...]:
+        leaves = [x.detach().requires_grad_(), bias_D.detach().requires_grad_(bias_learns)]
+        result = biased_gelu(*leaves)
+        return result.detach(), *torch.autograd.grad(result, leaves[: 1 + bias_learns], grad)
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="also write bias_gelu.csv there")
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    rows = []
-    for shape, dtype in product(SHAPES, (torch.float32, torch.bfloat16)):
-        torch.compiler.reset()  # each case gets a graph of its own, with its sizes known
-        x, bias = (torch.randn(size, device=options.device).to(dtype) for size in (shape, shape[1:]))
-        passes = {
-            "forward": (2, forward_variants(x, bias)),
-            "backward": (3, backward_variants(x, bias, with_bias=False)),
-            "backward with bias": (3, backward_variants(x, bias, with_bias=True)),
-        }
-        for direction, (num_operands, variants) in passes.items():
-            num_bytes = num_operands * x.nbytes
-            roof_gbps = copy_gbps(num_bytes, options.device)
-            for name, duration in interleaved(variants).items():
-                gbps = num_bytes / duration.median_us * 1e-3
-                rows.append(
-                    {
-                        "implementation": name,
-                        "pass": direction,
-                        "shape": "x".join(map(str, shape)),
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "bytes": num_bytes,
-                        "median_us": f"{duration.median_us:.1f}",
-                        "low_us": f"{duration.low_us:.1f}",
-                        "high_us": f"{duration.high_us:.1f}",
-                        "gbps": f"{gbps:.1f}",
-                        "share_of_copy": f"{gbps / roof_gbps:.2f}",
-                        "threads": torch.get_num_threads(),
-                    }
-                )
-    report(rows, name="bias_gelu", out=options.out)
+    return step
 
 
 if __name__ == "__main__":
-    main()
+    main("bias_gelu", __doc__, cases, SHAPES)

@@ -64,6 +64,7 @@ class Case:
             float64, the truth.
         implementations: what takes the operator's place where the case is not simply a call of it.
         baselines: libraries to beat, None for one that is not installed; may replace "torch.compile".
+        compiled: whether "torch.compile" competes; not where compiling takes longer than the benchmark.
     """
 
     operator: str
@@ -74,6 +75,7 @@ class Case:
     reference: Call
     implementations: Mapping[str, Call] | None = None
     baselines: Mapping[str, Call | None] = field(default_factory=dict)
+    compiled: bool = True
 
 
 Cases = Callable[[Sequence[Shape], torch.device], Iterable[Case]]
@@ -145,7 +147,7 @@ def _variants(case: Case, device: str) -> dict[str, Call | None]:
     own = {name: call for name, call in own.items() if (name, device) != ("triton", "cpu")}
     return {
         "eager": case.reference,
-        "torch.compile": torch.compile(case.reference, dynamic=False),
+        **({"torch.compile": torch.compile(case.reference, dynamic=False)} if case.compiled else {}),
         **case.baselines,
         **own,
     }

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -40,26 +37,6 @@ def copy_of(num_bytes: int, *, device: str = "cpu") -> Callable[[], object]:
     source = torch.ones(max(num_bytes // 8, 1), device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
-
-
-def copy_gbps(num_bytes: int, *, device: str = "cpu") -> float:
-    """Bandwidth of torch's copy of a buffer, reads and writes together moving `num_bytes`: the roof for that size."""
-    duration = interleaved({"copy": copy_of(num_bytes, device=device)}, device=device)["copy"]
-    return num_bytes / duration.median_us * 1e-3
-
-
-def report(rows: Sequence[Mapping[str, object]], *, name: str, out: Path | None) -> None:
-    """Prints the rows as CSV and, where `out` is a directory to be, writes them to <out>/<name>.csv."""
-    files = [sys.stdout]
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        files.append((out / f"{name}.csv").open("w"))
-    for file in files:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    for file in files[1:]:
-        file.close()
 
 
 def _on_cpu(variants: Variants, rounds: int) -> dict[str, list[float]]:

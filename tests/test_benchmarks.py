@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dgpo_fast import ops
+from dgpo_fast.ops.ema_lerp import reference_ as averages_in_place
 from dgpo_fast.ops.solver_step import reference, reference_
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,6 +146,30 @@ def test_an_update_in_place_is_judged_by_what_it_writes(run: Run, make_case: Cal
     assert "correct: eager, torch.compile, right" in shown.splitlines()
     assert any(line.startswith("lazy: ") for line in shown.splitlines())
     assert torch.equal(lazy.arguments[0], before), "a check works on copies"
+
+
+def one_short(averages: list[Tensor], values: list[Tensor], decay: float) -> None:
+    averages_in_place(averages[:-1], values[:-1], decay)
+
+
+def test_of_a_list_in_place_every_tensor_is_judged(run: Run, make_case: Callable[..., Any]) -> None:
+    averages = [torch.ones(2, 3), torch.ones(4)]
+    lists = make_case(
+        "ema_lerp_",
+        arguments=(averages, [torch.zeros(2, 3), torch.zeros(4)], 0.5),
+        reference=averages_in_place,
+        implementations={"right": averages_in_place, "one short": one_short},
+    )
+    status, _, shown = run(lists, rounds=0)
+    assert status == 1
+    assert "correct: eager, torch.compile, right" in shown.splitlines()
+    assert all(torch.equal(average, torch.ones_like(average)) for average in averages), "a check works on copies"
+
+
+def test_torch_compile_can_be_left_out(run: Run, make_case: Callable[..., Any]) -> None:
+    status, rows, _ = run(make_case(compiled=False, implementations={"right": reference}))
+    assert status == 0
+    assert {row["implementation"] for row in rows} == {"eager", "right", "copy"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
