@@ -181,6 +181,30 @@ def test_strides_do_not_change_a_bit(name: str, implementation: Implementation, 
     assert torch.equal(one, other)
 
 
+def test_every_number_is_written(name: str, implementation: Implementation, poisoned_memory: None) -> None:
+    given = arguments(sample_shape=(1027,))
+    assert all(result.isfinite().all() for result in implementation(name)(*given))
+    ones = torch.ones(5)
+    gradient = implementation(name, "velocity_errors_backward")(
+        ones, ones, given.velocity, given.x0, given.noise, None, given.group_M, given.reference, None, 1.0
+    )
+    assert gradient.isfinite().all()
+
+
+def test_the_number_of_threads_changes_no_bit(name: str, implementation: Implementation) -> None:
+    if name == "reference":
+        pytest.skip("torch's own sums are cut by threads")
+    given = arguments(sample_shape=(3, 20_011 if name == "native" else 345))
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(torch.stack(implementation(name)(*given)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
 def test_samples_beyond_two_billion_elements(
     name: str, implementation: Implementation, far_apart: Callable[[Tensor], Tensor]
 ) -> None:
