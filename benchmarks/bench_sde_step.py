@@ -5,7 +5,8 @@
 Bytes for n elements: x and the velocity read, x_next drawn and written, or read, the mean written where training wants
 it, and for the gradient x, the velocity, x_next and the mean's gradient read and the velocity's written:
 
-    n (2 sizeof(x) + sizeof(v))    rollout,        n (3 sizeof(x) + sizeof(v))    training forward
+    n (2 sizeof(x) + sizeof(v))    rollout, drawn
+    n (3 sizeof(x) + sizeof(v))    rollout, noise given, and training
     n (3 sizeof(x) + 2 sizeof(v))  backward
 
 and the roof is the bandwidth of a copy that moves as many. Drawing costs arithmetic besides, and eager PyTorch draws in
