@@ -84,7 +84,8 @@ void dispatch(const Tensor& x, const Tensor& velocity, const Body& body) {
 template <typename Body>
 void for_each_chunk(int64_t num_samples, int64_t sample_numel, const Body& body) {
   const int64_t chunks = GroupNoise::num_chunks(sample_numel);
-  torch::stable::parallel_for(0, num_samples * chunks, kGrainSize / GroupNoise::kChunk, [&](int64_t begin, int64_t end) {
+  constexpr int64_t kGrain = kGrainSize / GroupNoise::kChunk;
+  torch::stable::parallel_for(0, num_samples * chunks, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task % chunks * GroupNoise::kChunk;
       body(task / chunks, first, std::min(GroupNoise::kChunk, sample_numel - first));

@@ -12,8 +12,8 @@ struct StepCoefficients {
   math_t of_x, of_velocity, std;
 };
 
-// The three loops of a step, over `n` elements that stay in the cache between them. The mean is rounded to memory before
-// it is used, so that it has the same bits where x_next is drawn and where it is given.
+// The three loops of a step, over `n` elements that stay in the cache between them. The mean is rounded to memory
+// before it is used, so that it has the same bits where x_next is drawn and where it is given.
 template <typename math_t, typename velocity_t>
 DGPO_FAST_MULTIVERSION void step_mean(const math_t* x, const velocity_t* velocity, const StepCoefficients<math_t> step,
                                       math_t* mean, int64_t n) {

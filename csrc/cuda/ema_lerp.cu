@@ -18,7 +18,7 @@ using Tensors = std::vector<Tensor>;
 // Enough that a block's search for its tensor costs little beside them. Not timed on a GPU yet.
 constexpr int64_t kElementsPerBlock = 4 * kThreads * kVector;
 
-// A launch has 4 KiB of parameters, from CUDA 12.1 on 32, and copies them all: so one size for few tensors, one for many.
+// A launch has 4 KiB of parameters, from CUDA 12.1 on 32, and copies them all: so a size for few tensors, one for many.
 constexpr int kFew = 16;
 constexpr int kMany = CUDART_VERSION >= 12010 ? 1024 : 128;
 

@@ -18,8 +18,8 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int kWarp = 32;
 constexpr double kHalfLogTwoPi = 0.91893853320467274178;
 
-// A thread works on kVector neighbouring elements of a sample, however it reads them: 16 bytes at a time where kCount is
-// kVector, else one by one. So the sums have one order, and a density the same bits, wherever the tensors lie.
+// A thread works on kVector neighbouring elements of a sample, however it reads them: 16 bytes at a time where kCount
+// is kVector, else one by one. So the sums have one order, and a density the same bits, wherever the tensors lie.
 template <int kCount, typename math_t, typename stored_t>
 __device__ __forceinline__ void load_piece(const stored_t* from, int count, math_t (&values)[kVector]) {
   if constexpr (kCount == kVector) {

@@ -21,7 +21,7 @@ struct Pair {
   double first, second;
 };
 
-// The angle is brought near zero in integers: the double nearest to 2 pi b / 2^32 has lost the digits of its sine near pi.
+// The angle is brought near zero in integers: the double nearest to 2 pi b / 2^32 has lost digits of its sine near pi.
 Pair exact(uint32_t a, uint32_t b) {
   const double radius = std::sqrt(-2 * std::log((a + 0.5) / 4294967296.0));
   const int64_t quarter = (static_cast<int64_t>(b) + (1 << 29)) >> 30;
