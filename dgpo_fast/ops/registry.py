@@ -35,8 +35,10 @@ NATIVE_LIBRARIES: dict[Device, Path] = {"cpu": _NATIVE_DIR / "_cpu.so", "cuda": 
 
 _FUSED = "one pass over memory"
 
-NATIVE_WINS_ON_CUDA: dict[str, str] = {}
-"""Operators that CUDA C++ serves rather than Triton, and the file in benchmarks/results/ that says why."""
+NATIVE_WINS_ON_CUDA: dict[str, str] = {
+    "ema_lerp_": "the addresses of its tensors are arguments; Triton would copy a table of them at each call",
+}
+"""Operators that CUDA C++ serves rather than Triton, and why: a file in benchmarks/results/, or what Triton cannot do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,7 +280,7 @@ def _choice_for_cuda(name: str) -> tuple[str, str]:
     if _CHOICE == "native":
         return ("native", forced) if has_native else ("reference", without_native)
     if has_native and name in NATIVE_WINS_ON_CUDA:
-        return "native", f"faster than Triton: {NATIVE_WINS_ON_CUDA[name]}"
+        return "native", NATIVE_WINS_ON_CUDA[name]
     if find_spec("triton") is None:
         triton_is_missing = "triton is not installed"
         return ("native", triton_is_missing) if has_native else ("reference", f"{triton_is_missing}; {without_native}")
