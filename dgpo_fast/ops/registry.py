@@ -38,7 +38,7 @@ _FUSED = "one pass over memory"
 NATIVE_WINS_ON_CUDA: dict[str, str] = {
     "ema_lerp_": "the addresses of its tensors are arguments; Triton would copy a table of them at each call",
 }
-"""Operators that CUDA C++ serves rather than Triton, and why: a file in benchmarks/results/, or what Triton cannot do."""
+"""Operators that CUDA C++ serves rather than Triton, and why: a file in benchmarks/results/, or a limit of Triton."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
