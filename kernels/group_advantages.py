@@ -40,7 +40,8 @@ def moments(p_reward, p_valid, first, n, BLOCK: tl.constexpr):
         b_gap = tl.load(p_reward + first + o_b, mask=m_b, other=0).to(tl.float64) - mean
         b_squares += tl.where(m_b, b_gap * b_gap, 0)
     deviation = tl.sqrt(tl.sum(b_squares, 0) / tl.maximum(count, 1))
-    equal = lowest >= highest
+    # A sum that is no number is equal to nothing, though minimum and maximum may not see why.
+    equal = (count == 0) | ((lowest == highest) & (tl.abs(mean) < float("inf")))
     return tl.where(equal, highest, mean), tl.where(equal, 0.0, deviation)
 
 

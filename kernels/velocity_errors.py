@@ -202,7 +202,8 @@ def velocity_errors(
     counts = [num_samples, *(0 if given is None else num_samples for given in (old, reference, reference))]
     policy_M, old_M, reference_M, distance_M = errors = [x0.new_empty(count) for count in counts]
     if x0.numel() == 0:
-        return policy_M.fill_(float("nan")), old_M, reference_M, distance_M
+        policy_M, old_M, reference_M, distance_M = (error.fill_(float("nan")) for error in errors)
+        return policy_M, old_M, reference_M, distance_M
     numel = x0.numel() // num_samples
     num_blocks = triton.cdiv(numel, BLOCK)
     sums = x0.new_empty(4, num_samples, num_blocks)

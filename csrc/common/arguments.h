@@ -6,6 +6,7 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/ops.h>
@@ -73,9 +74,17 @@ inline Tensor dense(const Tensor& tensor) { return with_contiguous_from(tensor, 
 
 // Each element has memory of its own, so that it can be written.
 inline void check_own_memory(const Tensor& tensor, const char* name) {
+  if (tensor.numel() == 0) return;
+  std::vector<std::pair<int64_t, int64_t>> steps;  // strides and sizes, the fastest dimension first
   for (int64_t d = 0; d < tensor.dim(); ++d)
-    check_argument(tensor.size(d) <= 1 || tensor.stride(d) != 0, name,
+    if (tensor.size(d) > 1) steps.emplace_back(tensor.stride(d), tensor.size(d));
+  std::sort(steps.begin(), steps.end());
+  int64_t behind = 1;  // the first stride that steps over all elements of the faster dimensions
+  for (const auto& [stride, size] : steps) {
+    check_argument(stride >= behind, name,
                    "its elements share memory (an expanded tensor?), so it cannot be updated in place");
+    behind = stride * size;
+  }
 }
 
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {

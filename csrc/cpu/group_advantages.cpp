@@ -30,7 +30,7 @@ Moments moments(const number_t* reward, const bool* valid, int64_t n) {
     sum += value, ++count;
     lowest = std::min(lowest, value), highest = std::max(highest, value);
   }
-  if (count == 0 || lowest == highest) return {highest, 0.0};
+  if (count == 0 || (lowest == highest && std::isfinite(sum))) return {highest, 0.0};
   const double mean = sum / static_cast<double>(count);
   double squares = 0;
   for (int64_t i = 0; i < n; ++i)
@@ -48,6 +48,8 @@ std::tuple<Tensor, Tensor, Tensor> group_advantages(const Tensor& reward_B, cons
   const int64_t num_samples = reward_B.size(0);
   check_argument(group_size >= 1 && num_samples % group_size == 0, "group_size", "expected a divisor of ", num_samples,
                  ", the number of rewards, got ", group_size);
+  check_argument(epsilon > 0, "epsilon", "expected a positive number, got ", epsilon);
+  check_argument(clamp > 0, "clamp", "expected a positive number, got ", clamp);
   const Tensor rewards = dense(reward_B), truths = dense(valid_B);
   const Tensor advantage_B = torch::stable::empty_like(rewards), clamped_B = torch::stable::empty_like(truths);
   const Tensor std_G = empty(rewards, {num_samples / group_size});

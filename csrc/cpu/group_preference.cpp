@@ -42,6 +42,7 @@ Tensor group_scores(const Tensor& error_M, const Tensor& reference_error_M, cons
   check_groups(error_M, "error_M", group_M, size_G);
   check_numbers(reference_error_M, "reference_error_M", error_M, error_M, "sample");
   check_numbers(advantage_M, "advantage_M", error_M, error_M, "sample");
+  check_argument(beta > 0, "beta", "expected a positive number, got ", beta);
   const DenseGroups groups(error_M, reference_error_M, advantage_M, group_M, size_G);
   const Tensor score_G = torch::stable::empty_like(groups.size);
   dispatch_number(error_M.scalar_type(), [&]<typename number_t>() {
@@ -59,6 +60,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_preference(const Tensor& error_
   check_groups(error_M, "error_M", group_M, size_G);
   check_numbers(reference_error_M, "reference_error_M", error_M, error_M, "sample");
   check_numbers(advantage_M, "advantage_M", error_M, error_M, "sample");
+  check_argument(beta > 0, "beta", "expected a positive number, got ", beta);
+  check_argument(clip >= 0, "clip", "expected a number that is not negative, got ", clip);
   if (score_G) check_numbers(*score_G, "score_G", size_G, error_M, "group");
   if (old_error_M) check_numbers(*old_error_M, "old_error_M", error_M, error_M, "sample");
   const DenseGroups groups(error_M, reference_error_M, advantage_M, group_M, size_G);

@@ -129,7 +129,8 @@ void advance_into(const Tensor& new_state_KBN, const Tensor& state_KBN, const Te
 Tensor advanced(const Tensor& state_KBN, const Tensor& v_cond, const std::optional<Tensor>& v_uncond,
                 const Tensor& table, const Tensor& row_B) {
   const Tensor state = with_contiguous_from(state_KBN, 2);
-  const Tensor new_state = empty_like(state);
+  // Not empty_like, which keeps the strides of a permuted state and invents some for an overlapping one.
+  const Tensor new_state = torch::stable::empty(state.sizes(), state.scalar_type(), std::nullopt, state.device());
   advance_into(new_state, state, v_cond, v_uncond, table, row_B);
   return new_state;
 }

@@ -21,7 +21,7 @@ void check_like(const OptionalTensor& tensor, const char* name, const Tensor& ve
   if (!tensor) return;
   check_argument(tensor->scalar_type() == velocity.scalar_type(), name, "expected the dtype of velocity, ",
                  dtype_name(velocity), ", got ", dtype_name(*tensor));
-  check_argument(tensor->size(0) == velocity.size(0) && has_samples_like(*tensor, velocity), name,
+  check_argument(has_samples_like(*tensor, velocity) && tensor->size(0) == velocity.size(0), name,
                  "expected the shape of velocity");
   check_argument(tensor->is_cpu(), name, "expected the device of velocity, cpu");
 }

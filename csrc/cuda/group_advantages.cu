@@ -33,7 +33,7 @@ __device__ Moments moments(const number_t* reward, const bool* valid, int64_t n)
     lowest = fmin(lowest, __shfl_xor_sync(kWholeWarp, lowest, distance));
     highest = fmax(highest, __shfl_xor_sync(kWholeWarp, highest, distance));
   }
-  if (count == 0 || lowest == highest) return {highest, 0.0};
+  if (count == 0 || (lowest == highest && isfinite(sum))) return {highest, 0.0};
   const double mean = sum / count;
   double squares = 0;
   for (int64_t i = threadIdx.x; i < n; i += kWarp)

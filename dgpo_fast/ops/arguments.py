@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dgpo_fast import rng
+
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -69,10 +71,39 @@ def check_no_gradient(name: str, tensor: Tensor | None, *, reason: str) -> None:
 
 def check_own_memory(name: str, tensor: Tensor) -> None:
     """Each element of `tensor` has memory of its own, so that it can be written."""
-    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        raise ValueError(f"{name}: its elements share memory (an expanded tensor?), so it cannot be updated in place")
+    if tensor.numel() == 0:
+        return
+    behind = 1  # the first stride that steps over all elements of the faster dimensions
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        if size > 1 and stride < behind:
+            raise ValueError(
+                f"{name}: its elements share memory (an expanded tensor?), so it cannot be updated in place"
+            )
+        behind = max(behind, stride * size) if size > 1 else behind
+
+
+def mark_written(*tensors: Tensor) -> None:
+    """Tells autograd that a kernel has written `tensors`: what was saved of them for a gradient is no longer valid."""
+    for tensor in tensors:
+        if not torch.compiler.is_compiling() and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 def arithmetic_dtype(tensor: Tensor) -> torch.dtype:
     """float64 for float64, else float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def batch_size(tensor: Tensor, name: str) -> int:
+    """The size of dimension 0 of `tensor`, a batch."""
+    if tensor.dim() < 1:
+        raise ValueError(f"{name}: expected a batch, got a scalar")
+    return tensor.shape[0]
+
+
+def words_of(streams: Sequence[rng.Stream] | Tensor, *, device: torch.device) -> Tensor:
+    """The words of streams, int64 [G, 4], on `device`."""
+    if isinstance(streams, Tensor):
+        check_dtype("streams", streams, torch.int64)
+        return streams.to(device)
+    return torch.tensor(streams, dtype=torch.int64, device=device).view(len(streams), 4)

@@ -14,6 +14,7 @@ from dgpo_fast.ops.arguments import (
     check_no_gradient,
     check_own_memory,
     check_shape,
+    mark_written,
 )
 from dgpo_fast.ops.registry import define
 
@@ -23,8 +24,8 @@ def ema_lerp_(averages: Sequence[Tensor], values: Sequence[Tensor], *, decay: fl
 
         averages[i] = decay averages[i] + (1 - decay) values[i]
 
-    computed as `averages[i].lerp_(values[i], 1 - decay)` computes it, on a CPU to the bit: the value itself where decay
-    is 0, the average unchanged where decay is 1 or both are equal.
+    computed as `averages[i].lerp_(values[i], 1 - decay)` computes it, on a CPU to the bit: of finite numbers the value
+    itself where decay is 0, and the average unchanged where decay is 1 or both are equal.
 
     Args:
         averages: tensors of any shapes and strides, all float32 or all float64. The arithmetic runs in this dtype. What
@@ -43,6 +44,7 @@ def ema_lerp_(averages: Sequence[Tensor], values: Sequence[Tensor], *, decay: fl
         for tensor in tensors if torch.is_grad_enabled() else ():
             check_no_gradient(name, tensor, reason="an average in place is not differentiable")
     _ema_lerp_(averages, values, decay)
+    mark_written(*averages)
 
 
 def _check(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float) -> None:

@@ -15,11 +15,13 @@ from dgpo_fast import rng
 from dgpo_fast.ops.arguments import (
     FLOATING,
     arithmetic_dtype,
+    batch_size,
     check_device,
     check_dtype,
     check_indices,
     check_no_gradient,
     check_shape,
+    words_of,
 )
 from dgpo_fast.ops.registry import define, differentiate
 
@@ -66,8 +68,8 @@ def flow_interpolate(
         raise ValueError("noise: expected either noise or streams, got " + ("both" if streams is not None else "none"))
     for name, tensor in (("noise", noise), ("sigma_B", sigma_B)):
         check_no_gradient(name, tensor, reason="gradients flow to x0 only")
-    words = None if streams is None else torch.as_tensor(streams, dtype=torch.int64, device=x0.device)
-    group_B = torch.arange(len(x0), device=x0.device) if group_B is None else group_B
+    words = None if streams is None else words_of(streams, device=x0.device)
+    group_B = torch.arange(batch_size(x0, "x0"), device=x0.device) if group_B is None else group_B
     return NoisySamples(*_flow_interpolate(x0, sigma_B, noise, words, group_B, with_target))
 
 

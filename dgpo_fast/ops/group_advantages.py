@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dgpo_fast.ops.arguments import check_device, check_dtype, check_shape
+from dgpo_fast.ops.arguments import check_device, check_dtype, check_no_gradient, check_positive, check_shape
 from dgpo_fast.ops.registry import define
 
 
@@ -38,10 +38,11 @@ def group_advantages(
         valid_B: [B], bool; samples that count.
         group_size: S, a divisor of B.
         std: population standard deviation of the "group", or of all valid rewards ("global"), about their own mean.
-        epsilon: added to the standard deviation; 1e-4 in the published code.
-        clamp: 5 in the published code. Where it bites, the advantages of a group no longer add up to zero.
+        epsilon: positive, added to the standard deviation; 1e-4 in the published code.
+        clamp: positive; 5 in the published code. Where it bites, the advantages of a group no longer add up to zero.
 
-    A group with no or one valid sample has advantage 0, and so has one of equal rewards: exactly. No gradient.
+    A group with no or one valid sample has advantage 0, and so has one of equal rewards: exactly. A valid reward that
+    is not finite makes its group NaN, with "global" all of them. No gradient.
 
     Raises:
         ValueError: naming the argument of a wrong shape, dtype, device or range.
@@ -50,6 +51,7 @@ def group_advantages(
     """
     if std not in ("group", "global"):
         raise ValueError(f"std: expected 'group' or 'global', got {std!r}")
+    check_no_gradient("reward_B", reward_B, reason="advantages have none")
     with torch.no_grad():
         return GroupAdvantages(*_group_advantages(reward_B, valid_B, group_size, std == "global", epsilon, clamp))
 
@@ -61,8 +63,11 @@ def _check(reward_B: Tensor, valid_B: Tensor, group_size: int, global_std: bool,
     check_dtype("valid_B", valid_B, torch.bool)
     check_shape("valid_B", valid_B, reward_B.shape, meaning="one truth for each sample")
     check_device("valid_B", valid_B, reward_B, meaning="reward_B")
-    if group_size < 1 or len(reward_B) % group_size:
-        raise ValueError(f"group_size: expected a divisor of {len(reward_B)}, the number of rewards, got {group_size}")
+    count = reward_B.shape[0]
+    if group_size < 1 or count % group_size:
+        raise ValueError(f"group_size: expected a divisor of {count}, the number of rewards, got {group_size}")
+    check_positive("epsilon", epsilon)
+    check_positive("clamp", clamp)
 
 
 def reference(
@@ -84,7 +89,8 @@ def _moments(values: Tensor, valid: Tensor, *, dim: int) -> tuple[Tensor, Tensor
     count = valid.sum(dim, keepdim=True).clamp(min=1)
     mean = values.sum(dim, keepdim=True) / count
     # Equal rewards must have a deviation of exactly 0, but their mean rounds.
-    equal = _extreme(values, valid, dim, "amax") == _extreme(values, valid, dim, "amin")
+    none = valid.sum(dim, keepdim=True) == 0
+    equal = none | (_extreme(values, valid, dim, "amax") == _extreme(values, valid, dim, "amin")) & mean.isfinite()
     variance = torch.where(valid, values - mean, 0.0).square().sum(dim, keepdim=True) / count
     return torch.where(equal, _extreme(values, valid, dim, "amax"), mean), torch.where(equal, 0.0, variance.sqrt())
 
@@ -98,7 +104,7 @@ def _fake(
     reward_B: Tensor, valid_B: Tensor, group_size: int, global_std: bool, epsilon: float, clamp: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(reward_B, valid_B, group_size, global_std, epsilon, clamp)
-    std_G = reward_B.new_empty(len(reward_B) // group_size)
+    std_G = reward_B.new_empty(reward_B.shape[0] // group_size)
     return reward_B.new_empty(reward_B.shape), std_G, valid_B.new_empty(valid_B.shape)
 
 

@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgpo_fast.ops.arguments import check_device, check_dtype, check_indices, check_no_gradient, check_shape
+from dgpo_fast.ops.arguments import (
+    check_device,
+    check_dtype,
+    check_indices,
+    check_no_gradient,
+    check_positive,
+    check_shape,
+)
 from dgpo_fast.ops.registry import define, differentiate
 
 
@@ -41,7 +48,7 @@ def group_scores(
         advantage_M: [M], dtype of error_M; zero for samples that do not count.
         group_M: [M], int64 in 0..G-1.
         size_G: [G], dtype of error_M; samples that count, over all pieces that the group is cut into.
-        beta: strength of the preference.
+        beta: positive; strength of the preference.
 
     The scores of a cut group's pieces add up, whether micro-batches or ranks hold them. Sums are made in a fixed order:
     the same bits on every run. No gradient: `group_preference` has it.
@@ -82,7 +89,7 @@ def group_preference(
         score_G: [G], dtype of error_M; the scores of whole groups, where only pieces of them are here. The gradient is
             then the pieces' share of it; the objective is still that of the whole groups. None: computed here.
         old_error_M: [M], dtype of error_M; the old policy's errors at the same inputs. Unused without `clip`.
-        clip: range of the ratio without clipping; None clips nothing.
+        clip: range of the ratio without clipping, not negative; None clips nothing.
 
     Gradients flow to `error_M`, from the objective and from the surrogate.
 
@@ -95,7 +102,10 @@ def group_preference(
     """
     if clip is not None and old_error_M is None:
         raise ValueError("old_error_M: expected the old policy's errors, since clip is given, got None")
-    fixed = {"reference_error_M": reference_error_M, "advantage_M": advantage_M, "size_G": size_G, "score_G": score_G}
+    fixed = {
+        "reference_error_M": reference_error_M, "advantage_M": advantage_M, "size_G": size_G, "score_G": score_G,
+        "old_error_M": old_error_M,
+    }  # fmt: skip
     for name, tensor in fixed.items():
         check_no_gradient(name, tensor, reason="gradients flow to error_M only")
     old_error_M = old_error_M if clip is not None else None
@@ -134,6 +144,7 @@ def _check_scores_metadata(
     error_M: Tensor, reference_error_M: Tensor, advantage_M: Tensor, group_M: Tensor, size_G: Tensor, beta: float
 ) -> None:
     _check_groups(error_M, group_M, size_G, reference_error_M=reference_error_M, advantage_M=advantage_M)
+    check_positive("beta", beta)
 
 
 def _check_scores(
@@ -156,6 +167,9 @@ def _check_metadata(
 ) -> None:
     of_samples = {"reference_error_M": reference_error_M, "advantage_M": advantage_M, "old_error_M": old_error_M}
     _check_groups(error_M, group_M, size_G, **of_samples)
+    check_positive("beta", beta)
+    if clip < 0:
+        raise ValueError(f"clip: expected a number that is not negative, got {clip}")
     if score_G is not None:
         check_dtype("score_G", score_G, error_M.dtype)
         check_shape("score_G", score_G, size_G.shape, meaning="one number for each group")

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from dgpo_fast import rng
-from dgpo_fast.ops.arguments import FLOATING, check_device, check_dtype, check_indices, check_no_gradient, check_shape
+from dgpo_fast.ops.arguments import (
+    FLOATING,
+    batch_size,
+    check_device,
+    check_dtype,
+    check_indices,
+    check_no_gradient,
+    check_shape,
+    words_of,
+)
 from dgpo_fast.ops.flow_interpolate import per_sample
 from dgpo_fast.ops.registry import define, differentiate
 
@@ -115,9 +124,9 @@ def sde_step(
     constants = {"x": x, "coefficients_B3": coefficients_B3, "noise": noise, "x_next": x_next}
     for name, tensor in constants.items():
         check_no_gradient(name, tensor, reason="gradients flow to velocity only")
-    words = None if streams is None else torch.as_tensor(streams, dtype=torch.int64, device=x.device)
+    words = None if streams is None else words_of(streams, device=x.device)
     if group_B is None and x_next is None:
-        group_B = torch.arange(len(x), device=x.device)
+        group_B = torch.arange(batch_size(x, "x"), device=x.device)
     drawn, mean, log_prob_B = _sde_step(x, velocity, coefficients_B3, noise, words, group_B, x_next, with_mean)
     return SDEStep(drawn if x_next is None else x_next, mean, log_prob_B)
 
@@ -163,7 +172,7 @@ def _check_step(x: Tensor, velocity: Tensor, coefficients_B3: Tensor) -> None:
     check_dtype("velocity", velocity, *FLOATING)
     check_shape("velocity", velocity, x.shape, meaning="the shape of x")
     check_dtype("coefficients_B3", coefficients_B3, torch.float32, torch.float64)
-    check_shape("coefficients_B3", coefficients_B3, [len(x), 3], meaning="three numbers for each sample")
+    check_shape("coefficients_B3", coefficients_B3, [x.shape[0], 3], meaning="three numbers for each sample")
     for name, tensor in (("velocity", velocity), ("coefficients_B3", coefficients_B3)):
         check_device(name, tensor, x, meaning="x")
 
@@ -242,7 +251,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_metadata(x, velocity, coefficients_B3, noise, streams, group_B, x_next, with_mean)
     drawn = x.new_empty(x.shape if x_next is None else (0,))
-    return drawn, x.new_empty(x.shape if with_mean else (0,)), x.new_empty(len(x))
+    return drawn, x.new_empty(x.shape if with_mean else (0,)), x.new_empty(x.shape[:1])
 
 
 def _check_backward_metadata(

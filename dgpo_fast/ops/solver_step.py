@@ -16,6 +16,7 @@ from dgpo_fast.ops.arguments import (
     check_no_gradient,
     check_own_memory,
     check_shape,
+    mark_written,
 )
 from dgpo_fast.ops.registry import define
 
@@ -55,10 +56,12 @@ def solver_step_(state_KBN: Tensor, v_cond: Tensor, *, v_uncond: Tensor | None, 
     """`state_KBN` itself, advanced in place. Arguments and errors are those of `solver_step`.
 
     Raises:
-        ValueError: as `solver_step`; also where two elements of state_KBN share memory (an expanded tensor).
+        ValueError: as `solver_step`; also where two elements of state_KBN share memory (an expanded tensor). A velocity
+            that shares memory with the state is not looked for.
     """
     _refuse_gradients(state_KBN, v_cond, v_uncond)
     _solver_step_(state_KBN, v_cond, v_uncond, table, row_B)
+    mark_written(state_KBN)
     return state_KBN
 
 

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from dgpo_fast import rng
-from dgpo_fast.ops.arguments import FLOATING, check_device, check_dtype, check_indices, check_no_gradient, check_shape
+from dgpo_fast.ops.arguments import (
+    FLOATING,
+    batch_size,
+    check_device,
+    check_dtype,
+    check_indices,
+    check_no_gradient,
+    check_shape,
+    words_of,
+)
 from dgpo_fast.ops.registry import define, differentiate
 
 
@@ -70,8 +79,8 @@ def velocity_errors(
     others = {"x0": x0, "noise": noise, "old": old, "reference": reference, "unconditional": unconditional}
     for name, tensor in others.items():
         check_no_gradient(name, tensor, reason="gradients flow to velocity only")
-    words = None if streams is None else torch.as_tensor(streams, dtype=torch.int64, device=x0.device)
-    group_M = torch.arange(len(x0), device=x0.device) if group_M is None else group_M
+    words = None if streams is None else words_of(streams, device=x0.device)
+    group_M = torch.arange(batch_size(x0, "x0"), device=x0.device) if group_M is None else group_M
     policy_M, old_M, reference_M, distance_M = _velocity_errors(
         velocity, x0, noise, words, group_M, old, reference, unconditional, guidance
     )
@@ -214,8 +223,9 @@ def _fake(
     guidance: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_metadata(velocity, x0, noise, streams, group_M, old, reference, unconditional, guidance)
-    num_old, num_reference = (0 if given is None else len(x0) for given in (old, reference))
-    policy_M, *others = (x0.new_empty(count) for count in (len(x0), num_old, num_reference, num_reference))
+    num_samples = x0.shape[0]  # len would make a constant of it
+    num_old, num_reference = (0 if given is None else num_samples for given in (old, reference))
+    policy_M, *others = (x0.new_empty(count) for count in (num_samples, num_old, num_reference, num_reference))
     return policy_M, *others  # type: ignore[return-value]
 
 

@@ -211,6 +211,15 @@ def test_strides_do_not_change_a_bit(name: str, implementation: Implementation) 
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), -float("inf")])
+def test_a_valid_reward_that_is_not_finite_is_seen(name: str, implementation: Implementation, reward: float) -> None:
+    """Its group is NaN, and never one of equal rewards without a signal."""
+    reward_B, valid_B = torch.tensor([reward, 1.0, 1.0, 0.0, 1.0, 2.0]), torch.ones(6, dtype=torch.bool)
+    advantage_B, std_G, _ = implementation(name)(reward_B, valid_B, 3, False, EPSILON, CLAMP)
+    assert advantage_B[0].isnan() and std_G[0].isnan()
+    assert advantage_B[3:].isfinite().all() and std_G[1].isfinite()
+
+
 def test_no_rewards_no_advantages(name: str, implementation: Implementation) -> None:
     results = implementation(name)(torch.zeros(0), torch.zeros(0, dtype=torch.bool), 4, True, EPSILON, CLAMP)
     assert [tuple(result.shape) for result in results] == [(0,)] * 3
@@ -227,6 +236,8 @@ MISTAKES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "a truth too few": ("valid_B", (torch.zeros(4), torch.ones(3, dtype=torch.bool), 2)),
     "numbers for truths": ("valid_B", (torch.zeros(4), torch.ones(4), 2)),
     "truths elsewhere": ("valid_B", (torch.zeros(4), torch.ones(4, dtype=torch.bool, device="meta"), 2)),
+    "nothing added": ("epsilon", (torch.zeros(4), torch.ones(4, dtype=torch.bool), 2, False, 0.0, CLAMP)),
+    "a clamp below zero": ("clamp", (torch.zeros(4), torch.ones(4, dtype=torch.bool), 2, False, EPSILON, -1.0)),
     "no divisor": ("group_size", (torch.zeros(4), torch.ones(4, dtype=torch.bool), 3)),
     "no group": ("group_size", (torch.zeros(4), torch.ones(4, dtype=torch.bool), 0)),
 }
@@ -236,7 +247,7 @@ MISTAKES: dict[str, tuple[str, tuple[Any, ...]]] = {
 def test_a_bad_argument_is_named(name: str, implementation: Implementation, mistake: str) -> None:
     culprit, given = MISTAKES[mistake]
     with pytest.raises(ValueError, match=f"^{culprit}: "):
-        implementation(name)(*given, False, EPSILON, CLAMP)
+        implementation(name)(*given, *(False, EPSILON, CLAMP)[len(given) - 3 :])
 
 
 def test_an_unknown_std_is_refused() -> None:

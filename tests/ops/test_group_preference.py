@@ -386,6 +386,11 @@ def test_clipping_of_every_implementation(name: str, implementation: Implementat
     assert 0 < expected_M.sum() < len(expected_M)
     assert torch.equal(implementation(name)(*given)[3], expected_M)
     assert not implementation(name)(*given._replace(old_error_M=None))[3].any()
+    # Without an advantage a sample counts among the bad.
+    neutral = given._replace(advantage_M=torch.zeros_like(given.advantage_M))
+    expected_M = clipped_samples(neutral.error_M, neutral.old_error_M, neutral.advantage_M, CLIP)
+    assert (neutral.old_error_M > neutral.error_M + CLIP).any()
+    assert torch.equal(implementation(name)(*neutral)[3], expected_M)
     equal = given._replace(old_error_M=given.error_M, clip=1e-30)
     assert not implementation(name)(*equal)[3].any(), "the ratio is exactly 1"
 
@@ -469,6 +474,8 @@ MISTAKES: dict[str, tuple[str, Callable[[Arguments], Arguments]]] = {
     "integer sizes": ("size_G", lambda a: a._replace(size_G=a.size_G.long())),
     "sizes on another device": ("size_G", lambda a: a._replace(size_G=a.size_G.to("meta"))),
     "a score too many": ("score_G", lambda a: a._replace(score_G=torch.zeros(3))),
+    "no strength": ("beta", lambda a: a._replace(beta=0.0)),
+    "a negative range": ("clip", lambda a: a._replace(clip=-0.1)),
     "an old error too few": ("old_error_M", lambda a: a._replace(old_error_M=a.error_M[1:])),
 }
 
@@ -493,11 +500,13 @@ def test_clipping_needs_the_old_errors() -> None:
         group_preference(groups.error_M, groups.reference_error_M, **groups.named(), clip=0.1)
 
 
-def test_gradients_flow_to_the_errors_only() -> None:
+@pytest.mark.parametrize("culprit", ["reference_error_M", "advantage_M", "size_G", "old_error_M", "score_G"])
+def test_gradients_flow_to_the_errors_only(culprit: str) -> None:
     groups = make_groups([3], beta=1.0, seed=1)
-    groups.advantage_M.requires_grad_()
-    with pytest.raises(ValueError, match=r"^advantage_M: requires a gradient"):
-        groups.preference()
+    score_G = groups.scores()
+    (score_G if culprit == "score_G" else getattr(groups, culprit)).requires_grad_()
+    with pytest.raises(ValueError, match=f"^{culprit}: requires a gradient"):
+        groups.preference(score_G=score_G)
 
 
 @pytest.mark.parametrize("scored", [False, True], ids=["computed", "given"])

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from dgpo_fast import ops
 from dgpo_fast.errors import UserError
@@ -68,7 +70,7 @@ def test_an_operator_and_its_other_forms_share_a_stem() -> None:
     ("choice", "native", "triton", "wins", "expected"),
     [
         ("auto", True, True, False, ("triton", "not timed against CUDA C++ yet")),
-        ("auto", True, True, True, ("native", "faster than Triton: results/step.csv")),
+        ("auto", True, True, True, ("native", "results/step.csv")),
         ("auto", False, True, False, ("triton", "one pass over memory")),
         ("auto", True, False, False, ("native", "triton is not installed")),
         ("auto", False, False, False, ("reference", "triton is not installed; not built")),
@@ -87,6 +89,19 @@ def test_what_serves_cuda_and_why(
     monkeypatch.setattr(registry, "find_spec", lambda name: object() if triton else None)
     monkeypatch.setattr(registry, "NATIVE_WINS_ON_CUDA", {"step": "results/step.csv"} if wins else {})
     assert registry._choice_for_cuda("step") == expected
+
+
+@pytest.mark.parametrize("gelu", [ops.bias_gelu, torch.ops.dgpo_fast.bias_gelu.default], ids=["short", "dispatcher"])
+def test_to_differentiate_twice_is_an_error(gelu: Callable[[Tensor, Tensor], Tensor]) -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(gelu(x, torch.zeros(3)).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_a_gradient_bears_the_name_of_its_operator() -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    assert "bias_gelu" in str(ops.bias_gelu(x, torch.zeros(3)).grad_fn)
 
 
 def test_an_unknown_operator_is_refused() -> None:

@@ -149,6 +149,15 @@ def test_samples_beyond_two_billion_elements(
     assert torch.equal(implementation(name)(*apart), implementation(name)(*given))
 
 
+def test_a_state_of_overlapping_samples_is_read_as_it_is(name: str, implementation: Implementation) -> None:
+    """Windows that slide over one row; the new state has memory of its own, contiguous."""
+    windows = torch.arange(12.0).unfold(0, 8, 1)[:2].unsqueeze(1)
+    nothing, identity = torch.zeros(1, 8), torch.eye(2, 4)[None].double()
+    new_state = implementation(name)(windows, nothing, None, identity, torch.zeros(1, dtype=torch.int64))
+    assert new_state.is_contiguous()
+    assert torch.equal(new_state, windows)
+
+
 def test_an_expanded_velocity_is_read_in_place(name: str, implementation: Implementation) -> None:
     given = arguments(num_samples=4)
     expanded = given._replace(v_cond=given.v_cond[:1].expand_as(given.v_cond))
@@ -225,9 +234,12 @@ def test_a_row_outside_the_table_gives_nan_on_cuda(
 
 def test_a_state_that_shares_memory_is_not_updated_in_place(name: str, implementation: Implementation) -> None:
     given = arguments()
-    shared = given._replace(state_KBN=given.state_KBN[:1].expand_as(given.state_KBN))
-    with pytest.raises(ValueError, match=r"^state_KBN: .*in place"):
-        implementation(name, "solver_step_")(*shared)
+    for shared in (
+        given.state_KBN[:1].expand_as(given.state_KBN),
+        given.state_KBN.as_strided((2, 3, 3, 5, 7), (1,) * 5),
+    ):
+        with pytest.raises(ValueError, match=r"^state_KBN: .*in place"):
+            implementation(name, "solver_step_")(*given._replace(state_KBN=shared))
 
 
 @pytest.mark.parametrize("culprit", ["state_KBN", "v_cond", "v_uncond"])
@@ -239,6 +251,24 @@ def test_a_gradient_is_refused(step: Callable[..., Tensor], culprit: str) -> Non
         step(**keywords)
     with torch.no_grad():
         assert not step(**keywords).requires_grad or culprit == "state_KBN"
+
+
+@pytest.mark.parametrize("layout", [name for name, _ in strided(arguments())])
+def test_opcheck_of_any_layout(layout: str, on_device: OnDevice) -> None:
+    given = on_device(dict(strided(arguments()))[layout])
+    permuted = given._replace(state_KBN=given.state_KBN.transpose(0, 1).contiguous().transpose(0, 1))
+    for each in (given, permuted):
+        torch.library.opcheck(torch.ops.dgpo_fast.solver_step.default, each, test_utils="test_faketensor")
+
+
+def test_what_was_saved_of_a_state_is_void_once_it_is_advanced(on_device: OnDevice) -> None:
+    given = on_device(arguments())
+    learned = torch.ones_like(given.state_KBN, requires_grad=True)
+    product = (learned * given.state_KBN).sum()
+    with torch.no_grad():
+        ops.solver_step_(**given._asdict())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
 
 
 @pytest.mark.parametrize("guided", [True, False])

@@ -143,13 +143,17 @@ def test_drawn_noise_is_that_of_the_forward_process(name: str, implementation: I
 
 @pytest.mark.parametrize("drawn", [False, True], ids=["given", "drawn"])
 @pytest.mark.parametrize("shape", [(0, 3, 5), (2, 0, 5)], ids=["no sample", "empty samples"])
-def test_an_empty_batch(name: str, implementation: Implementation, shape: tuple[int, int, int], drawn: bool) -> None:
+def test_an_empty_batch(
+    name: str, implementation: Implementation, shape: tuple[int, int, int], drawn: bool, poisoned_memory: None
+) -> None:
     """No sample, no error; the mean over no element is no number."""
     noise = None if drawn else torch.zeros(4, *shape[1:])
     source = (noise, STREAMS if drawn else None, torch.arange(shape[0]))
     errors = implementation(name)(torch.zeros(shape), torch.zeros(shape), *source, None, None, None, 1.0)
     assert [len(each) for each in errors] == [shape[0], 0, 0, 0]
     assert errors[POLICY].isnan().all()
+    everything = implementation(name)(*(torch.zeros(shape),) * 2, *source, *(torch.zeros(shape),) * 3, 1.0)
+    assert torch.stack(everything).shape == (4, shape[0]) and torch.stack(everything).isnan().all()
     grad = implementation(name, "velocity_errors_backward")(
         torch.ones(shape[0]), None, torch.zeros(shape), torch.zeros(shape), *source, None, None, 1.0
     )
@@ -225,6 +229,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Arguments], Arguments]]] = {
     "group after the last": ("group_M", lambda a: a._replace(group_M=a.group_M + 1)),
     "old of another shape": ("old", lambda a: a._replace(old=a.velocity[:-1])),
     "old of another dtype": ("old", lambda a: a._replace(old=a.velocity.half())),
+    "old that is a scalar": ("old", lambda a: a._replace(old=a.velocity[0, 0, 0, 0])),
     "reference on another device": ("reference", lambda a: a._replace(reference=a.velocity.to("meta"))),
     "guidance of nothing": ("unconditional", lambda a: a._replace(reference=None)),
 }
@@ -306,6 +311,24 @@ def test_backward_equals_the_closed_form(
     )  # fmt: skip
     exact = gradient(in_float64(given))
     assert_as_exact_as_torch(result, exact=exact, plain=gradient(given), implementation=name)
+
+
+def test_old_and_reference_errors_have_no_gradient() -> None:
+    velocity = torch.ones(5, 3, requires_grad=True)
+    errors = ops.velocity_errors(
+        velocity, x0=torch.ones(5, 3), noise=torch.ones(5, 3), old=velocity.detach(), reference=velocity.detach()
+    )
+    assert [each.requires_grad for each in errors] == [True, False, False, True]
+
+
+def test_a_graph_serves_any_number_of_samples() -> None:
+    compiled = torch.compile(ops.velocity_errors, fullgraph=True, backend="aot_eager")
+    for count in (5, 7):
+        velocity, x0, noise = torch.randn(3, count, 4, generator=torch.Generator().manual_seed(count))
+        for tensor in (velocity, x0, noise):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        errors = compiled(velocity, x0=x0, noise=noise, old=x0)
+        assert torch.equal(errors.policy_M, ops.velocity_errors(velocity, x0=x0, noise=noise).policy_M)
 
 
 @pytest.mark.parametrize("drawn", [False, True], ids=["given", "drawn"])
