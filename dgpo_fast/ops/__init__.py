@@ -5,8 +5,8 @@ from dgpo_fast.ops.ema_lerp import ema_lerp_
 from dgpo_fast.ops.flow_interpolate import NoisySamples, flow_interpolate
 from dgpo_fast.ops.gate_residual import gate_residual
 from dgpo_fast.ops.gate_residual_norm_modulate import NormedResidual, gate_residual_norm_modulate
-from dgpo_fast.ops.group_advantages import group_advantages
-from dgpo_fast.ops.group_preference import group_preference, group_scores
+from dgpo_fast.ops.group_advantages import GroupAdvantages, group_advantages
+from dgpo_fast.ops.group_preference import GroupPreference, group_preference, group_scores
 from dgpo_fast.ops.joint_qk_norm import QKV, QKWeights, joint_qk_norm
 from dgpo_fast.ops.layer_norm_modulate import layer_norm_modulate
 from dgpo_fast.ops.registry import Serving, describe_serving, implementations, serving
@@ -16,6 +16,8 @@ from dgpo_fast.ops.velocity_errors import VelocityErrors, velocity_errors
 
 __all__ = [
     "QKV",
+    "GroupAdvantages",
+    "GroupPreference",
     "NoisySamples",
     "NormedResidual",
     "QKWeights",
