@@ -22,12 +22,7 @@ from torch import Tensor
 from benchmarks import operator_table
 from dgpo_fast.ops.gate_residual import reference_backward
 
-# Tokens of SD3.5's blocks, [B, N, D]: image and text; widths of the medium and the large model.
-SHAPES = {
-    "cpu": ((1, 333, 1536), (2, 1024, 1536), (2, 1024, 2432)),
-    "cuda": ((16, 333, 1536), (16, 1024, 1536), (16, 4096, 1536), (16, 1024, 2432)),
-    "odd": ((2, 19, 37), (1, 3, 8)),
-}
+SHAPES = operator_table.TOKENS_OF_BLOCKS
 
 
 def cases(shapes: Sequence[operator_table.Shape], device: torch.device) -> Iterator[operator_table.Case]:

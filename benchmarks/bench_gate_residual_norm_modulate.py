@@ -24,12 +24,7 @@ from torch.nn.functional import layer_norm
 from benchmarks import operator_table
 from dgpo_fast.ops.gate_residual_norm_modulate import reference_backward
 
-# Tokens of SD3.5's blocks, [B, N, D]: image and text; widths of the medium and the large model.
-SHAPES = {
-    "cpu": ((1, 333, 1536), (2, 1024, 1536), (2, 1024, 2432)),
-    "cuda": ((16, 333, 1536), (16, 1024, 1536), (16, 4096, 1536), (16, 1024, 2432)),
-    "odd": ((2, 19, 37), (1, 3, 8)),
-}
+SHAPES = operator_table.TOKENS_OF_BLOCKS
 EPS = 1e-6
 
 

@@ -43,6 +43,13 @@ Shape = tuple[int, ...]
 Shapes = Mapping[str, Sequence[Shape]]
 """Shapes to time on "cpu" and on "cuda", and small "odd" ones to launch under a sanitizer (see launches.py)."""
 
+TOKENS_OF_BLOCKS: Shapes = {
+    "cpu": ((1, 333, 1536), (2, 1024, 1536), (2, 1024, 2432)),
+    "cuda": ((16, 333, 1536), (16, 1024, 1536), (16, 4096, 1536), (16, 1024, 2432)),
+    "odd": ((2, 19, 37), (1, 3, 8)),
+}
+"""Tokens of SD3.5's blocks, [B, N, D]: image and text; widths of the medium and the large model."""
+
 COLUMNS = (
     "operator", "implementation", "case", "dtype", "bytes", "median_us", "low_us", "high_us", "gbps", "share_of_copy",
     "device", "torch", "triton", "commit", "date",

@@ -10,8 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from dgpo_fast.config import Config, check_ranks
-from dgpo_fast.flow.schedules import schedule_sigmas
-from dgpo_fast.flow.solvers import solver_table
+from dgpo_fast.flow.trajectory import trajectory_of
 from dgpo_fast.memory import MARGIN, REMEDIES, Memory, predict_memory
 from dgpo_fast.models.architectures import (
     Flops,
@@ -101,7 +100,7 @@ def plan(config: Config) -> Plan:
         )
         check_targets(config.adapter.targets, [linear.name for linear in shape.linears])
     model, model_warnings = _describe_model(source, config)
-    sigmas = schedule_sigmas(config.rollout.schedule, config.rollout.steps, shift=config.rollout.shift)
+    sigmas, _ = trajectory_of(config.rollout)
     images_per_rank = config.images_per_iteration // num_ranks
     costs = None if shape is None else cost(config, source, shape, vae)
     too_much = () if costs is None else _lack_of_memory(config, costs.memory)
@@ -135,16 +134,12 @@ def placement(config: Config) -> Placement:
 
 def evaluations(config: Config) -> dict[str, int]:
     """Transformer forwards per image of each stage; a guided velocity takes two. A backward follows the policy's."""
-    rollout, algorithm = config.rollout, config.algorithm
-    sigmas = schedule_sigmas(rollout.schedule, rollout.steps, shift=rollout.shift)
-    is_guided = solver_table(
-        rollout.solver, sigmas, guidance=rollout.guidance, guided=rollout.guidance_interval or (0.0, 1.0)
-    ).is_guided
+    algorithm, (_, table) = config.algorithm, trajectory_of(config.rollout)
     uses_base = algorithm.reference == "base" or algorithm.kl_coef > 0
     uses_old = algorithm.reference == "old" or algorithm.clip is not None
     trained = algorithm.train_timesteps
     return {
-        "rollout": len(is_guided) + int(is_guided.sum()),
+        "rollout": len(table.is_guided) + int(table.is_guided.sum()),
         "reference": trained * _per_velocity(algorithm.kl_cfg) * uses_base,
         "old policy": trained * uses_old,
         "group weights": trained * (placement(config).case == "c"),

@@ -4,13 +4,13 @@
 
 #include <algorithm>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "arguments.h"
+#include "dispatch.h"
 #include "parallel.h"
 
 namespace dgpo_fast::cpu {
@@ -46,7 +46,7 @@ Tensor bias_gelu(const Tensor& x, const Tensor& bias_D) {
   const Tensor y = torch::stable::empty_like(rows);
   const int64_t width = bias.size(0);
   dispatch_floating(x.scalar_type(), [&]<typename value_t>() {
-    using math_t = std::conditional_t<std::is_same_v<value_t, double>, double, float>;
+    using math_t = arithmetic_t<value_t>;
     const value_t *of_x = rows.const_data_ptr<value_t>(), *of_bias = bias.const_data_ptr<value_t>();
     value_t* out = y.mutable_data_ptr<value_t>();
     for_each_piece(num_rows_of(x, width), width, [&](int64_t row, int64_t i, int64_t n) {
@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const Tensor& 
   const int64_t num_chunks = (num_rows + kChunk - 1) / kChunk;
   const Tensor grad_bias = empty(bias, {with_bias ? width : 0});
   dispatch_floating(x.scalar_type(), [&]<typename value_t>() {
-    using math_t = std::conditional_t<std::is_same_v<value_t, double>, double, float>;
+    using math_t = arithmetic_t<value_t>;
     const value_t *of_grad = of_y.const_data_ptr<value_t>(), *of_x = rows.const_data_ptr<value_t>();
     const value_t* of_bias = bias.const_data_ptr<value_t>();
     value_t* out = grad_x.mutable_data_ptr<value_t>();

@@ -26,8 +26,8 @@ Tensor gate_residual(const Tensor& x_BND, const Tensor& y_BND, const Tensor& gat
     scalar_t* hidden = hidden_BND.mutable_data_ptr<scalar_t>();
     chunks.for_each([&](int64_t b, int64_t, int64_t first, int64_t last) {
       for (int64_t n = first; n < last; ++n)
-        add_gated<math_of<scalar_t>>(x_row(b, n), y_row(b, n), gate_row(b), hidden + chunks.offset(b, n),
-                                     chunks.width);
+        add_gated<arithmetic_t<scalar_t>>(x_row(b, n), y_row(b, n), gate_row(b), hidden + chunks.offset(b, n),
+                                          chunks.width);
     });
   });
   return hidden_BND;
@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor> gate_residual_backward(const Tensor& grad_BND, const 
   const Tensor grad_y_BND = empty(grad_BND, {chunks.num_samples, chunks.num_rows, chunks.width});
   Tensor grad_gate_BD;
   dispatch_floating(grad_BND.scalar_type(), [&]<typename scalar_t>() {
-    using math_t = math_of<scalar_t>;
+    using math_t = arithmetic_t<scalar_t>;
     const auto grad_row = grad.of<scalar_t>(), y_row = y.of<scalar_t>(), gate_row = gate.of<scalar_t>();
     scalar_t* grad_y = grad_y_BND.mutable_data_ptr<scalar_t>();
     RowSums<math_t> gate_sums(chunks, y_BND.has_value());

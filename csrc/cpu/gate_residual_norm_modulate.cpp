@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor> gate_residual_norm_modulate(const Tensor& x_BND, cons
   const Tensor hidden_BND = empty(x_BND, {chunks.num_samples, chunks.num_rows, chunks.width});
   const Tensor normed_BND = torch::stable::empty_like(hidden_BND);
   dispatch_floating(x_BND.scalar_type(), [&]<typename scalar_t>() {
-    using math_t = math_of<scalar_t>;
+    using math_t = arithmetic_t<scalar_t>;
     const auto x_row = x.of<scalar_t>(), y_row = y.of<scalar_t>(), gate_row = gate.of<scalar_t>(),
                shift_row = shift.of<scalar_t>(), scale_row = scale.of<scalar_t>();
     scalar_t* hidden = hidden_BND.mutable_data_ptr<scalar_t>();
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_norm_modulate_b
   const Tensor grad_y_BND = torch::stable::empty_like(grad_x_BND);
   Tensor grad_gate_BD, grad_shift_BD, grad_scale_BD;
   dispatch_floating(hidden_BND.scalar_type(), [&]<typename scalar_t>() {
-    using math_t = math_of<scalar_t>;
+    using math_t = arithmetic_t<scalar_t>;
     const auto grad_hidden_row = grad_hidden.of<scalar_t>(), grad_normed_row = grad_normed.of<scalar_t>(),
                hidden_row = hidden.of<scalar_t>(), y_row = y.of<scalar_t>(), gate_row = gate.of<scalar_t>(),
                scale_row = scale.of<scalar_t>();

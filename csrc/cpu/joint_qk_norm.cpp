@@ -6,13 +6,13 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "arguments.h"
+#include "dispatch.h"
 #include "parallel.h"
 
 namespace dgpo_fast::cpu {
@@ -129,15 +129,12 @@ class Tokens {
 };
 
 template <typename value_t>
-using math_of = std::conditional_t<std::is_same_v<value_t, double>, double, float>;
-
-template <typename value_t>
 void write_normalised(const Tokens<value_t>& tokens, const Tensor& weight_D, const Layout& layout,
                       const Tensor& joint) {
   const Tensor dense_weight = torch::stable::contiguous(weight_D);
   const value_t* weight = dense_weight.const_data_ptr<value_t>();
   value_t* out = joint.mutable_data_ptr<value_t>();
-  const auto eps = static_cast<math_of<value_t>>(layout.eps);
+  const auto eps = static_cast<arithmetic_t<value_t>>(layout.eps);
   tokens.for_ranges(1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       normalise_heads(tokens.values(t), weight, eps, layout.num_heads, layout.size, out + tokens.in_joint(t));
@@ -188,7 +185,7 @@ value_t* gradient_of(Projection projection, const Tensor& grad_stream, const Lay
 template <typename value_t>
 void write_gradients(const Tensor& grad_joint, const Tokens<value_t>& tokens, const Tensor& weight_D,
                      const Layout& layout, Projection projection, const Tensor& grad_stream, const Tensor& grad_weight) {
-  using math_t = math_of<value_t>;
+  using math_t = arithmetic_t<value_t>;
   const Tensor dense_weight = torch::stable::contiguous(weight_D);
   const value_t *grad = grad_joint.const_data_ptr<value_t>(), *weight = dense_weight.const_data_ptr<value_t>();
   value_t* out = gradient_of<value_t>(projection, grad_stream, layout);

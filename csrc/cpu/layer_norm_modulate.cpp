@@ -23,7 +23,7 @@ Tensor layer_norm_modulate(const Tensor& x_BND, const Tensor& shift_BD, const Te
   const WithRows x(x_BND), shift(shift_BD), scale(scale_BD);
   const Tensor y_BND = empty(x_BND, {chunks.num_samples, chunks.num_rows, chunks.width});
   dispatch_floating(x_BND.scalar_type(), [&]<typename scalar_t>() {
-    using math_t = math_of<scalar_t>;
+    using math_t = arithmetic_t<scalar_t>;
     const auto x_row = x.of<scalar_t>(), shift_row = shift.of<scalar_t>(), scale_row = scale.of<scalar_t>();
     scalar_t* y = y_BND.mutable_data_ptr<scalar_t>();
     chunks.for_each([&](int64_t b, int64_t, int64_t first, int64_t last) {
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate_backward(const Tensor& gr
   const Tensor grad_x_BND = empty(x_BND, {chunks.num_samples, chunks.num_rows, chunks.width});
   Tensor grad_shift_BD, grad_scale_BD;
   dispatch_floating(x_BND.scalar_type(), [&]<typename scalar_t>() {
-    using math_t = math_of<scalar_t>;
+    using math_t = arithmetic_t<scalar_t>;
     const auto grad_row = grad.of<scalar_t>(), x_row = x.of<scalar_t>(), scale_row = scale.of<scalar_t>();
     scalar_t* grad_x = grad_x_BND.mutable_data_ptr<scalar_t>();
     RowSums<math_t> shift_sums(chunks, with_modulation), scale_sums(chunks, with_modulation);

@@ -2,20 +2,16 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 #include <vector>
 
 #include <torch/csrc/stable/ops.h>
 
 #include "arguments.h"
+#include "dispatch.h"
 #include "multiversion.h"
 #include "parallel.h"
 
 namespace dgpo_fast::cpu {
-
-// The arithmetic of a dtype.
-template <typename scalar_t>
-using math_of = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
 inline void check_tokens(const Tensor& tensor, const char* name) {
   check_argument(tensor.dim() == 3, name, "expected [B, N, D], got ", tensor.dim(), " dimensions");

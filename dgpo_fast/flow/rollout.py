@@ -14,8 +14,8 @@ from torch import Tensor
 from dgpo_fast import rng
 from dgpo_fast.config import RolloutConfig
 from dgpo_fast.flow.cuda_graphs import CudaGraphs
-from dgpo_fast.flow.schedules import schedule_sigmas
-from dgpo_fast.flow.solvers import SolverTable, solver_table
+from dgpo_fast.flow.solvers import SolverTable
+from dgpo_fast.flow.trajectory import trajectory_of
 from dgpo_fast.models.engines import Engine, View
 from dgpo_fast.models.policy import Policy
 from dgpo_fast.ops import solver_step_
@@ -37,9 +37,7 @@ class Sampler:
     @classmethod
     def from_config(cls, config: RolloutConfig, *, steps: int | None = None) -> Sampler:
         """The sampler a recipe asks for, with another number of steps where `steps` is given."""
-        sigmas = schedule_sigmas(config.schedule, steps or config.steps, shift=config.shift)
-        interval = config.guidance_interval or (0.0, 1.0)
-        table = solver_table(config.solver, sigmas, guidance=config.guidance, guided=interval)
+        sigmas, table = trajectory_of(config, steps=steps)
         return cls(sigmas=sigmas, table=table, timesteps=model_timesteps(table.sigmas, config.timesteps))
 
     def coefficients(self, device: torch.device) -> Tensor:

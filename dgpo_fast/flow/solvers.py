@@ -40,7 +40,7 @@ class SolverTable:
 
 
 def solver_table(
-    solver: Solver, sigmas: Array, *, guidance: float = 1.0, guided: tuple[float, float] = (0.0, 1.0)
+    solver: Solver, sigmas: Array, *, guidance: float = 1.0, guided: tuple[float, float] | None = None
 ) -> SolverTable:
     """Coefficients of `solver` for every model evaluation on the way from sigmas[0] to 0, in float64.
 
@@ -50,7 +50,7 @@ def solver_table(
         solver: "euler" (the same as DDIM here), "dpm++2m", "ab2" to "ab4" (Adams-Bashforth), "unipc" (order 2), "heun".
         sigmas: [N + 1], strictly decreasing, in [0, 1], the last one 0; see `schedule_sigmas`.
         guidance: classifier-free guidance scale.
-        guided: noise levels, both ends included, at which an evaluation is guided; at others its scale is 1.
+        guided: noise levels, both ends included, outside of which the scale is 1. None for no such interval.
 
     Returns:
         A table of E = N evaluations (Heun: 2N - 1) and K states: Euler 1, DPM-Solver++ and Heun 2, Adams-Bashforth its
@@ -58,7 +58,7 @@ def solver_table(
     """
     rows, evaluated = _SOLVERS[solver](np.asarray(sigmas, dtype=np.float64))
     states, velocity = np.split(rows, [-1], axis=-1)
-    low, high = guided
+    low, high = guided or (0.0, 1.0)
     scale = np.where((low <= evaluated) & (evaluated <= high), guidance, 1.0)
     coefficients = np.concatenate(
         [states, scale[:, None, None] * velocity, (1 - scale)[:, None, None] * velocity], axis=-1

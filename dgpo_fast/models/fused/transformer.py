@@ -5,7 +5,7 @@ Shape letters: B samples, C H W latents, N text tokens, D width, E evaluations o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from functools import partial
 from typing import Any, NamedTuple
@@ -80,19 +80,20 @@ class FusedTransformer:
 
     def quantised(self) -> FusedTransformer:
         """The same with the blocks' weights copied in fp8, for sampling: it has no gradients."""
-        fp8 = copy(self)
-        fp8.blocks = tuple(block.changed(Projection.quantised) for block in self.blocks)
-        return fp8
+        return self._with(block.changed(Projection.quantised) for block in self.blocks)
 
     @torch.no_grad()
     def merged(self, view: Adapted) -> FusedTransformer:
         """The same with copies of the adapted weights into which the adapters of `view` are added."""
-        merged = copy(self)
-        merged.blocks = tuple(
+        return self._with(
             block.changed(partial(Projection.merged, adapters=adapters))
             for block, adapters in zip(self.blocks, view.adapters, strict=True)
         )
-        return merged
+
+    def _with(self, blocks: Iterable[Block]) -> FusedTransformer:
+        other = copy(self)
+        other.blocks = tuple(blocks)
+        return other
 
     def adapted(self, flat: Tensor) -> Adapted:
         """A view through the adapters in `flat`, end to end in the order of `projections.adapter_order`."""
