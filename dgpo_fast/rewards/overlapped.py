@@ -5,6 +5,8 @@
 
 Batches are taken one at a time and in their order: rewards see what they would see without the thread, and no more than
 one batch of images is alive. Nothing here speaks to other ranks.
+
+On a CPU sampling and decoding want the same cores and slow each other down: there `add` decodes, and the thread scores.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class _Batch(NamedTuple):
-    x0_BCHW: Tensor
+    given_BCHW: Tensor  # latents where the thread decodes, else images
     prompts: Sequence[str]
     drawn: Any  # the device's Event, recorded once the latents are there
 
@@ -40,13 +42,21 @@ class OverlappedScoring:
 
     Args:
         model: whose images they are, decoded `images_per_decode` at a time.
-        max_waiting: batches of latents that may wait for the thread before `add` waits too; 0 for any number.
+        max_waiting: batches that may wait for the thread before `add` waits too; 0 for any number.
+        thread_decodes: whether the thread decodes too; None: unless the model is on a CPU.
     """
 
     def __init__(
-        self, scorer: Scorer, model: StableDiffusion3, *, images_per_decode: int, max_waiting: int = 0
+        self,
+        scorer: Scorer,
+        model: StableDiffusion3,
+        *,
+        images_per_decode: int,
+        max_waiting: int = 0,
+        thread_decodes: bool | None = None,
     ) -> None:
         self._scorer, self._model, self._images_per_decode = scorer, model, images_per_decode
+        self._thread_decodes = model.device.type != "cpu" if thread_decodes is None else thread_decodes
         self._runtime = torch.get_device_module(model.device)  # torch.cuda, or torch.cpu, where all is done at once
         self._stream = _side_stream(model.device)
         self._queue: Queue[_Batch | None] = Queue(max_waiting)
@@ -75,9 +85,10 @@ class OverlappedScoring:
             UserError: as `Scorer.measure`, of an earlier batch.
         """
         self._raise_error()
+        given_BCHW = x0_BCHW if self._thread_decodes else self._decode(x0_BCHW)
         drawn = self._runtime.Event()
         drawn.record()
-        self._queue.put(_Batch(x0_BCHW, prompts, drawn))
+        self._queue.put(_Batch(given_BCHW, prompts, drawn))
 
     def scores(self) -> Scores:
         """Of all samples in the order in which they were added; to be asked for after leaving.
@@ -104,7 +115,7 @@ class OverlappedScoring:
     def _score(self, batch: _Batch) -> Measured:
         batch.drawn.synchronize()  # before the stage: what samples is not this thread's work
         with stage(BACKGROUND):
-            images_BCHW = self._model.decode(batch.x0_BCHW, images_per_forward=self._images_per_decode)
+            images_BCHW = self._decode(batch.given_BCHW) if self._thread_decodes else batch.given_BCHW
             with stage("reward"):
                 measured = self._scorer.measure(images_BCHW, batch.prompts)
             # A reward need not look at its images: the latents' memory is free for others only once they are decoded.
@@ -112,6 +123,9 @@ class OverlappedScoring:
             done.record()
             done.synchronize()
         return measured
+
+    def _decode(self, x0_BCHW: Tensor) -> Tensor:
+        return self._model.decode(x0_BCHW, images_per_forward=self._images_per_decode)
 
 
 @cache

@@ -61,15 +61,18 @@ def brightness(images_BCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]
     return {"mean": images_BCHW.mean((1, 2, 3)), "std": images_BCHW.std((1, 2, 3))}
 
 
-def overlapped(scorer: Scorer, model: StableDiffusion3, **settings: int) -> OverlappedScoring:
-    return OverlappedScoring(scorer, model, **{"images_per_decode": 2, **settings})
+def overlapped(scorer: Scorer, model: StableDiffusion3, **settings: Any) -> OverlappedScoring:
+    """As on a GPU, unless `settings` say otherwise: the thread decodes too."""
+    return OverlappedScoring(scorer, model, **{"images_per_decode": 2, "thread_decodes": True, **settings})
 
 
+@pytest.mark.parametrize("thread_decodes", [True, False])
 def test_the_same_bits_as_one_after_another(
-    model: StableDiffusion3, batches: list[tuple[Tensor, list[str]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    thread_decodes: bool, model: StableDiffusion3, batches: list[tuple[Tensor, list[str]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     judge = scorer(brightness, monkeypatch)
-    with overlapped(judge, model) as scoring:
+    with overlapped(judge, model, thread_decodes=thread_decodes) as scoring:
         for x0_BCHW, prompts in batches:
             scoring.add(x0_BCHW, prompts)
             torch.randn(200, 200) @ torch.randn(200, 200)  # as the sampler would go on computing
@@ -282,6 +285,16 @@ def test_the_wait_for_a_reward_that_hangs_can_be_interrupted(
 
 
 # Where the time goes
+
+
+def test_on_a_cpu_what_samples_decodes(
+    model: StableDiffusion3, batches: list[tuple[Tensor, list[str]]], monkeypatch: pytest.MonkeyPatch, clock: StageClock
+) -> None:
+    with overlapped(scorer(brightness, monkeypatch), model, thread_decodes=None) as scoring, stage("rollout"):
+        for x0_BCHW, prompts in batches:
+            scoring.add(x0_BCHW, prompts)
+    assert clock.calls["rollout", "vae"] == len(batches)
+    assert ("background", "vae") not in clock.seconds
 
 
 def test_stages_of_both_threads_are_told_apart(
