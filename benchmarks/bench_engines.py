@@ -6,8 +6,9 @@ On CUDA `random:sd35-medium` with the shapes of the recipe sd35m-geneval, an ite
 does: 2 groups of 16 images, scored by their mean brightness. On a CPU the embedded pipeline with tiny-dgpo as it is.
 
 Variants: "published", the published loop on diffusers and peft (see published.py: in bfloat16 autocast on CUDA, float32
-on a CPU), and this package's engines "eager", "compile" (on a CPU only where `--only` names it), "fused" and
-"fused + fp8". Each answers a probe first: its velocities and the gradients of its adapters, against diffusers in
+on a CPU), and this package's engines "eager", "compile" (on a CPU only where `--only` names it), "fused", which samples
+in the model's dtype, and with samples drawn in lower precision "fused + fp8" and, on a CPU, "fused + bfloat16". Each
+answers a probe first: its velocities and the gradients of its adapters, against diffusers in
 float64. diffusers' own code may err as the roundings of its depth add up, the fused engine 1.2 times as far as it in
 the same dtype. What errs further gets no number, and the script ends with status 1.
 

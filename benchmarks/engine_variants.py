@@ -265,10 +265,9 @@ def _published(recipe: str, changes: list[str], device: torch.device, out: Path)
     return Published(load_recipe(recipe, changes), device)
 
 
-def _engine(engine: str, *more: str) -> Callable[[str, list[str], torch.device, Path], Variant]:
+def _engine(engine: str, sampling: str = "auto") -> Callable[[str, list[str], torch.device, Path], Variant]:
     def build(recipe: str, changes: list[str], device: torch.device, out: Path) -> Variant:
-        changes = [*changes, f"model.engine={engine}", *more]
-        return Engine(load_recipe(recipe, changes), out)
+        return Engine(load_recipe(recipe, [*changes, f"model.engine={engine}", f"model.sampling={sampling}"]), out)
 
     return build
 
@@ -282,8 +281,15 @@ SPECS: Mapping[str, Spec] = {
         # On a CPU its kernels take minutes to compile.
         Spec(name="compile", build=_engine("compile"), by_default=("cuda",)),
         Spec(name="fused", build=_engine("fused")),
+        # A relative error of 2^-9 of both operands and of the product, at the worst place of a binade.
+        Spec(
+            name="fused + bfloat16",
+            build=_engine("fused", "bfloat16"),
+            rounding=2**-8,
+            by_default=("cpu",),
+        ),
         # A relative error of 2^-4 / sqrt(3) of both operands, at the worst place of a binade (see models/fp8.py).
-        Spec(name="fused + fp8", build=_engine("fused", "model.sampling=fp8"), rounding=0.05, by_default=("cuda",)),
+        Spec(name="fused + fp8", build=_engine("fused", "fp8"), rounding=0.05, by_default=("cuda",)),
     )
 }
 

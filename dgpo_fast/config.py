@@ -58,11 +58,13 @@ class ModelConfig(Section):
     """How the transformer runs: by hand from the fused operators, by diffusers' code compiled in blocks or not."""
     attention: str = "auto"
     """The fused engine's: `auto` is the first that runs here of flash3, cudnn, flash, flash2, efficient, cpu, math."""
-    sampling: Literal["auto", "same", "merged", "fp8"] = "auto"
+    sampling: Literal["auto", "same", "merged", "bfloat16", "fp8"] = "auto"
     """What the fused engine draws training samples with; errors, gradients and evaluations stay as they are.
 
     `auto`: merged in float32, else the same.
     `merged`: copies of the adapted weights with the adapters added in, for float32, where the sum loses nothing.
+    `bfloat16`: of a float32 model such copies of all the blocks' weights, in bfloat16; on a CPU that lacks instructions
+    for products of these, `merged`. Other models and engines draw the same.
     `fp8`: a copy of the blocks' weights in fp8, beside adapters as they are; H100 and newer, or a CPU.
     """
     checkpointing: Literal["none", "selective", "full"] = "selective"
@@ -75,11 +77,12 @@ class ModelConfig(Section):
     """
 
     @property
-    def drawn_with(self) -> Literal["same", "merged", "fp8"]:
+    def drawn_with(self) -> Literal["same", "merged", "bfloat16", "fp8"]:
         """`sampling`, decided."""
+        has_copies = self.engine == "fused" and self.dtype == "float32"
         if self.sampling == "auto":
-            return "merged" if self.engine == "fused" and self.dtype == "float32" else "same"
-        return self.sampling
+            return "merged" if has_copies else "same"
+        return "same" if self.sampling == "bfloat16" and not has_copies else self.sampling
 
 
 class AdapterConfig(Section):

@@ -272,11 +272,12 @@ def _eager_block(block: int, shape: TransformerShape, tokens: Tokens, model: Mod
 
 
 def _sampling_copy_bytes(config: Config, shape: TransformerShape) -> float:
-    """The copy that `model.sampling` multiplies with: all products of the blocks in fp8, or the adapted ones merged."""
+    """The copy that `model.sampling` multiplies with: all products of the blocks, or the adapted ones merged."""
     products = [
         linear for linear in shape.linears if linear.name.startswith("transformer_blocks.") and linear.stream != "once"
     ]
-    if config.model.drawn_with == "fp8":
-        return float(sum(linear.inputs * linear.outputs for linear in products))
+    if config.model.drawn_with != "merged":
+        size = 1 if config.model.drawn_with == "fp8" else 2
+        return float(size * sum(linear.inputs * linear.outputs for linear in products))
     adapted = [linear for linear in products if linear.is_target(config.adapter.targets)]
     return float(value_bytes(config.model) * sum(linear.inputs * linear.outputs for linear in adapted))

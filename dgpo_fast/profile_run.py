@@ -28,7 +28,7 @@ StagePath = tuple[str, ...]
 SHARES: dict[str, tuple[StagePath, ...]] = {
     "transformer, sampling": (("rollout", "transformer"),),
     "transformer, training": tuple(("train", name) for name in ("reference", "old", "weights", "policy", "backward")),
-    "VAE and rewards, waited for": (("reward",),),
+    "VAE and rewards, waited for": (("rollout", "vae"), ("reward",)),
 }
 """What an iteration is for. The rest is text encoding, solver, loss, optimizer, averages and Python."""
 MEANWHILE: dict[str, StagePath] = {"VAE": (BACKGROUND, "vae"), "reward": (BACKGROUND, "reward")}
@@ -118,10 +118,9 @@ def render(profile: Profile) -> RenderableType:
     purposes.add_row("iteration", f"{each_ms:.1f}", "")
     purposes.add_section()
     for purpose, path in MEANWHILE.items():
-        seconds = profile.seconds.get(path, 0.0)
-        purposes.add_row(
-            f"{purpose}, meanwhile", f"{1000 * seconds / profile.iterations:.1f}", f"{seconds / profile.wall_s:.1%}"
-        )
+        if (seconds := profile.seconds.get(path)) is not None:
+            each = f"{1000 * seconds / profile.iterations:.1f}", f"{seconds / profile.wall_s:.1%}"
+            purposes.add_row(f"{purpose}, meanwhile", *each)
 
     stages = Table(title="Stages", title_justify="left")
     stages.add_column("stage")

@@ -108,8 +108,8 @@ class LossOutput:
 class StepReport:
     """One line of metrics.jsonl. Times in seconds.
 
-    Images are decoded and scored while others are sampled: `rollout_s` is sampling alone, and `reward_s` what the
-    iteration waited for the rewards after it. The three times are no longer than the iteration.
+    Images are decoded and scored while others are sampled: `rollout_s` is sampling alone, on a CPU with decoding, and
+    `reward_s` what the iteration waited for the rewards after it. The three times are no longer than the iteration.
     """
 
     step: int

@@ -48,7 +48,7 @@ OWN_REWARDS = Path(__file__).parent / "rewards"
 # Six steps of a second or less. Every kind of state matters to them: the old policy samples from step 5 on and trails
 # the policy, the evaluation average moves every second step, the learning rate still rises after the first checkpoint.
 QUICK = (
-    "device=cpu", "steps=6", "adapter.rank=4", "adapter.alpha=8",
+    "device=cpu", "steps=6", "model.sampling=auto", "adapter.rank=4", "adapter.alpha=8",
     "groups.size=4", "groups.per_iteration=2", "optimizer.images_per_micro_batch=4", "optimizer.warmup_steps=4",
     "optimizer.lr=3e-4", "optimizer.decay_steps=null", "algorithm.kl_cfg=1", "algorithm.kl_coef=0.02",
     "rollout.steps=3", "rollout.switch_step=4", "rollout.images_per_forward=4",

@@ -124,7 +124,7 @@ def test_a_small_run_fills_its_tables(bench: Callable[..., Any], tmp_path: Path)
     assert bench().run() == 0
     out = tmp_path / "out"
     rows = read(out / "engines.csv")
-    variants = {"published", "eager", "fused"}
+    variants = {"published", "eager", "fused", "fused + bfloat16"}
     found = {(row["variant"], row["work"]) for row in rows}
     assert found == {(name, work) for name in variants for work in ("rollout", "micro_step", "iteration")} | {
         ("matmul", "1024^3")

@@ -421,7 +421,7 @@ def test_profile_accounts_for_the_whole_iteration(
     assert {
         "rollout",
         "rollout/transformer",
-        "background/vae",
+        "rollout/vae",
         "background/reward",
         "reward",
         "train/policy",

@@ -268,9 +268,14 @@ def test_what_samples_are_drawn_with_is_there_all_the_time() -> None:
         "fp8": sum(p.fp8.values_NK.nbytes for block in fused.quantised().blocks for p in block.projections if p.fp8),
         "merged": sum(
             projection.weight.nbytes
-            for block in fused.merged(adapted).blocks
+            for block in fused.merged(adapted, torch.float32).blocks
             for projection in block.projections
             if projection.weight.data_ptr() not in own
+        ),
+        "bfloat16": sum(
+            projection.weight.nbytes
+            for block in fused.merged(adapted, torch.bfloat16).blocks
+            for projection in block.projections
         ),
     }
     for sampling, num_bytes in copies.items():
@@ -311,7 +316,7 @@ def test_compiled_counts_as_eager() -> None:
 def test_an_iteration_of_the_embedded_pipeline(checkpointing: str, tmp_path: Path) -> None:
     """Phase by phase, without what is there before the iteration."""
     sizes = ("groups.per_iteration=4", "rollout.images_per_forward=32", "evaluation.steps=10")
-    config = load_recipe("tiny-dgpo", (f"model.checkpointing={checkpointing}", *sizes))
+    config = load_recipe("tiny-dgpo", ("model.sampling=merged", f"model.checkpointing={checkpointing}", *sizes))
     trainer = Trainer(config, tmp_path / "run")
     policy, algorithm, peaks = trainer.policy, trainer.algorithm, {}
     with LiveBytes() as live:

@@ -27,7 +27,7 @@ CONTRACT = {
     "peak_memory_gb",
 }  # fmt: skip
 STAGES = {
-    "rollout", "rollout/transformer", "rollout/solver", "rollout/text", "background", "background/vae",
+    "rollout", "rollout/transformer", "rollout/solver", "rollout/text", "rollout/vae", "background",
     "background/reward", "reward", "train", "train/policy", "train/old", "train/reference", "train/backward",
     "train/optimizer", "evaluate", "checkpoint", "logging",
 }  # fmt: skip

@@ -79,7 +79,7 @@ class FusedEngine:
 
     def __init__(self, model: StableDiffusion3, adapter: AdapterConfig, flats: Mapping[View, Tensor]) -> None:
         """`flats` are the adapters of every view but `ref`, end to end."""
-        self._dtype, self._device = model.dtype, model.device
+        self.dtype, self.device = model.dtype, model.device
         self._transformer = FusedTransformer(
             model.transformer,
             attention=find_attention(model.config.attention, device=model.device, dtype=model.dtype),
@@ -95,40 +95,43 @@ class FusedEngine:
         Raises:
             UserError: fp8 does not run here.
         """
-        if (reason := why_unsupported(self._device)) is not None:
+        if (reason := why_unsupported(self.device)) is not None:
             raise UserError(f"model.sampling: fp8 {reason}")
         fp8 = copy(self)
         fp8._transformer = self._transformer.quantised()
         return fp8
 
-    def merged(self, view: View) -> FusedEngine:
-        """The same engine with the adapters of `view` in its weights: what `ref` was is now that view."""
+    def merged(self, view: View, dtype: torch.dtype) -> FusedEngine:
+        """The same engine with the adapters of `view` in its weights, in `dtype`: what `ref` was is now that view."""
         merged = copy(self)
-        if view in self._views:
-            merged._transformer = self._transformer.merged(self._views[view])
+        merged._transformer = self._transformer.merged(self._views.get(view), dtype)
         return merged
 
     def condition(self, timestep_EB: Tensor, conditioning: Conditioning) -> Sequence[Conditioned]:
         return self._transformer.condition(timestep_EB, conditioning)
 
     def velocity(self, view: View, x_BCHW: Tensor, conditioned: Conditioned) -> Tensor:
-        return self._transformer.velocity(x_BCHW.to(self._dtype), conditioned, self._views.get(view))
+        return self._transformer.velocity(x_BCHW.to(self.dtype), conditioned, self._views.get(view))
 
 
 class MergedEngine:
-    """A fused engine whose adapters are added into copies of the weights beside which they stand; without gradients."""
+    """A fused engine whose adapters are added into copies of the weights beside which they stand; without gradients.
 
-    def __init__(self, engine: FusedEngine) -> None:
-        self._engine = engine
+    Args:
+        dtype: of the copies, and of all that blocks compute.
+    """
+
+    def __init__(self, engine: FusedEngine, dtype: torch.dtype) -> None:
+        self._engine, self.dtype = engine, dtype
         self._merged: dict[View, FusedEngine] = {}
 
     def condition(self, timestep_EB: Tensor, conditioning: Conditioning) -> Sequence[Conditioned]:
         self._merged.clear()  # a trajectory begins, and the adapters may have learnt since the last one
-        return self._engine.condition(timestep_EB, conditioning)
+        return [given.to(self.dtype) for given in self._engine.condition(timestep_EB, conditioning)]
 
     def velocity(self, view: View, x_BCHW: Tensor, conditioned: Conditioned) -> Tensor:
         if view not in self._merged:
-            self._merged[view] = self._engine.merged(view)
+            self._merged[view] = self._engine.merged(view, self.dtype)
         return self._merged[view].velocity("ref", x_BCHW, conditioned)
 
 
@@ -155,4 +158,12 @@ def sampling_engine(engine: Engine, model: ModelConfig) -> Engine:
         raise UserError(
             f"model.sampling: {model.sampling} is of model.engine fused alone; use that, or model.sampling same"
         )
-    return engine.quantised() if model.drawn_with == "fp8" else MergedEngine(engine)
+    if model.drawn_with == "fp8":
+        return engine.quantised()
+    low = model.drawn_with == "bfloat16" and _has_bfloat16_products(engine.device)
+    return MergedEngine(engine, torch.bfloat16 if low else engine.dtype)
+
+
+def _has_bfloat16_products(device: torch.device) -> bool:
+    """Whether they are quick: a CPU without instructions for them takes many times as long as for float32."""
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

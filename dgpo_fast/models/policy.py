@@ -33,9 +33,8 @@ from dgpo_fast.records import Conditioning
 
 TRAINED: tuple[View, ...] = ("policy", "old", "ema")
 
-
-MERGED_ERROR = 1e-5
-"""Relative error of velocities that merged weights may have: some roundings of float32."""
+MERGED_ERROR = {"merged": 1e-5, "bfloat16": 0.02}
+"""Relative error of velocities that merged weights may have: some roundings of float32, or of bfloat16."""
 
 
 class Evaluation(NamedTuple):
@@ -230,14 +229,15 @@ class Policy:
             raise UserError(f"adapter.targets: {len(idle)} adapters do not change the output, the first is {idle[0]!r}")
 
     @torch.no_grad()
-    def check_sampling(self) -> None:
-        """Makes sure that merged weights give the velocities of weights with adapters beside them.
+    def check_sampling(self) -> str:
+        """Makes sure that merged weights give the velocities of weights with adapters beside them, and says so.
 
         Raises:
             UserError: they do not, as where a bfloat16 weight loses most of what is added to it.
         """
-        if not isinstance(self.sampling_engine, MergedEngine):
-            return
+        config, merging = self.model.config, self.sampling_engine
+        if not isinstance(merging, MergedEngine):
+            return f"samples are drawn with {'the base in fp8' if config.drawn_with == 'fp8' else 'the same weights'}"
         generator = torch.Generator().manual_seed(0)
         x_BCHW = torch.randn(1, *self.model.latent_shape, generator=generator).to(self.model.device)
         timestep_EB = torch.full((1, 1), 500.0, device=self.model.device)
@@ -250,11 +250,13 @@ class Policy:
                 for engine in (self.engine, self.sampling_engine)
             )
         error = float((merged - exact).norm() / exact.norm())
-        if not error < MERGED_ERROR:
+        if not error < (most := MERGED_ERROR[config.drawn_with]):
             raise UserError(
-                f"model.sampling: merged changes velocities by {error:.1e} in {self.model.config.dtype}, more than "
-                f"{MERGED_ERROR:.0e}: use same, or model.dtype float32"
+                f"model.sampling: {config.drawn_with} changes velocities by {error:.1e} in {config.dtype}, more than "
+                f"{most:.0e}: use same, or model.dtype float32"
             )
+        dtype = str(merging.dtype).removeprefix("torch.")
+        return f"samples are drawn with merged weights in {dtype}, their velocities {error:.0e} off"
 
     @contextmanager
     def random_weights(self, *views: View) -> Iterator[None]:

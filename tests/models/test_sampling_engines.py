@@ -105,11 +105,36 @@ def test_merging_into_bfloat16_is_refused(make_policy: MakePolicy) -> None:
         policy.check_sampling()
 
 
+def test_a_float32_model_samples_in_bfloat16(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far from float32 as a bfloat16 model, through each view; errors and gradients stay where they were."""
+    monkeypatch.setattr(engines, "_has_bfloat16_products", lambda device: True)
+    policy = make_policy(tiny("model.sampling=bfloat16", "model.dtype=float32"), spread=0.05)
+    policy.check_sampling()
+    rounded = make_policy(tiny("model.dtype=bfloat16"), spread=0.05)
+    for view in ("policy", "old", "ref"):
+        exact, drawn = (velocity(policy, engine, view) for engine in (policy.engine, policy.sampling_engine))
+        of_bfloat16 = (velocity(rounded, rounded.engine, view).float() - exact).norm()
+        assert 0 < (drawn - exact).norm() < 1.2 * of_bfloat16
+    moves = [velocity(policy, e) - velocity(policy, e, "ref") for e in (policy.engine, policy.sampling_engine)]
+    assert torch.nn.functional.cosine_similarity(moves[0].flatten(), moves[1].flatten(), dim=0) > 0.99
+
+
+def test_a_processor_without_bfloat16_products_merges(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_has_bfloat16_products", lambda device: False)
+    policy = make_policy(tiny("model.sampling=bfloat16", "model.dtype=float32"), spread=0.05)
+    merging = engines.sampling_engine(policy.engine, policy.model.config)
+    exact, merged = (velocity(policy, engine) for engine in (policy.engine, merging))
+    assert 0 < (merged - exact).norm() < 3e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("sampling", ["auto", "bfloat16"])
 @pytest.mark.parametrize(
     ("dtype", "engine", "merges"),
     [("float32", "fused", True), ("bfloat16", "fused", False), ("float32", "eager", False)],
 )
-def test_unless_told_float32_is_merged(make_policy: MakePolicy, dtype: str, engine: str, merges: bool) -> None:
-    policy = make_policy(tiny(f"model.dtype={dtype}", f"model.engine={engine}"))
+def test_unless_told_only_float32_is_merged(
+    make_policy: MakePolicy, sampling: str, dtype: str, engine: str, merges: bool
+) -> None:
+    policy = make_policy(tiny(f"model.sampling={sampling}", f"model.dtype={dtype}", f"model.engine={engine}"))
     assert isinstance(policy.sampling_engine, engines.MergedEngine) == merges
     assert merges or policy.sampling_engine is policy.engine

@@ -118,6 +118,13 @@ class AttentionLayer:
             text_out=None if self.text_out is None else change(self.text_out),
         )
 
+    def to(self, dtype: torch.dtype) -> AttentionLayer:
+        return replace(
+            self.changed(lambda projection: projection.to(dtype)),
+            image_weights=QKWeights(*(weight.to(dtype) for weight in self.image_weights)),
+            text_weights=self.text_weights and QKWeights(*(weight.to(dtype) for weight in self.text_weights)),
+        )
+
     def learns(self, grad_adapters: Adapters) -> bool:
         """Whether gradients of its own adapters are asked for."""
         return any(projection.name in grad_adapters for projection in self.projections)
@@ -214,6 +221,9 @@ class FeedForwardLayer:
     def changed(self, change: Callable[[Projection], Projection]) -> FeedForwardLayer:
         return replace(self, up=change(self.up), down=change(self.down))
 
+    def to(self, dtype: torch.dtype) -> FeedForwardLayer:
+        return replace(self, up=self.up.to(dtype), up_bias=self.up_bias.to(dtype), down=self.down.to(dtype))
+
     def forward(
         self,
         hidden: Tensor,
@@ -298,6 +308,15 @@ class Block:
             second=None if self.second is None else self.second.changed(change),
             image=self.image.changed(change),
             text=None if self.text is None else self.text.changed(change),
+        )
+
+    def to(self, dtype: torch.dtype) -> Block:
+        """The block with its weights in `dtype`."""
+        return Block(
+            joint=self.joint.to(dtype),
+            second=self.second and self.second.to(dtype),
+            image=self.image.to(dtype),
+            text=self.text and self.text.to(dtype),
         )
 
     def cut(self, flat: Tensor) -> Adapters:

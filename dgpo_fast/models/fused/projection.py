@@ -80,6 +80,10 @@ class Projection:
             weight[rows].addmm_(b, a, alpha=self.scaling)
         return replace(self, weight=weight)
 
+    def to(self, dtype: torch.dtype) -> Projection:
+        """The same with weight and bias in `dtype`."""
+        return replace(self, weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
+
     @property
     def adapter_sizes(self) -> list[int]:
         """How many numbers the A of all adapted layers have, and each of their B: the order in a flat tensor."""

@@ -29,7 +29,7 @@ from dgpo_fast.models.fused.block import (
     Norm,
     Stream,
 )
-from dgpo_fast.models.fused.projection import Projection
+from dgpo_fast.models.fused.projection import Adapters, Projection
 from dgpo_fast.models.projections import PROJECTIONS, is_in_block
 from dgpo_fast.ops.joint_qk_norm import QKWeights
 from dgpo_fast.records import Conditioning
@@ -42,6 +42,11 @@ class Conditioned(NamedTuple):
     of_image: tuple[Tensor, ...]  # [B, 6 D or 9 D] for each block
     of_text: tuple[Tensor, ...]  # [B, 6 D] for each block, [B, 2 D] for the last
     of_output: Tensor  # [B, 2 D]
+
+    def to(self, dtype: torch.dtype) -> Conditioned:
+        """The same for blocks in `dtype`."""
+        of_image, of_text = (tuple(m.to(dtype) for m in modulations) for modulations in (self.of_image, self.of_text))
+        return Conditioned(self.text_BND.to(dtype), of_image, of_text, self.of_output.to(dtype))
 
 
 class Adapted:
@@ -83,11 +88,14 @@ class FusedTransformer:
         return self._with(block.changed(Projection.quantised) for block in self.blocks)
 
     @torch.no_grad()
-    def merged(self, view: Adapted) -> FusedTransformer:
-        """The same with copies of the adapted weights into which the adapters of `view` are added."""
+    def merged(self, view: Adapted | None, dtype: torch.dtype) -> FusedTransformer:
+        """The same with copies of the adapted weights into which the adapters of `view` are added, blocks in `dtype`.
+
+        What stands before and behind the blocks stays as it is.
+        """
         return self._with(
-            block.changed(partial(Projection.merged, adapters=adapters))
-            for block, adapters in zip(self.blocks, view.adapters, strict=True)
+            block.changed(partial(Projection.merged, adapters=adapters)).to(dtype)
+            for block, adapters in zip(self.blocks, self._adapters(view), strict=True)
         )
 
     def _with(self, blocks: Iterable[Block]) -> FusedTransformer:
@@ -124,14 +132,17 @@ class FusedTransformer:
         ]
 
     def velocity(self, x_BCHW: Tensor, conditioned: Conditioned, view: Adapted | None) -> Tensor:
-        """The velocity [B, C, H, W] at latents in the model's dtype, through `view`, or of the frozen weights alone."""
+        """The velocity [B, C, H, W] at latents in the model's dtype, through `view`, or of the frozen weights alone.
+
+        `conditioned` is in the dtype of the blocks.
+        """
         conditions = _conditions(conditioned, self.module.inner_dim)
         with torch.no_grad():
-            image = _entering(self.module.pos_embed(x_BCHW).contiguous(), conditions[0].image.norm)
+            patches = self.module.pos_embed(x_BCHW).to(conditioned.text_BND.dtype)
+            image = _entering(patches.contiguous(), conditions[0].image.norm)
             text: Stream | None = _entering(conditioned.text_BND, conditions[0].text.norm)
-        none = (None,) * len(self.blocks)
-        adapters_of, flats = (({},) * len(none), none) if view is None else (view.adapters, view.flats)
-        for block, of_block, adapters, flat in zip(self.blocks, conditions, adapters_of, flats, strict=True):
+        flats = (None,) * len(self.blocks) if view is None else view.flats
+        for block, of_block, adapters, flat in zip(self.blocks, conditions, self._adapters(view), flats, strict=True):
             assert text is not None
             if image.normed.requires_grad or (torch.is_grad_enabled() and _learns(flat)):
                 *of_image, text_hidden, text_normed = BlockFunction.apply(  # type: ignore[no-untyped-call]
@@ -141,7 +152,10 @@ class FusedTransformer:
                 text = None if text_hidden is None else Stream(text_hidden, text_normed)
             else:
                 image, text = block.forward(image, text, of_block, adapters, "selective")[:2]
-        return self._unpatched(self.module.proj_out(image.normed), x_BCHW)
+        return self._unpatched(self.module.proj_out(image.normed.to(x_BCHW.dtype)), x_BCHW)
+
+    def _adapters(self, view: Adapted | None) -> Sequence[Adapters]:
+        return ({},) * len(self.blocks) if view is None else view.adapters
 
     def _unpatched(self, y: Tensor, like: Tensor) -> Tensor:
         """Patches [B, N, P P C] as latents."""

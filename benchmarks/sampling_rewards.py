@@ -1,9 +1,10 @@
-"""What sampling in fp8 does to rewards: the embedded pipeline draws the same prompts from the same noise twice.
+"""What sampling in lower precision does to rewards: the embedded pipeline draws images from the same noise twice.
 
-    python -m benchmarks.fp8_rewards [--out DIR] [--prompts N] [--images N]
+    python -m benchmarks.sampling_rewards [--out DIR] [--prompts N] [--images N]
 
-The difference of a prompt's mean reward, fp8 less the model's own dtype, and its mean over prompts with the standard
-error: rewards differ within noise where the mean is within two of them. Pixels are compared too, as a root mean square.
+For each precision of `model.sampling`, the difference of a prompt's mean reward, drawn so less drawn exactly, and its
+mean over prompts with the standard error: rewards differ within noise where the mean is within two of them. Pixels are
+compared too, as a root mean square.
 """
 
 from __future__ import annotations
@@ -28,34 +29,38 @@ from dgpo_fast.prompts import load_prompts
 from dgpo_fast.rewards import Scorer
 
 COLUMNS = (
-    "dtype", "reward", "prompts", "images", "exact", "fp8", "difference", "standard_error", "pixel_rms", "torch",
-    "commit", "date",
+    "dtype", "sampling", "reward", "prompts", "images", "exact", "drawn", "difference", "standard_error", "pixel_rms",
+    "torch", "commit", "date",
 )  # fmt: skip
+COMPARED = (("float32", "bfloat16"), ("float32", "fp8"), ("bfloat16", "fp8"))
+"""A model's dtype, and what its samples are drawn in."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write fp8_rewards.csv there; to stdout without it")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write sampling_rewards.csv there; to stdout without it"
+    )
     parser.add_argument("--prompts", type=int, default=64, metavar="N", help="distinct prompts (64)")
     parser.add_argument("--images", type=int, default=8, metavar="N", help="images of each (8)")
     options = parser.parse_args()
-    rows = [row for dtype in ("float32", "bfloat16") for row in compare(dtype, options.prompts, options.images)]
+    rows = [row for compared in COMPARED for row in compare(*compared, options.prompts, options.images)]
     file: TextIO = sys.stdout
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        file = (options.out / "fp8_rewards.csv").open("w", newline="", encoding="utf-8")
+        file = (options.out / "sampling_rewards.csv").open("w", newline="", encoding="utf-8")
     writer = csv.DictWriter(file, COLUMNS)
     writer.writeheader()
     writer.writerows(rows)
 
 
-def compare(dtype: str, num_prompts: int, images_per_prompt: int) -> list[dict[str, object]]:
+def compare(dtype: str, sampling: str, num_prompts: int, images_per_prompt: int) -> list[dict[str, object]]:
     """A row for each metric of the reward."""
-    config = load_recipe("tiny-dgpo", [f"model.dtype={dtype}", "model.sampling=fp8", "rollout.guidance=2"])
+    config = load_recipe("tiny-dgpo", [f"model.dtype={dtype}", f"model.sampling={sampling}", "rollout.guidance=2"])
     policy = Policy(load_model(config.model, device="cpu"), config.adapter, seed=0)
     prompts = load_prompts(config.prompts.test, key="prompts.test")[:num_prompts]
     names = [
-        rng.stream(0, stage="fp8", group=group, sample=sample)
+        rng.stream(0, stage="benchmark", group=group, sample=sample)
         for group in range(len(prompts))
         for sample in range(images_per_prompt)
     ]
@@ -74,11 +79,12 @@ def compare(dtype: str, num_prompts: int, images_per_prompt: int) -> list[dict[s
     pixel_rms = (drawn[1] - drawn[0]).square().mean().sqrt().item()
     rows = []
     for name in scores[0].metrics:
-        exact_P, fp8_P = (s.metrics[name].view(len(prompts), -1).double().mean(1) for s in scores)
-        difference_P = fp8_P - exact_P
+        exact_P, drawn_P = (s.metrics[name].view(len(prompts), -1).double().mean(1) for s in scores)
+        difference_P = drawn_P - exact_P
         rows.append({
-            "dtype": dtype, "reward": name, "prompts": len(prompts), "images": len(captions),
-            "exact": f"{exact_P.mean():.4f}", "fp8": f"{fp8_P.mean():.4f}", "difference": f"{difference_P.mean():.4f}",
+            "dtype": dtype, "sampling": sampling, "reward": name, "prompts": len(prompts), "images": len(captions),
+            "exact": f"{exact_P.mean():.4f}", "drawn": f"{drawn_P.mean():.4f}",
+            "difference": f"{difference_P.mean():.4f}",
             "standard_error": f"{difference_P.std() / len(prompts) ** 0.5:.4f}", "pixel_rms": f"{pixel_rms:.4f}",
             "torch": package_versions()["torch"], "commit": commit(), "date": datetime.now(UTC).date().isoformat(),
         })  # fmt: skip
