@@ -23,7 +23,7 @@ PARTS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "reward, rest": (("reward", "optimizer", "rest"), "#a8a8a8"),
 }
 """What a bar is made of: stages, and their colour."""
-WIDTH, LEFT, RIGHT, TOP, BAR, GAP = 860, 90, 170, 62, 30, 14
+WIDTH, LEFT, RIGHT, TOP, BAR, GAP = 900, 130, 170, 62, 30, 14
 LEGEND_COLUMN = 104
 
 
