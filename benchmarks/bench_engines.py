@@ -43,12 +43,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
+from benchmarks.console import people
 from benchmarks.engine_variants import BASELINE, SPECS, Answer, Published, Truth, Variant, num_sampled, share_weights
 from benchmarks.operator_table import commit
 from dgpo_fast.config import Config, load_recipe
@@ -121,7 +121,7 @@ class Bench:
         self, *, model: str, device: str, out: Path | None, seconds: float, only: Sequence[str], changes: Sequence[str]
     ) -> None:
         self.device, self.out = torch.device(device), out
-        self.console = Console(stderr=True)
+        self.console = people()
         self.failed = False
         self._end = time.perf_counter() + seconds
         self._recipe = "tiny-dgpo" if model == "embedded" else "sd35m-geneval"

@@ -9,8 +9,9 @@ micro-step before. The transformer alone: neither loss nor solver, optimizer or 
 as many images.
 
 "official" is how the published scripts of DGPO and Flow-GRPO run it: a float32 base under bfloat16 autocast, with
-adapters of peft. "eager" and "fused" are dgpo_fast's engines of these names, in bfloat16 without autocast, fused with
-checkpointing "selective". Its modulation, which a rollout computes once for all steps, is here counted in each forward.
+adapters of peft. "eager", "compile" and "fused" are dgpo_fast's engines of these names, in bfloat16 without autocast;
+fused with checkpointing "selective", and its modulation, which a rollout computes once for all steps, counted in each
+forward; compile as Inductor plans its blocks for a CPU (see counting_compiled.py), which takes some minutes.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ from datetime import UTC, datetime
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks import counting_compiled
+from benchmarks.console import people
 from benchmarks.counting import PRODUCTS, CudaAutocast, Kernel, KernelCounter, Totals, meta_gpu, totals, totals_by
 from benchmarks.operator_table import commit
 from dgpo_fast.config import PUBLISHED_TARGETS
@@ -83,9 +85,12 @@ def fused(shape: TransformerShape) -> Velocity:
     return velocity
 
 
-ENGINES: Mapping[str, Callable[[TransformerShape], Velocity]] = {"official": official, "eager": eager, "fused": fused}
-"""An engine is a name, and a function that builds its velocity from a shape: called within `meta_gpu`, so that all it
-makes is on "meta", with adapters of rank RANK that learn."""
+VELOCITIES: Mapping[str, Callable[[TransformerShape], Velocity]] = {
+    "official": official, "eager": eager, "fused": fused,
+}  # fmt: skip
+"""Engines that are counted as they run, by the function that builds their velocity from a shape: called within
+`meta_gpu`, so that all it makes is on "meta", with adapters of rank RANK that learn."""
+ENGINES = ("official", "eager", "compile", "fused")
 
 
 class Work(NamedTuple):
@@ -132,9 +137,36 @@ def run(
 
 def count(engine: str, shape: TransformerShape, work: Work, batch: Batch) -> list[Kernel]:
     """What an engine launches for a piece of work."""
+    if engine != "compile":
+        return _count_running(VELOCITIES[engine], shape, work, batch)
+    return [
+        *_count_running(_around_blocks, shape, work, batch),
+        *counting_compiled.count_blocks(
+            shape, partial(adapted_transformer, dtype=torch.bfloat16), batch.samples,
+            shape.tokens(batch.resolution, batch.text_tokens), learns=work.learns,
+        ),
+    ]  # fmt: skip
+
+
+class _NoBlock(nn.Module):
+    """In the place of all blocks: its output is where a gradient ends."""
+
+    def forward(self, *, hidden_states: Tensor, **_: Any) -> tuple[None, Tensor]:
+        return None, hidden_states.detach().requires_grad_(torch.is_grad_enabled())
+
+
+def _around_blocks(shape: TransformerShape) -> Velocity:
+    transformer = adapted_transformer(shape, torch.bfloat16)
+    transformer.transformer_blocks = nn.ModuleList([_NoBlock()])
+    return partial(run, transformer)
+
+
+def _count_running(
+    engine: Callable[[TransformerShape], Velocity], shape: TransformerShape, work: Work, batch: Batch
+) -> list[Kernel]:
     side = batch.resolution // 8
     with meta_gpu():
-        velocity_of = ENGINES[engine](shape)
+        velocity_of = engine(shape)
         x_BCHW = torch.empty(batch.samples, shape.channels, side, side, dtype=torch.bfloat16)
         text_BND = torch.empty(batch.samples, batch.text_tokens, shape.joint_attention_dim, dtype=torch.bfloat16)
         pooled_BD = torch.empty(batch.samples, shape.pooled_dim, dtype=torch.bfloat16)
@@ -154,7 +186,7 @@ def main() -> None:
     parser.add_argument("--text-tokens", type=int, default=205, metavar="N", help="tokens of a prompt (205)")
     options = parser.parse_args()
     batch = Batch(options.batch, options.resolution, options.text_tokens)
-    console, provenance = Console(stderr=True), _provenance()
+    console, provenance = people(), _provenance()
     with ExitStack() as stack:
         file: TextIO = sys.stdout
         if options.out is not None:

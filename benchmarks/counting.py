@@ -130,7 +130,8 @@ class KernelCounter(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         module = self._module(node)
         result = operator(*args, **(kwargs or {}))
-        self.kernels += _Call(operator, args, kwargs or {}, result).kernels(module, is_backward=node is not None)
+        is_backward = node is not None
+        self.kernels += kernels_of_call(operator, args, kwargs or {}, result, module, is_backward=is_backward)
         return result
 
     def _enter_module(self, module: torch.nn.Module, _: Any) -> None:
@@ -148,6 +149,13 @@ class KernelCounter(TorchDispatchMode):
         if torch.is_grad_enabled():
             self._module_of_node.setdefault(torch._C._autograd._get_sequence_nr() - 1, module)
         return module
+
+
+def kernels_of_call(
+    operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, module: str, *, is_backward: bool
+) -> Iterator[Kernel]:
+    """What a call of an operator launches, given its arguments and what it returned."""
+    return _Call(operator, args, kwargs, result).kernels(module, is_backward=is_backward)
 
 
 class _Call:

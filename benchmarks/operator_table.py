@@ -34,6 +34,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from benchmarks.console import people
 from benchmarks.timing import Duration, copy_of, interleaved
 from dgpo_fast import ops
 from dgpo_fast.environment import package_versions, processor_name
@@ -104,7 +105,7 @@ def main(stem: str, description: str | None, cases: Cases, shapes: Shapes) -> No
 
 def run(stem: str, cases: Iterable[Case], *, device: str, out: Path | None, rounds: int) -> int:
     """Checks and times the cases; `rounds` 0 only checks. The exit status: 1 where a variant failed its check."""
-    console = Console(stderr=True)
+    console = people()
     provenance = _provenance(device)
     console.print(f"[bold]{stem}[/] on {provenance['device']}, torch {provenance['torch']}, {provenance['commit']}")
     status = 0

@@ -214,6 +214,42 @@ def test_by_hand_the_transformer_moves_a_sixth() -> None:
         assert moving.num_bytes == pytest.approx(gigabytes * 1e9, rel=0.01), engine
 
 
+def test_what_is_compiled_computes_as_much_and_moves_less() -> None:
+    """The products of a piece of work are those of the same code as it runs; fewer kernels are between them."""
+    from benchmarks import count_engines
+    from benchmarks.counting import PRODUCTS, totals, totals_by
+
+    for work in count_engines.WORK:
+        eager, compiled = (
+            count_engines.count(engine, SMALL, work, count_engines.Batch(2, 64, 20)) for engine in ("eager", "compile")
+        )
+        flops = [
+            {each: sums.flops for each, sums in totals_by(_pass_and_category, ks).items()} for ks in (eager, compiled)
+        ]
+        assert {each: flops[1][each] for each in flops[0] if each[1] in PRODUCTS} == {
+            each: flops[0][each] for each in flops[0] if each[1] in PRODUCTS
+        }
+        moving = [totals(each for each in ks if each.category not in PRODUCTS) for ks in (eager, compiled)]
+        assert moving[1].kernels < moving[0].kernels / 2
+        assert moving[1].num_bytes < moving[0].num_bytes / 2
+
+
+@pytest.mark.slow
+def test_compiled_the_transformer_moves_a_third() -> None:
+    """README's figure: 119 GB outside of products, in 715 kernels; another version of Inductor may fuse otherwise."""
+    from benchmarks import count_engines
+    from benchmarks.counting import PRODUCTS, totals
+
+    kernels = count_engines.count("compile", SD35_MEDIUM, count_engines.WORK[0], count_engines.Batch(32, 512, 205))
+    moving = totals(each for each in kernels if each.category not in PRODUCTS)
+    assert moving.kernels == pytest.approx(715, rel=0.05)
+    assert moving.num_bytes == pytest.approx(119.2e9, rel=0.05)
+
+
+def _pass_and_category(kernel: Any) -> tuple[bool, str]:
+    return kernel.is_backward, kernel.category
+
+
 def test_every_engine_has_its_rows_and_its_column(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -228,6 +264,7 @@ def test_every_engine_has_its_rows_and_its_column(
     count_one = count_engines.count
     monkeypatch.setattr(count_engines, "count", count_and_keep)
     monkeypatch.setattr(count_engines, "SD35_SHAPES", {"small": SMALL})
+    monkeypatch.setattr(count_engines, "ENGINES", ("official", "eager", "fused"))  # to compile takes its time
     monkeypatch.setattr("sys.argv", ["count_engines", "--out", str(tmp_path), "--batch", "2", "--resolution", "64"])
     monkeypatch.setenv("COLUMNS", "160")
     count_engines.main()
