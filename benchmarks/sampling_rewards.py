@@ -1,6 +1,8 @@
 """What sampling in lower precision does to rewards: the embedded pipeline draws images from the same noise twice.
 
-    python -m benchmarks.sampling_rewards [--out DIR] [--prompts N] [--images N]
+    python -m benchmarks.sampling_rewards [--run RUN_DIR] [--out DIR] [--prompts N] [--images N]
+
+With a run of tiny-dgpo its newest policy draws, else the base with adapters that do nothing.
 
 For each precision of `model.sampling`, the difference of a prompt's mean reward, drawn so less drawn exactly, and its
 mean over prompts with the standard error: rewards differ within noise where the mean is within two of them. Pixels are
@@ -20,6 +22,7 @@ import torch
 
 from benchmarks.operator_table import commit
 from dgpo_fast import rng
+from dgpo_fast.checkpoint import State, list_checkpoints, load_checkpoint
 from dgpo_fast.config import load_recipe
 from dgpo_fast.environment import package_versions
 from dgpo_fast.flow.rollout import Sampler, sample_latents
@@ -29,7 +32,7 @@ from dgpo_fast.prompts import load_prompts
 from dgpo_fast.rewards import Scorer
 
 COLUMNS = (
-    "dtype", "sampling", "reward", "prompts", "images", "exact", "drawn", "difference", "standard_error", "pixel_rms",
+    "dtype", "sampling", "steps", "reward", "prompts", "images", "exact", "drawn", "difference", "standard_error", "pixel_rms",
     "torch", "commit", "date",
 )  # fmt: skip
 COMPARED = (("float32", "bfloat16"), ("float32", "fp8"), ("bfloat16", "fp8"))
@@ -41,10 +44,12 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="write sampling_rewards.csv there; to stdout without it"
     )
+    parser.add_argument("--run", type=Path, metavar="RUN_DIR", help="a run of tiny-dgpo whose policy draws")
     parser.add_argument("--prompts", type=int, default=64, metavar="N", help="distinct prompts (64)")
     parser.add_argument("--images", type=int, default=8, metavar="N", help="images of each (8)")
     options = parser.parse_args()
-    rows = [row for compared in COMPARED for row in compare(*compared, options.prompts, options.images)]
+    checkpoint = load_checkpoint(list_checkpoints(options.run)[-1]) if options.run else None
+    rows = [row for compared in COMPARED for row in compare(*compared, checkpoint, options.prompts, options.images)]
     file: TextIO = sys.stdout
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -54,10 +59,14 @@ def main() -> None:
     writer.writerows(rows)
 
 
-def compare(dtype: str, sampling: str, num_prompts: int, images_per_prompt: int) -> list[dict[str, object]]:
+def compare(
+    dtype: str, sampling: str, checkpoint: State | None, num_prompts: int, images_per_prompt: int
+) -> list[dict[str, object]]:
     """A row for each metric of the reward."""
     config = load_recipe("tiny-dgpo", [f"model.dtype={dtype}", f"model.sampling={sampling}", "rollout.guidance=2"])
     policy = Policy(load_model(config.model, device="cpu"), config.adapter, seed=0)
+    if checkpoint is not None:
+        policy.restore(checkpoint.tensors, layout=checkpoint.values.get("layout"))
     prompts = load_prompts(config.prompts.test, key="prompts.test")[:num_prompts]
     names = [
         rng.stream(0, stage="benchmark", group=group, sample=sample)
@@ -82,7 +91,7 @@ def compare(dtype: str, sampling: str, num_prompts: int, images_per_prompt: int)
         exact_P, drawn_P = (s.metrics[name].view(len(prompts), -1).double().mean(1) for s in scores)
         difference_P = drawn_P - exact_P
         rows.append({
-            "dtype": dtype, "sampling": sampling, "reward": name, "prompts": len(prompts), "images": len(captions),
+            "dtype": dtype, "sampling": sampling, "steps": checkpoint.step if checkpoint else 0, "reward": name, "prompts": len(prompts), "images": len(captions),
             "exact": f"{exact_P.mean():.4f}", "drawn": f"{drawn_P.mean():.4f}",
             "difference": f"{difference_P.mean():.4f}",
             "standard_error": f"{difference_P.std() / len(prompts) ** 0.5:.4f}", "pixel_rms": f"{pixel_rms:.4f}",
