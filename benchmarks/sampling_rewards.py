@@ -32,8 +32,8 @@ from dgpo_fast.prompts import load_prompts
 from dgpo_fast.rewards import Scorer
 
 COLUMNS = (
-    "dtype", "sampling", "steps", "reward", "prompts", "images", "exact", "drawn", "difference", "standard_error", "pixel_rms",
-    "torch", "commit", "date",
+    "dtype", "sampling", "steps", "reward", "prompts", "images", "exact", "drawn", "difference", "standard_error",
+    "pixel_rms", "torch", "commit", "date",
 )  # fmt: skip
 COMPARED = (("float32", "bfloat16"), ("float32", "fp8"), ("bfloat16", "fp8"))
 """A model's dtype, and what its samples are drawn in."""
@@ -91,7 +91,8 @@ def compare(
         exact_P, drawn_P = (s.metrics[name].view(len(prompts), -1).double().mean(1) for s in scores)
         difference_P = drawn_P - exact_P
         rows.append({
-            "dtype": dtype, "sampling": sampling, "steps": checkpoint.step if checkpoint else 0, "reward": name, "prompts": len(prompts), "images": len(captions),
+            "dtype": dtype, "sampling": sampling, "steps": checkpoint.step if checkpoint else 0, "reward": name,
+            "prompts": len(prompts), "images": len(captions),
             "exact": f"{exact_P.mean():.4f}", "drawn": f"{drawn_P.mean():.4f}",
             "difference": f"{difference_P.mean():.4f}",
             "standard_error": f"{difference_P.std() / len(prompts) ** 0.5:.4f}", "pixel_rms": f"{pixel_rms:.4f}",
