@@ -25,7 +25,7 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from benchmarks.counting import PRODUCTS, Kernel, kernels_of_call
 from dgpo_fast.models.architectures import Tokens, TransformerShape
@@ -33,18 +33,21 @@ from dgpo_fast.models.architectures import Tokens, TransformerShape
 FUSED = "compiled"
 """The category of what Inductor generates."""
 
-_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-
-@register_flop_formula(_attention)
 def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(q, k, v))
 
 
-@register_flop_formula(_attention_backward)
 def _attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_backward_flop_count(grad, q, k, v))
+
+
+for _operator, _formula in (
+    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _attention_flops),
+    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, _attention_backward_flops),
+):
+    if _operator not in flop_registry:  # torch 2.13 knows those of a GPU only
+        register_flop_formula(_operator)(_formula)
 
 
 class BlockKind(NamedTuple):
