@@ -94,7 +94,7 @@ class RunDirectory:
                 self._log.write_samples(step, grid=path)
 
     def say(self, line: str) -> None:
-        """A line for the person who watches."""
+        """A line, or some, for the person who watches."""
         if self.is_first:
             self.progress.print(line)
 

@@ -84,7 +84,7 @@ class Trainer:
             self.out, self.config, clock=self.clock, start_step=self.step, resumed=self.resumed, is_first=first
         )
         with run, self.interruption:
-            run.say(f"{describe_serving(self.world.device.type)}; {self.readiness}")
+            run.say(f"{describe_serving(self.world.device.type)}\n{self.readiness}")
             try:
                 self._look_up_from_work(run)
                 while self.step < self.config.steps:

@@ -18,7 +18,7 @@ class Algorithm(Protocol[BatchT, WeightsT]):
     """`prepare` before the first iteration, then five methods, called in this order every iteration."""
 
     def prepare(self, policy: Policy) -> str:
-        """Makes sure that the policy can be trained by this algorithm; a line for the person who watches.
+        """Makes sure that the policy can be trained by this algorithm; lines for the person who watches.
 
         Raises:
             UserError: it cannot.

@@ -73,7 +73,7 @@ class DGPO:
         """Makes sure that adapters act, that samples are the policy's, and that equal policies have a ratio of 1."""
         policy.check_adapters_act()
         self.ratio_errors, line = check_ratio(policy, self.config)
-        return f"{line}; {policy.check_sampling()}"
+        return f"{line}\n{policy.check_sampling()}"
 
     def rollout(
         self,
