@@ -73,8 +73,9 @@ def killed_run(
         text=True,
     )
     assert process.returncode == -signal.SIGKILL, process.stderr
-    first, *others = process.stderr.splitlines()
-    assert first.startswith(f"{describe_serving('cpu')}; engine fused: ")
+    serving, ratio, samples, *others = process.stderr.splitlines()
+    assert serving == describe_serving("cpu")
+    assert ratio.startswith("engine fused: ") and samples.startswith("samples are drawn with ")
     assert [line for line in others if not line.startswith("step ")] == [], "libraries are silent"
     return out
 
