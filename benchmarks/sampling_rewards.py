@@ -26,7 +26,7 @@ from dgpo_fast.checkpoint import State, list_checkpoints, load_checkpoint
 from dgpo_fast.config import load_recipe
 from dgpo_fast.environment import package_versions
 from dgpo_fast.flow.rollout import Sampler, sample_latents
-from dgpo_fast.models.policy import Policy
+from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.sd3 import load_model
 from dgpo_fast.prompts import load_prompts
 from dgpo_fast.rewards import Scorer
@@ -64,7 +64,7 @@ def compare(
 ) -> list[dict[str, object]]:
     """A row for each metric of the reward."""
     config = load_recipe("tiny-dgpo", [f"model.dtype={dtype}", f"model.sampling={sampling}", "rollout.guidance=2"])
-    policy = Policy(load_model(config.model, device="cpu"), config.adapter, seed=0)
+    policy = AdapterPolicy(load_model(config.model, device="cpu"), config.adapter, seed=0)
     if checkpoint is not None:
         policy.restore(checkpoint.tensors, layout=checkpoint.values.get("layout"))
     prompts = load_prompts(config.prompts.test, key="prompts.test")[:num_prompts]

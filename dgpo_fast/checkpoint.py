@@ -1,9 +1,13 @@
-"""Checkpoints: written whole or not at all, verified when read, rotated.
+"""Checkpoints: written by all ranks, whole or not at all, verified when read, rotated.
 
-checkpoints/step-000020/lora/           the evaluation EMA in diffusers' LoRA format
-checkpoints/step-000020/state/          tensors.safetensors and state.json: everything that resuming needs
+checkpoints/step-000020/lora/           the evaluation EMA in diffusers' LoRA format, or, of full fine-tuning,
+checkpoints/step-000020/transformer/    as diffusers' transformer, in float32
+checkpoints/step-000020/state/          a file of each kind of tensors and state.json: everything that resuming needs
 checkpoints/step-000020/manifest.json   size and SHA-256 of every file
 checkpoints/best                        a link to the one with the highest score
+
+A kind is one float32 tensor for each trained parameter: masters, averages, Adam's. The files hold whole parameters, and
+do not know how many ranks wrote which pieces: any number of ranks reads them, under any stage of ZeRO.
 """
 
 from __future__ import annotations
@@ -13,57 +17,110 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import inf, isnan, nan
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.parallel.piece_files import create_file, read_pieces, write_pieces
+from dgpo_fast.parallel.weights import Held, Piece, Shapes
+from dgpo_fast.parallel.world import World
 
 _NAME = re.compile(r"step-(\d{6,})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """What resuming needs: tensors by name, and plain values."""
+    """What resuming needs: kinds of tensors by name, all of the same parameters, and plain values."""
 
     step: int
-    tensors: Mapping[str, Tensor]
+    shapes: Shapes
+    held: Mapping[str, Held]
     values: Mapping[str, Any]
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Of kinds that lie elsewhere than in state/<kind>.safetensors."""
 
 
-def save_checkpoint(run_dir: Path, state: State, *, save_lora: Callable[[Path], None]) -> Path:
-    """Writes the checkpoint of `state.step` and returns its directory.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A verified checkpoint."""
+
+    directory: Path
+    step: int
+    values: Mapping[str, Any]
+    files: Mapping[str, str]
+    """Of kinds, by name."""
+
+    def read(self, kind: str, pieces: Sequence[Piece], shapes: Shapes) -> None:
+        """Fills the values of `pieces`, which are of parameters of these `shapes`.
+
+        Raises:
+            UserError: they are of other parameters than the checkpoint's.
+        """
+        try:
+            read_pieces(self.directory / self.files[kind], pieces, shapes)
+        except KeyError as error:
+            raise UserError(
+                f"{self.directory} does not fit: its {kind} and the run's differ in {error}; it is of another model, "
+                "other adapters, or another version of peft or diffusers; its lora/ or transformer/ loads anywhere"
+            ) from None
+
+    def tensors(self, kind: str) -> dict[str, Tensor]:
+        """All of a kind by parameter, float32, on the CPU."""
+        return load_file(self.directory / self.files[kind])
+
+
+def save_checkpoint(run_dir: Path, state: State, world: World, *, save_weights: Callable[[Path], None]) -> Path:
+    """Writes the checkpoint of `state.step` and returns its directory; all ranks call it, and all write.
 
     It is written beside and renamed at the end: a process killed at any moment leaves a whole checkpoint or none.
 
+    Args:
+        save_weights: called by the first rank with the directory, to write what others than this package read.
+
     Raises:
-        UserError: the disk is full or not writable; what was saved before is untouched.
+        UserError: on every rank: the disk is full or not writable; what was saved before is untouched.
     """
     target = run_dir / "checkpoints" / f"step-{state.step:06d}"
-    if target.is_dir():
+    if world.highest(target.is_dir()):
         return target  # the state after a step is always the same, and replacing a directory is not atomic
     partial = target.with_name(f".{target.name}.partial")
-    try:
+    files = {kind: state.files.get(kind, f"state/{kind}.safetensors") for kind in state.held}
+
+    def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "state").mkdir(parents=True)
-        save_lora(partial / "lora")
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-        save_file(tensors, partial / "state" / "tensors.safetensors")
-        values = {"step": state.step, **state.values}
+        save_weights(partial)
+        for name in files.values():
+            create_file(partial / name, state.shapes)
+        values = {"step": state.step, "files": files, **state.values}
         (partial / "state" / "state.json").write_text(json.dumps(values, indent=2) + "\n")
-        _write_manifest(partial)
+
+    def write() -> None:
+        for kind, held in state.held.items():
+            mine = held.pieces if held.is_sharded else held.pieces[world.rank :: world.size]
+            write_pieces(partial / files[kind], mine)
+            _sync(partial / files[kind])
+
+    def finish() -> None:
+        _write_manifest(partial, digests)
         partial.rename(target)
         _sync(target.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot save {target}: {reason}; earlier checkpoints are untouched") from error
+
+    try:
+        _together(world, begin, only_first=True)
+        _together(world, write)
+        digests = _digests(world, partial)
+        _together(world, finish, only_first=True)
+    except _Failed as failed:
+        if world.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"cannot save {target}: {failed}; earlier checkpoints are untouched") from failed
     return target
 
 
@@ -99,16 +156,15 @@ def rotate(run_dir: Path, scores: Mapping[int, float], *, keep_last: int) -> Non
         raise UserError(f"cannot tidy {link.parent}: {error.strerror}; no checkpoint is damaged") from error
 
 
-def load_checkpoint(directory: Path) -> State:
-    """The verified state in a checkpoint's directory, tensors on the CPU.
+def load_checkpoint(directory: Path, world: World | None = None) -> Checkpoint:
+    """The checkpoint in a directory, once every file in it is seen to be as it was written; ranks share that work.
 
     Raises:
-        UserError: a file is missing, has another size or another content than when it was written.
+        UserError: on every rank: a file is missing, has another size or another content than when it was written.
     """
-    _verify(directory)
+    _verify(directory, world)
     values = json.loads((directory / "state" / "state.json").read_text())
-    tensors = load_file(directory / "state" / "tensors.safetensors")
-    return State(step=values.pop("step"), tensors=tensors, values=values)
+    return Checkpoint(directory=directory, step=values.pop("step"), files=values.pop("files"), values=values)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -134,25 +190,54 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def _write_manifest(directory: Path) -> None:
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(directory)): [path.stat().st_size, _digest(path)] for path in files}
+class _Failed(Exception):
+    """What went wrong on some rank."""
+
+
+def _together(world: World, action: Callable[[], None], *, only_first: bool = False) -> None:
+    """Runs `action` on every rank, or on the first, and waits for all.
+
+    Raises:
+        _Failed: on every rank, where a file could not be written on any.
+    """
+    reason = None
+    try:
+        if world.is_first or not only_first:
+            action()
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reasons := [reason for reason in world.gather_objects(reason) if reason is not None]:
+        raise _Failed(reasons[0])
+
+
+def _digests(world: World, directory: Path) -> dict[str, str]:
+    """The SHA-256 of every file, by its path in `directory`; ranks share the files out among themselves."""
+    files = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+    mine = {name: _digest(directory / name) for name in files[world.rank :: world.size]}
+    return {name: digest for digests in world.gather_objects(mine) for name, digest in digests.items()}
+
+
+def _write_manifest(directory: Path, digests: Mapping[str, str]) -> None:
+    manifest = {name: [(directory / name).stat().st_size, digest] for name, digest in sorted(digests.items())}
     (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    for path in [*files, directory / "manifest.json"]:
-        _sync(path)
+    for name in (*manifest, "manifest.json"):
+        _sync(directory / name)
 
 
-def _verify(directory: Path) -> None:
+def _verify(directory: Path, world: World | None) -> None:
+    rank, size = (world.rank, world.size) if world is not None else (0, 1)
+    damaged = None
     try:
         manifest = json.loads((directory / "manifest.json").read_text())
-        for name, (size, digest) in manifest.items():
+        for name, (num_bytes, digest) in sorted(manifest.items())[rank::size]:
             path = directory / name
-            if not path.is_file() or path.stat().st_size != size or _digest(path) != digest:
-                raise UserError(_damaged(directory, name))
-    except (OSError, ValueError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(_damaged(directory, "manifest.json")) from None
+            if not path.is_file() or path.stat().st_size != num_bytes or _digest(path) != digest:
+                damaged = name
+    except (OSError, ValueError, AttributeError):
+        damaged = "manifest.json"
+    of_ranks = [damaged] if world is None else world.gather_objects(damaged)
+    if found := [name for name in of_ranks if name is not None]:
+        raise UserError(_damaged(directory, found[0]))
 
 
 def _damaged(directory: Path, name: str) -> str:

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -192,6 +192,8 @@ class OptimizerConfig(Section):
     decay_steps: Count | None = None
     """Steps over which the learning rate falls linearly, to a tenth at the lowest; null keeps it."""
     max_grad_norm: Positive = 1.0
+    max_skipped: Annotated[int, Field(ge=0)] = 2
+    """Steps in a row that may be left out because their gradient is not finite; with one more, the run stops."""
     images_per_micro_batch: Count = 16
 
     def lr_at(self, step: int) -> float:
@@ -251,7 +253,35 @@ class LoggingConfig(Section):
 
 
 class ParallelConfig(Section):
+    """How ranks share the work's memory; every rank draws and trains on its share of the images in any case."""
+
     backend: Literal["auto", "gloo", "nccl"] = "auto"
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What DeepSpeed (ZeRO, arXiv 1910.02054) shards among ranks: nothing; masters and optimizer states; gradients too;
+    weights too. Adapters' weights and those they stand beside are whole on every rank in any stage."""
+    gradients: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which full fine-tuning in bfloat16 adds up and exchanges gradients; adapters' are float32."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where DeepSpeed keeps masters and optimizer states, and makes the step."""
+    offload_weights: Literal["none", "cpu", "nvme"] = "none"
+    """Where DeepSpeed keeps the weights that stage 3 shards."""
+    nvme_path: str | None = None
+    rollout: Literal["replica", "gathered"] = "replica"
+    """Under stage 3, draw with a replica of the policy, made anew each step, or gather weights layer by layer."""
+    deepspeed: dict[str, Any] = {}
+    """More of DeepSpeed's configuration, as it documents it."""
+
+    @model_validator(mode="after")
+    def _offload_has_a_stage(self) -> ParallelConfig:
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
+            raise ValueError("parallel.offload_optimizer needs parallel.zero_stage 1, 2 or 3, got 0")
+        if self.offload_weights != "none" and self.zero_stage != 3:
+            raise ValueError(f"parallel.offload_weights needs parallel.zero_stage 3, got {self.zero_stage}")
+        if self.offload_weights == "nvme" and self.nvme_path is None:
+            raise ValueError("parallel.nvme_path, a directory, is required for parallel.offload_weights nvme")
+        if self.deepspeed and self.zero_stage == 0:
+            raise ValueError("parallel.deepspeed needs parallel.zero_stage 1, 2 or 3: with 0, DeepSpeed is not used")
+        return self
 
 
 class Config(Section):
@@ -267,7 +297,8 @@ class Config(Section):
     """Memory of the card that the recipe is for, in GB: `--dry-run` warns where the run would not fit. It also does for
     the card that is there."""
     model: ModelConfig = ModelConfig()
-    adapter: AdapterConfig = AdapterConfig()
+    adapter: AdapterConfig | None = AdapterConfig()
+    """null trains every weight of the transformer."""
     rollout: RolloutConfig = RolloutConfig()
     groups: GroupsConfig = GroupsConfig()
     advantages: AdvantageConfig = AdvantageConfig()
@@ -281,6 +312,14 @@ class Config(Section):
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     logging: LoggingConfig = LoggingConfig()
     parallel: ParallelConfig = ParallelConfig()
+
+    @model_validator(mode="after")
+    def _full_fine_tuning_has_an_engine(self) -> Config:
+        if self.adapter is None and self.model.engine == "fused":
+            raise ValueError("adapter: null trains every weight, which model.engine fused cannot: use compile or eager")
+        if self.adapter is None and self.parallel.zero_stage == 3 and self.model.engine != "eager":
+            raise ValueError(f"parallel.zero_stage 3 shards the layers: model.engine eager, got {self.model.engine}")
+        return self
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
@@ -482,9 +521,11 @@ def _keys_of(sections: Sequence[str]) -> list[str]:
     model: type[BaseModel] = Config
     for section in sections:
         annotation = model.model_fields[section].annotation if section in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        candidates = (annotation, *get_args(annotation))  # a section, or one that may be null
+        sections_there = [each for each in candidates if isinstance(each, type) and issubclass(each, BaseModel)]
+        if not sections_there:
             return list(RewardConfig.model_fields)
-        model = annotation
+        model = sections_there[0]
     return list(model.model_fields)
 
 

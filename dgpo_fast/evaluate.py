@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.flow.rollout import Sampler, sample_latents
 from dgpo_fast.models.engines import View
 from dgpo_fast.models.policy import Policy
-from dgpo_fast.models.sd3 import load_model
+from dgpo_fast.models.training import load_policy
 from dgpo_fast.parallel.world import World
 from dgpo_fast.profiling import stage
 from dgpo_fast.prompts import load_prompts
@@ -133,13 +134,13 @@ def evaluate_run(
         UserError: `run_dir` is no run, has no checkpoint, or has no prompts of that split.
     """
     config = load_run_config(run_dir)
-    state = load_checkpoint(last_checkpoint(run_dir))
     source = config.prompts.test if split == "test" else config.prompts.train
     prompts = load_prompts(source, key=f"prompts.{split}")[: config.evaluation.num_prompts]
     world = World.from_environment(config)
-    policy = Policy(load_model(config.model, device=world.device), config.adapter, seed=config.seed)
-    policy.restore(state.tensors, layout=state.values.get("layout"), views=["ema"])
-    policy.check_adapters_act()
+    checkpoint = load_checkpoint(last_checkpoint(run_dir), world)
+    policy = load_policy(config, world)
+    policy.take_ema(partial(checkpoint.read, "ema"))
+    policy.check_trained()
     scorer = Scorer(config.rewards)
     base, tuned = (evaluate_view(policy, view, prompts, config, scorer, world) for view in ("ref", "ema"))
     if picture is not None and world.is_first:

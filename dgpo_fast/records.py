@@ -129,6 +129,7 @@ class StepReport:
     group_weight_mean: float
     grad_norm: float
     lr: float
+    skipped_steps: int
     rollout_s: float
     reward_s: float
     train_s: float

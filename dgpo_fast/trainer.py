@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dgpo_fast.algorithms.base import Algorithm
 from dgpo_fast.algorithms.dgpo import DGPO
-from dgpo_fast.checkpoint import State, list_checkpoints, load_checkpoint, rotate, save_checkpoint
+from dgpo_fast.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, rotate
 from dgpo_fast.config import Config, check_ranks, refuse_used
 from dgpo_fast.environment import peak_memory_gb
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluate import Metrics, draw_images, evaluate_view, headline
 from dgpo_fast.interruption import Interrupted, Interruption
+from dgpo_fast.learner import Learner
 from dgpo_fast.metrics import read_evaluations
-from dgpo_fast.models.policy import TRAINED, Policy
-from dgpo_fast.models.sd3 import load_model
 from dgpo_fast.ops.group_advantages import group_advantages
 from dgpo_fast.ops.registry import describe_serving
 from dgpo_fast.parallel.world import World
@@ -47,8 +45,8 @@ class Trainer:
             refuse_conflicts(out, config)
         # A run that ended before its first checkpoint goes on from its beginning.
         checkpoints = list_checkpoints(out) if resume else []
-        saved = load_checkpoint(checkpoints[-1]) if checkpoints else None
         self.world = World.from_environment(config)
+        saved = load_checkpoint(checkpoints[-1], self.world) if checkpoints else None
         if self.world.is_first and not resume:
             refuse_used(out)
         check_ranks(config, self.world.size)
@@ -61,13 +59,9 @@ class Trainer:
         self.interruption = Interruption(self.world)
         self.algorithm: Algorithm = DGPO(config)  # type: ignore[type-arg]
         with stage("loading"):
-            self.policy = Policy(load_model(config.model, device=self.world.device), config.adapter, seed=config.seed)
+            self.learner = Learner(config, self.world)
+            self.policy = self.learner.policy
             self.unconditional = self.policy.model.encode([""])
-        settings = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            [self.policy.trainable], lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay,
-            eps=settings.eps, fused=True,
-        )  # fmt: skip
         self.step = 0
         self.wall_s = 0.0
         if saved is not None:
@@ -161,33 +155,14 @@ class Trainer:
             for batch, weight in zip(batches, weights, strict=True):
                 outputs.append(self.algorithm.loss(self.policy, batch, weight))
                 with stage("backward"):
-                    outputs[-1].loss.backward()
-                    self.policy.collect_gradient()
+                    self.learner.backward(outputs[-1].loss)
             self.interruption.check()
         with stage("optimizer"):
-            grad_norm, lr = self._step_optimizer()
+            step_metrics = self.learner.step(self.step, after_step=self.algorithm.after_step)
+        self.step += 1
         names = list(outputs[0].metrics)
         parts = torch.stack([torch.stack([output.metrics[name] for output in outputs]).sum() for name in names])
-        return {**dict(zip(names, self.world.sum(parts).tolist(), strict=True)), "grad_norm": grad_norm, "lr": lr}
-
-    def _step_optimizer(self) -> tuple[float, float]:
-        """Clips, steps, updates the averages; returns the gradient's norm before clipping, and the learning rate."""
-        settings, average, trainable = self.config.optimizer, self.config.evaluation_ema, self.policy.trainable
-        assert trainable.grad is not None
-        self.world.sum(trainable.grad)
-        norm = nn.utils.clip_grad_norm_([trainable], settings.max_grad_norm).item()
-        if not norm < float("inf"):
-            raise UserError(f"the gradient of step {self.step + 1} is not finite: no step made, checkpoints are intact")
-        lr = settings.lr_at(self.step)
-        self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.step()
-        trainable.grad.zero_()
-        self.policy.refresh()
-        self.algorithm.after_step(self.policy, self.step)
-        if (self.step + 1) % average.every == 0:
-            self.policy.average_into("ema", decay=min(average.max_decay, (1 + self.step) / (10 + self.step)))
-        self.step += 1
-        return norm, lr
+        return {**dict(zip(names, self.world.sum(parts).tolist(), strict=True)), **step_metrics}
 
     def _look_up_from_work(self, run: RunDirectory) -> None:
         """What is due between iterations, or on resume was: checkpoint, samples, and last what takes longest."""
@@ -224,26 +199,14 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         with stage("checkpoint"):
+            stages = {"/".join(path): seconds for path, seconds in self.clock.seconds.items()}
+            self.learner.save(self.out, self.step, {"wall_s": self.wall_s, "stages": stages})
             if self.world.is_first:
-                moments = self.optimizer.state[self.policy.trainable]
-                tensors = {view: self.policy.views[view].master for view in TRAINED} | {
-                    f"adam.{name}": value for name, value in moments.items()
-                }
-                stages = {"/".join(path): seconds for path, seconds in self.clock.seconds.items()}
-                values = {"wall_s": self.wall_s, "stages": stages, "layout": self.policy.layout}
-                state = State(step=self.step, tensors=tensors, values=values)
-                save_checkpoint(self.out, state, save_lora=self.policy.save_lora)
                 rotate(self.out, self.scores, keep_last=self.config.checkpoints.keep_last)
             self.world.wait()
 
-    def _restore(self, saved: State) -> None:
-        device, trainable = self.world.device, self.policy.trainable
-        self.policy.restore(saved.tensors, layout=saved.values.get("layout"))
-        moments = {
-            name.removeprefix("adam."): value for name, value in saved.tensors.items() if name.startswith("adam.")
-        }
-        # The count of steps too: the fused AdamW reads it on the device.
-        self.optimizer.state[trainable] = {name: value.to(device) for name, value in moments.items()}
+    def _restore(self, saved: Checkpoint) -> None:
+        self.learner.restore(saved)
         for path, seconds in saved.values["stages"].items():
             self.clock.seconds[tuple(path.split("/"))] += seconds
         self.step, self.wall_s = saved.step, saved.values["wall_s"]

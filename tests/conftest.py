@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
 
     from dgpo_fast.config import Config
-    from dgpo_fast.models.policy import Policy
+    from dgpo_fast.models.adapters import AdapterPolicy
     from dgpo_fast.models.sd3 import StableDiffusion3
 
 # A shared machine stalls for longer than Hypothesis' deadline; time is measured in benchmarks, not in tests.
@@ -139,21 +139,22 @@ def make_model(embedded_pipeline: StableDiffusion3Pipeline) -> Callable[[Config]
 
 
 @pytest.fixture(scope="session")
-def make_policy(make_model: Callable[[Config], StableDiffusion3]) -> Callable[..., Policy]:
+def make_policy(make_model: Callable[[Config], StableDiffusion3]) -> Callable[..., AdapterPolicy]:
     """Gives the policy of a configuration as a new one would be; equal configurations share it, one test at a time.
 
     `spread` fills every view with random weights of its own of that deviation.
     """
     import torch
 
-    from dgpo_fast.models.policy import TRAINED, Policy
+    from dgpo_fast.models.adapters import AdapterPolicy
+    from dgpo_fast.models.policy import TRAINED
 
-    made: dict[tuple[object, ...], tuple[Policy, torch.Tensor]] = {}
+    made: dict[tuple[object, ...], tuple[AdapterPolicy, torch.Tensor]] = {}
 
-    def make(config: Config, *, spread: float = 0.0) -> Policy:
+    def make(config: Config, *, spread: float = 0.0) -> AdapterPolicy:
         key = (config.model, config.adapter, config.seed)
         if key not in made:
-            policy = Policy(make_model(config), config.adapter, seed=config.seed)
+            policy = AdapterPolicy(make_model(config), config.adapter, seed=config.seed)
             made[key] = policy, policy.trainable.detach().clone()
         policy, initial = made[key]
         generator = torch.Generator().manual_seed(1)

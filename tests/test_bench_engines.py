@@ -18,7 +18,7 @@ from dgpo_fast import rng
 from dgpo_fast.algorithms.dgpo import DGPO
 from dgpo_fast.config import load_recipe
 from dgpo_fast.flow.rollout import sample_latents
-from dgpo_fast.models.policy import Policy
+from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.sd3 import load_model
 from dgpo_fast.records import PromptBatch, Rollout, ScoredGroups
 
@@ -53,14 +53,14 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def published_and_ours(*changes: str) -> tuple[Any, Policy, DGPO]:
+def published_and_ours(*changes: str) -> tuple[Any, AdapterPolicy, DGPO]:
     """A published loop and a policy whose adapters are the same and not zero."""
     from benchmarks.engine_variants import _write
     from benchmarks.published import PublishedLoop
 
     config = load_recipe("tiny-dgpo", [*SMALL, *FIXED, "rollout.timesteps=integer", *changes])
     loop = PublishedLoop(config, device=torch.device("cpu"))
-    policy = Policy(load_model(config.model, device="cpu"), config.adapter, seed=0)
+    policy = AdapterPolicy(load_model(config.model, device="cpu"), config.adapter, seed=0)
     generator = torch.Generator().manual_seed(0)
     weights = {view: 0.02 * torch.randn(len(policy.trainable), generator=generator) for view in ("policy", "old")}
     for view, flat in weights.items():

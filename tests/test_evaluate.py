@@ -15,7 +15,7 @@ from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluate import draw_images, evaluate_run, evaluate_view, headline
 from dgpo_fast.metrics import read_evaluations
-from dgpo_fast.models.policy import Policy
+from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.sd3 import load_model
 from dgpo_fast.parallel.world import World
 from dgpo_fast.prompts import load_prompts
@@ -33,11 +33,11 @@ def config(quick: tuple[str, ...]) -> Config:
 
 
 @pytest.fixture(scope="module")
-def policy(config: Config) -> Policy:
-    return Policy(load_model(config.model, device="cpu"), config.adapter, seed=0)
+def policy(config: Config) -> AdapterPolicy:
+    return AdapterPolicy(load_model(config.model, device="cpu"), config.adapter, seed=0)
 
 
-def draw_one_by_one(policy: Policy, config: Config) -> Tensor:
+def draw_one_by_one(policy: AdapterPolicy, config: Config) -> Tensor:
     """An image of each of PROMPTS, of the base, as an evaluation draws them where a forward holds one."""
     drawn = [
         draw_images(policy, "ref", [prompt], config, images_per_prompt=1, first_prompt=place)
@@ -69,7 +69,7 @@ def test_what_is_no_run(missing: str, message: str, tmp_path: Path, straight_run
         evaluate_run(tmp_path)
 
 
-def test_the_same_noise_whichever_prompts_are_drawn_together(policy: Policy, config: Config) -> None:
+def test_the_same_noise_whichever_prompts_are_drawn_together(policy: AdapterPolicy, config: Config) -> None:
     """What ranks rely on: each draws its own prompts, and all images are those of one rank."""
     together = draw_images(policy, "ref", PROMPTS, config, images_per_prompt=2)
     apart = [
@@ -84,7 +84,7 @@ def test_the_same_noise_whichever_prompts_are_drawn_together(policy: Policy, con
     assert 0 <= together.min() < together.max() <= 1
 
 
-def test_another_seed_draws_other_images(policy: Policy, config: Config) -> None:
+def test_another_seed_draws_other_images(policy: AdapterPolicy, config: Config) -> None:
     images = [
         draw_images(policy, "ref", PROMPTS[:1], config.model_copy(update={"seed": seed}), images_per_prompt=1)
         for seed in (0, 1)
@@ -92,14 +92,14 @@ def test_another_seed_draws_other_images(policy: Policy, config: Config) -> None
     assert not torch.equal(*images)
 
 
-def test_metrics_are_means_over_images(policy: Policy, config: Config) -> None:
+def test_metrics_are_means_over_images(policy: AdapterPolicy, config: Config) -> None:
     metrics = evaluate_view(policy, "ref", PROMPTS, config, Scorer(config.rewards), ALONE)
     images = draw_one_by_one(policy, config)
     scores = Scorer(config.rewards)(images, PROMPTS).metrics
     assert metrics == {name: values.double().mean().item() for name, values in scores.items()}
 
 
-def test_an_evaluation_can_be_ended_between_forwards(policy: Policy, config: Config) -> None:
+def test_an_evaluation_can_be_ended_between_forwards(policy: AdapterPolicy, config: Config) -> None:
     """A forward holds one prompt here: a signal is answered before the next one, not after all."""
     calls: list[None] = []
     scored: list[str] = []
@@ -120,7 +120,7 @@ def test_an_evaluation_can_be_ended_between_forwards(policy: Policy, config: Con
     assert set(scored) <= set(PROMPTS[:1]), "nothing else was sampled"
 
 
-def test_a_signal_during_the_last_reward_ends_an_evaluation(policy: Policy, config: Config) -> None:
+def test_a_signal_during_the_last_reward_ends_an_evaluation(policy: AdapterPolicy, config: Config) -> None:
     """Its metrics are not recorded: the resumed run makes the evaluation again."""
     scorer, scored = Scorer(config.rewards), []
 
@@ -137,7 +137,9 @@ def test_a_signal_during_the_last_reward_ends_an_evaluation(policy: Policy, conf
         evaluate_view(policy, "ref", PROMPTS, config, scorer, ALONE, check=check)
 
 
-def test_uneven_ranks_check_equally_often(policy: Policy, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uneven_ranks_check_equally_often(
+    policy: AdapterPolicy, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A check is an all-reduce: the rank with fewer prompts must make as many."""
     monkeypatch.setattr(World, "sum", lambda self, tensor: tensor)
     counts = []
@@ -152,7 +154,7 @@ def test_uneven_ranks_check_equally_often(policy: Policy, config: Config, monkey
 
 @pytest.mark.parametrize("how", ["nan", "inf", "-inf"])
 def test_an_image_without_a_score_is_left_out(
-    how: str, policy: Policy, config: Config, monkeypatch: pytest.MonkeyPatch
+    how: str, policy: AdapterPolicy, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = draw_one_by_one(policy, config)
     others = Scorer(config.rewards)(images, PROMPTS).metrics["brightness"][1:]
@@ -161,7 +163,7 @@ def test_an_image_without_a_score_is_left_out(
     assert metrics["brightness"] == others.double().mean().item()
 
 
-def test_more_ranks_than_prompts_is_a_mistake_of_the_user(policy: Policy, config: Config) -> None:
+def test_more_ranks_than_prompts_is_a_mistake_of_the_user(policy: AdapterPolicy, config: Config) -> None:
     last_of_four = World(rank=3, size=4, device=torch.device("cpu"))
     with pytest.raises(UserError, match=r"evaluation\.num_prompts: 3 held-out prompts for 4 ranks; .* at least one"):
         evaluate_view(policy, "ref", PROMPTS, config, Scorer(config.rewards), last_of_four)

@@ -16,7 +16,7 @@ from dgpo_fast.checkpoint import last_checkpoint, list_checkpoints, load_checkpo
 from dgpo_fast.config import check_ranks
 from dgpo_fast.errors import UserError
 from dgpo_fast.metrics import read_evaluations, read_metrics
-from dgpo_fast.models.policy import Policy
+from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.sd3 import load_model
 from dgpo_fast.parallel.world import World
 
@@ -75,7 +75,7 @@ def test_the_first_step_draws_and_scores_the_same(one_rank: Path, two_ranks: Pat
 def test_the_weights_are_those_of_one_rank(one_rank: Path, two_ranks: Path, quick: tuple[str, ...]) -> None:
     one, two = (load_checkpoint(last_checkpoint(run)).tensors["policy"].double() for run in (one_rank, two_ranks))
     config = load_recipe("tiny-dgpo", [*quick, *OVERRIDES])
-    start = Policy(load_model(config.model, device="cpu"), config.adapter, seed=config.seed).trainable.detach()
+    start = AdapterPolicy(load_model(config.model, device="cpu"), config.adapter, seed=config.seed).trainable.detach()
     learned = (one - start).norm()
     assert learned > 0
     # Weights are rounded to float32 after each of two steps in each run. Gradients differ by what the rounding of a sum

@@ -71,7 +71,7 @@ class DGPO:
 
     def prepare(self, policy: Policy) -> str:
         """Makes sure that adapters act, that samples are the policy's, and that equal policies have a ratio of 1."""
-        policy.check_adapters_act()
+        policy.check_trained()
         self.ratio_errors, line = check_ratio(policy, self.config)
         return f"{line}\n{policy.check_sampling()}"
 

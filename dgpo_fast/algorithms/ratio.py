@@ -30,7 +30,7 @@ class RatioCheck(NamedTuple):
 
 
 def check_ratio(policy: Policy, config: Config) -> RatioCheck:
-    """Runs one micro-batch through policy and old policy with equal random weights.
+    """Runs one micro-batch through policy and old policy with equal weights.
 
     Raises:
         UserError: their ratio differs from 1 by more than the clip can bear, also without gradients.
@@ -66,7 +66,7 @@ def _drift(policy: Policy, config: Config, *, with_gradients: bool) -> float:
 
     conditioning = model.encode([""])[torch.zeros(images, dtype=torch.int64, device=model.device)]
     inputs = noise(), torch.linspace(50, 950, images, device=model.device), conditioning
-    with policy.random_weights("policy", "old"):
+    with policy.equal_weights("policy", "old"):
         with torch.set_grad_enabled(with_gradients):
             velocity = policy.velocity("policy", *inputs)[0].detach()
         with torch.no_grad():

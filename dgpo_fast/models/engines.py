@@ -6,11 +6,12 @@ handed to each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from typing import Any, Literal, Protocol
 
 import torch
+from diffusers import SD3Transformer2DModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
@@ -68,10 +69,20 @@ class CompiledEngine(EagerEngine):
 
     def __init__(self, model: StableDiffusion3) -> None:
         super().__init__(model)
-        # A block meets four views, with and without gradients, in the batches of rollout, training and evaluation.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        for block in model.transformer.transformer_blocks:
-            block.compile(dynamic=False)
+        compile_blocks(model.transformer)
+
+
+class ReplicaEngine:
+    """diffusers' transformer once for every view, as `module_of` finds it; gradients reach whatever is trained."""
+
+    def __init__(self, model: StableDiffusion3, module_of: Callable[[View], SD3Transformer2DModel]) -> None:
+        self._model, self._module_of = model, module_of
+
+    def condition(self, timestep_EB: Tensor, conditioning: Conditioning) -> Sequence[Conditioned]:
+        return [(timestep_B, conditioning) for timestep_B in timestep_EB]
+
+    def velocity(self, view: View, x_BCHW: Tensor, conditioned: Conditioned) -> Tensor:
+        return self._model.velocity(x_BCHW, *conditioned, transformer=self._module_of(view))
 
 
 class FusedEngine:
@@ -133,6 +144,14 @@ class MergedEngine:
         if view not in self._merged:
             self._merged[view] = self._engine.merged(view, self.dtype)
         return self._merged[view].velocity("ref", x_BCHW, conditioned)
+
+
+def compile_blocks(transformer: SD3Transformer2DModel) -> None:
+    """Has each block run through torch.compile."""
+    # A block meets four views, with and without gradients, in the batches of rollout, training and evaluation.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for block in transformer.transformer_blocks:
+        block.compile(dynamic=False)
 
 
 def make_engine(model: StableDiffusion3, adapter: AdapterConfig, flats: Mapping[View, Tensor]) -> Engine:

@@ -63,15 +63,22 @@ class StableDiffusion3:
         with stage("text"):
             return self.text.encode(prompts, soon=soon)
 
-    def velocity(self, x_BCHW: Tensor, timestep_B: Tensor, conditioning: Conditioning) -> Tensor:
-        """The transformer's velocity [B, C, H, W] in the model's dtype.
+    def velocity(
+        self,
+        x_BCHW: Tensor,
+        timestep_B: Tensor,
+        conditioning: Conditioning,
+        *,
+        transformer: SD3Transformer2DModel | None = None,
+    ) -> Tensor:
+        """The velocity [B, C, H, W] in the model's dtype, of its transformer or of another in its place.
 
         Args:
             x_BCHW: noisy latents, float32; rounded to the model's dtype here.
             timestep_B: 1000 sigma, float32.
             conditioning: a row per sample.
         """
-        return self.transformer(  # type: ignore[no-any-return]
+        return (transformer or self.transformer)(  # type: ignore[no-any-return]
             hidden_states=x_BCHW.to(self.dtype),
             encoder_hidden_states=conditioning.text_BND,
             pooled_projections=conditioning.pooled_BD,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +75,14 @@ class World:
         pieces = [torch.empty_like(tensor) for _ in range(self.size)]
         dist.all_gather(pieces, tensor.contiguous())
         return torch.cat(pieces)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """What each rank gave, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return cast(list[T], values)
 
     def wait_for_device(self) -> None:
         """Until the device has done what this thread gave it; a CPU has, and in a graph's capture nothing is done."""

@@ -14,14 +14,14 @@ from torch import Tensor
 from dgpo_fast import rng
 from dgpo_fast.algorithms.dgpo import DGPO
 from dgpo_fast.config import Config, load_recipe
+from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.engines import View
-from dgpo_fast.models.policy import Policy
 from dgpo_fast.ops.group_advantages import group_advantages
 from dgpo_fast.ops.group_preference import group_scores
 from dgpo_fast.ops.velocity_errors import velocity_errors
 from dgpo_fast.records import DGPOBatch, LossOutput, PromptBatch, Rollout, ScoredGroups
 
-MakePolicy = Callable[..., Policy]
+MakePolicy = Callable[..., AdapterPolicy]
 
 EPS = torch.finfo(torch.float32).eps
 PROMPTS = ("two red circles", "a blue square left of a green triangle")
@@ -45,7 +45,7 @@ def tiny(*overrides: str, size: int = 4, micro: int = 8) -> Config:
     )  # fmt: skip
 
 
-def prompt_batch(policy: Policy, config: Config, *, iteration: int = 0) -> PromptBatch:
+def prompt_batch(policy: AdapterPolicy, config: Config, *, iteration: int = 0) -> PromptBatch:
     return PromptBatch(
         iteration=iteration,
         prompts=PROMPTS,
@@ -74,7 +74,7 @@ def score(rollout: Rollout, config: Config, *, invalid: Sequence[int] = ()) -> S
     )  # fmt: skip
 
 
-def scored_groups(policy: Policy, config: Config, *, invalid: Sequence[int] = ()) -> ScoredGroups:
+def scored_groups(policy: AdapterPolicy, config: Config, *, invalid: Sequence[int] = ()) -> ScoredGroups:
     """Random latents instead of a rollout's: the loss does not care where they come from."""
     prompts = prompt_batch(policy, config)
     generator = torch.Generator().manual_seed(4)
@@ -84,7 +84,11 @@ def scored_groups(policy: Policy, config: Config, *, invalid: Sequence[int] = ()
 
 
 def learn(
-    policy: Policy, config: Config, scored: ScoredGroups, *, ratio_errors: Literal["training", "again"] = "training"
+    policy: AdapterPolicy,
+    config: Config,
+    scored: ScoredGroups,
+    *,
+    ratio_errors: Literal["training", "again"] = "training",
 ) -> tuple[Tensor, dict[str, float]]:
     """The gradient and the metrics of an iteration, gathered as the trainer gathers them."""
     assert policy.trainable.grad is not None
@@ -116,7 +120,7 @@ def mean_squares(velocity: Tensor, batch: DGPOBatch) -> Tensor:
     return (velocity.float() - (noise_of(batch) - batch.x0_MCHW)).square().mean((1, 2, 3))
 
 
-def counted(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+def counted(policy: AdapterPolicy, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """The forwards from now on, as they happen: view, and number of samples with both halves of guidance."""
     forwards: list[tuple[str, int]] = []
     velocity = policy.engine.velocity
@@ -231,7 +235,7 @@ def test_a_round_holds_whole_groups(make_policy: MakePolicy, micro: int, rounds:
     assert torch.equal(advantage_B, scored.advantage_B)
 
 
-def written_loss(policy: Policy, config: Config, batch: DGPOBatch) -> tuple[dict[str, float], list[float]]:
+def written_loss(policy: AdapterPolicy, config: Config, batch: DGPOBatch) -> tuple[dict[str, float], list[float]]:
     """Algorithm 1 in float64, from the velocities of the views: the report, and the weight of each group."""
     settings = config.algorithm
     inputs = (batch.x_t_MCHW, batch.timestep_M, batch.conditioning)

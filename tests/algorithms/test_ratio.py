@@ -12,10 +12,10 @@ from dgpo_fast.algorithms.dgpo import DGPO
 from dgpo_fast.algorithms.ratio import check_ratio
 from dgpo_fast.config import Config, load_recipe
 from dgpo_fast.errors import UserError
+from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.engines import View
-from dgpo_fast.models.policy import Policy
 
-MakePolicy = Callable[..., Policy]
+MakePolicy = Callable[..., AdapterPolicy]
 
 
 def tiny(*overrides: str) -> Config:
@@ -25,7 +25,9 @@ def tiny(*overrides: str) -> Config:
     )  # fmt: skip
 
 
-def drifting(policy: Policy, monkeypatch: pytest.MonkeyPatch, *, by: float, without_gradients: bool = False) -> None:
+def drifting(
+    policy: AdapterPolicy, monkeypatch: pytest.MonkeyPatch, *, by: float, without_gradients: bool = False
+) -> None:
     """The policy's velocity moves by a factor 1 + `by`, with gradients, or with and without."""
     velocity = policy.engine.velocity
 

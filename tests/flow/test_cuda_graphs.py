@@ -13,9 +13,9 @@ from dgpo_fast.config import load_recipe
 from dgpo_fast.flow import cuda_graphs
 from dgpo_fast.flow.cuda_graphs import CudaGraphs
 from dgpo_fast.flow.rollout import Sampler, sample_latents
-from dgpo_fast.models.policy import Policy
+from dgpo_fast.models.adapters import AdapterPolicy
 
-MakePolicy = Callable[..., Policy]
+MakePolicy = Callable[..., AdapterPolicy]
 
 
 class Rerun:

@@ -14,11 +14,11 @@ from dgpo_fast.config import Config, load_recipe
 from dgpo_fast.evaluate import draw_images
 from dgpo_fast.flow.rollout import Sampler, model_timesteps, sample_latents
 from dgpo_fast.flow.schedules import schedule_sigmas
+from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.engines import View
-from dgpo_fast.models.policy import Policy
 from dgpo_fast.models.sd3 import StableDiffusion3
 
-MakePolicy = Callable[..., Policy]
+MakePolicy = Callable[..., AdapterPolicy]
 
 EPS = torch.finfo(torch.float32).eps
 PROMPTS = ["two red circles", "a blue square left of a green triangle", "a yellow circle", "three green squares"]
@@ -30,11 +30,11 @@ def tiny(*overrides: str) -> Config:
     return load_recipe("tiny-dgpo", ["adapter.rank=4", *euler, *one_sigma, *overrides])
 
 
-def make_noise(policy: Policy) -> Tensor:
+def make_noise(policy: AdapterPolicy) -> Tensor:
     return torch.randn(len(PROMPTS), *policy.model.latent_shape, generator=torch.Generator().manual_seed(0))
 
 
-def latents(policy: Policy, config: Config, noise_BCHW: Tensor, *, images_per_forward: int = 16) -> Tensor:
+def latents(policy: AdapterPolicy, config: Config, noise_BCHW: Tensor, *, images_per_forward: int = 16) -> Tensor:
     unconditional = policy.model.encode([""]) if config.rollout.guidance > 1 else None
     return sample_latents(
         policy, "policy", Sampler.from_config(config.rollout), noise_BCHW, policy.model.encode(PROMPTS), unconditional,

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from dgpo_fast.config import Config, load_recipe
 from dgpo_fast.errors import UserError
+from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.engines import CompiledEngine, EagerEngine, FusedEngine, View
-from dgpo_fast.models.policy import TRAINED, Policy
+from dgpo_fast.models.policy import TRAINED
 from dgpo_fast.records import Conditioning
 
-MakePolicy = Callable[..., Policy]
+MakePolicy = Callable[..., AdapterPolicy]
 
 VIEWS: tuple[View, ...] = (*TRAINED, "ref")
 ALL_TARGETS = (
@@ -29,7 +30,7 @@ def tiny(engine: str, *overrides: str) -> Config:
     return load_recipe("tiny-dgpo", ["adapter.rank=4", "adapter.alpha=6", f"model.engine={engine}", *overrides])
 
 
-def inputs_of(policy: Policy, batch: int = 3) -> tuple[Tensor, Tensor, Conditioning]:
+def inputs_of(policy: AdapterPolicy, batch: int = 3) -> tuple[Tensor, Tensor, Conditioning]:
     """Latents, timesteps and texts."""
     config, generator = policy.model.transformer.config, torch.Generator().manual_seed(0)
     x_BCHW = torch.randn(batch, *policy.model.latent_shape, generator=generator)
@@ -39,12 +40,12 @@ def inputs_of(policy: Policy, batch: int = 3) -> tuple[Tensor, Tensor, Condition
     return x_BCHW, torch.linspace(12, 990.5, batch), texts
 
 
-def velocities(policy: Policy, batch: int = 3) -> dict[View, Tensor]:
+def velocities(policy: AdapterPolicy, batch: int = 3) -> dict[View, Tensor]:
     with torch.no_grad():
         return {view: policy.velocity(view, *inputs_of(policy, batch))[0] for view in VIEWS}
 
 
-def gradient(policy: Policy) -> Tensor:
+def gradient(policy: AdapterPolicy) -> Tensor:
     """Of the policy's masters, of a weighted sum of its velocity."""
     velocity = policy.velocity("policy", *inputs_of(policy))[0]
     weights = torch.randn(velocity.shape, generator=torch.Generator().manual_seed(1))

@@ -14,15 +14,16 @@ from torch import Tensor
 from dgpo_fast.config import PUBLISHED_TARGETS, Config, load_recipe
 from dgpo_fast.errors import UserError
 from dgpo_fast.flow.rollout import Sampler, sample_latents
+from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.engines import View
-from dgpo_fast.models.policy import TRAINED, Policy
+from dgpo_fast.models.policy import TRAINED
 from dgpo_fast.models.sd3 import StableDiffusion3
 from dgpo_fast.models.sources import EMBEDDED
 from dgpo_fast.ops.group_preference import clipped_samples
 from dgpo_fast.ops.velocity_errors import velocity_errors
 from dgpo_fast.records import Conditioning
 
-MakePolicy = Callable[..., Policy]
+MakePolicy = Callable[..., AdapterPolicy]
 
 EPS = torch.finfo(torch.float32).eps
 VIEWS: tuple[View, ...] = (*TRAINED, "ref")
@@ -36,7 +37,7 @@ ONLY_EAGER = pytest.mark.parametrize("make_policy", ["eager"], indirect=True)
 def make_policy(make_policy: MakePolicy, request: pytest.FixtureRequest) -> MakePolicy:
     """Policies of each engine."""
 
-    def make(config: Config, **named: float) -> Policy:
+    def make(config: Config, **named: float) -> AdapterPolicy:
         model = config.model.model_copy(update={"engine": request.param})
         return make_policy(config.model_copy(update={"model": model}), **named)
 
@@ -54,15 +55,16 @@ def model_inputs(model: StableDiffusion3, *, seed: int = 0) -> tuple[Tensor, Ten
     return x_BCHW, torch.tensor([999.0, 640.5, 12.0]), model.encode(PROMPTS)
 
 
-def velocities(policy: Policy) -> dict[View, Tensor]:
+def velocities(policy: AdapterPolicy) -> dict[View, Tensor]:
     inputs = model_inputs(policy.model)
     with torch.no_grad():
         return {view: policy.velocity(view, *inputs)[0] for view in VIEWS}
 
 
-def adapter_parameters(policy: Policy, view: View) -> dict[str, torch.nn.Parameter]:
+def adapter_parameters(policy: AdapterPolicy, view: View) -> dict[str, torch.nn.Parameter]:
+    """Peft's, by the names that all views have in common."""
     named = policy.model.transformer.named_parameters()
-    return {name: parameter for name, parameter in named if f".{view}." in name}
+    return {name.replace(f".{view}.", "."): parameter for name, parameter in named if f".{view}." in name}
 
 
 def differing(before: dict[View, Tensor], after: dict[View, Tensor]) -> set[View]:
@@ -283,7 +285,7 @@ def test_initial_weights_are_named_by_the_seed(make_model: Callable[[Config], St
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    same, again, other = (Policy(make_model(config), config.adapter, seed=seed) for seed in (7, 7, 8))
+    same, again, other = (AdapterPolicy(make_model(config), config.adapter, seed=seed) for seed in (7, 7, 8))
     assert torch.equal(torch.rand(4), expected), "the global generator was touched"
     assert torch.equal(same.trainable, again.trainable)
     assert not torch.equal(same.trainable, other.trainable)
@@ -295,7 +297,7 @@ def test_initial_weights_are_named_by_the_seed(make_model: Callable[[Config], St
 def test_the_check_passes_with_the_published_targets_and_leaves_no_trace(make_policy: MakePolicy, dtype: str) -> None:
     policy = make_policy(tiny(f"model.dtype={dtype}"), spread=0.05)
     before, weights = velocities(policy), policy.views["policy"].compute.clone()
-    policy.check_adapters_act()
+    policy.check_trained()
     assert torch.equal(policy.views["policy"].compute, weights)
     assert differing(before, velocities(policy)) == set()
     assert policy.trainable.grad is not None
@@ -314,7 +316,7 @@ def test_the_check_finds_a_layer_that_ignores_its_adapter(
     assert isinstance(layer, LoraLinear)
     monkeypatch.setattr(layer, "forward", layer.base_layer.forward)
     with pytest.raises(UserError, match=r"adapter\.targets: 2 adapters do not .*transformer_blocks\.2\.attn\.to_k\."):
-        policy.check_adapters_act()
+        policy.check_trained()
 
 
 @ONLY_EAGER
@@ -327,7 +329,7 @@ def test_the_check_finds_adapters_that_nothing_computes_with(
         if isinstance(module, LoraLinear):
             monkeypatch.setattr(module, "forward", module.base_layer.forward)
     with pytest.raises(UserError, match=r"adapter\.targets"):
-        policy.check_adapters_act()
+        policy.check_trained()
 
 
 @pytest.mark.parametrize("targets", ["[attn.to_kk]", "[attn.to_q, attn.to_kk]"])

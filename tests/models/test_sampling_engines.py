@@ -12,17 +12,17 @@ from dgpo_fast.algorithms.dgpo import DGPO
 from dgpo_fast.config import Config, load_recipe
 from dgpo_fast.errors import UserError
 from dgpo_fast.models import engines
-from dgpo_fast.models.policy import Policy
+from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.sd3 import StableDiffusion3
 
-MakePolicy = Callable[..., Policy]
+MakePolicy = Callable[..., AdapterPolicy]
 
 
 def tiny(*overrides: str) -> Config:
     return load_recipe("tiny-dgpo", ["adapter.rank=4", "model.dtype=bfloat16", *overrides])
 
 
-def velocity(policy: Policy, engine: engines.Engine, view: engines.View = "policy") -> Tensor:
+def velocity(policy: AdapterPolicy, engine: engines.Engine, view: engines.View = "policy") -> Tensor:
     generator = torch.Generator().manual_seed(0)
     x_BCHW = torch.randn(4, *policy.model.latent_shape, generator=generator)
     conditioning = policy.model.encode(["a red circle", "two blue squares", "", "a green triangle"])
@@ -61,7 +61,7 @@ def test_only_training_samples_are_drawn_with_it(make_policy: MakePolicy, monkey
     assert exact.sampling_engine is exact.engine
 
 
-def _prompts(policy: Policy) -> object:
+def _prompts(policy: AdapterPolicy) -> object:
     from dgpo_fast.records import PromptBatch
 
     return PromptBatch(
@@ -74,7 +74,7 @@ def _prompts(policy: Policy) -> object:
 def test_other_engines_have_no_fp8(make_model: Callable[[Config], StableDiffusion3], engine: str) -> None:
     config = tiny("model.sampling=fp8", f"model.engine={engine}")
     with pytest.raises(UserError, match=r"^model\.sampling: fp8 is of model\.engine fused alone"):
-        Policy(make_model(config), config.adapter, seed=0)
+        AdapterPolicy(make_model(config), config.adapter, seed=0)
 
 
 def test_where_fp8_does_not_run_the_reason_is_said(
@@ -83,7 +83,7 @@ def test_where_fp8_does_not_run_the_reason_is_said(
     config = tiny("model.sampling=fp8")
     monkeypatch.setattr(engines, "why_unsupported", lambda device: "needs compute capability 8.9, this is 8.0")
     with pytest.raises(UserError, match=r"^model\.sampling: fp8 needs compute capability 8\.9"):
-        Policy(make_model(config), config.adapter, seed=0)
+        AdapterPolicy(make_model(config), config.adapter, seed=0)
 
 
 def test_merged_weights_give_the_velocities_of_weights_with_adapters(make_policy: MakePolicy) -> None:

@@ -21,7 +21,7 @@ from dgpo_fast.checkpoint import last_checkpoint, load_checkpoint
 from dgpo_fast.config import Config, load_recipe
 from dgpo_fast.evaluate import evaluate_view
 from dgpo_fast.models import text as text_module
-from dgpo_fast.models.policy import Policy
+from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.prompt_cache import PromptCache
 from dgpo_fast.models.random_weights import pipeline_of_shape
 from dgpo_fast.models.sd3 import load_model
@@ -235,12 +235,12 @@ def test_encoders_are_loaded_where_a_prompt_is_unknown_and_nowhere_else(monkeypa
 def test_adapters_still_learn_after_the_encoders_came(tmp_path: Path) -> None:
     """The encoders' pipeline shares the transformer, which carries the adapters by then."""
     model = load_model(TINY.model, device="cpu")
-    policy = Policy(model, TINY.adapter, seed=0)
+    policy = AdapterPolicy(model, TINY.adapter, seed=0)
     learning = {name for name, weight in model.transformer.named_parameters() if weight.requires_grad}
     model.encode(PROMPTS)
     assert {name for name, weight in model.transformer.named_parameters() if weight.requires_grad} == learning
     assert len(learning) > 0
-    policy.check_adapters_act()
+    policy.check_trained()
 
 
 def test_the_recipe_may_keep_the_disk_out_of_it(own_cache: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 
 from dgpo_fast.config import load_recipe
 from dgpo_fast.evaluate import evaluate_view
-from dgpo_fast.models.policy import Policy
+from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.sd3 import load_model
 from dgpo_fast.models.sources import EMBEDDED
 from dgpo_fast.models.tiny.build import (
@@ -257,7 +257,7 @@ def test_the_shipped_pipeline_is_honestly_imperfect() -> None:
     config = load_recipe("tiny-dgpo", ["device=cpu"])
     assert config.evaluation.num_prompts >= 64
     assert config.evaluation.images_per_prompt >= 4
-    policy = Policy(load_model(config.model, device="cpu"), config.adapter, seed=config.seed)
+    policy = AdapterPolicy(load_model(config.model, device="cpu"), config.adapter, seed=config.seed)
     prompts = load_prompts(config.prompts.test, key="prompts.test")[: config.evaluation.num_prompts]
     world = World.from_environment(config)
     metrics = evaluate_view(policy, "ref", prompts, config, Scorer(config.rewards), world)

@@ -1,0 +1,92 @@
+"""What learns: the policy, the engine that steps it, its averages; and what of them a checkpoint keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dgpo_fast.checkpoint import Checkpoint, State, save_checkpoint
+from dgpo_fast.config import Config
+from dgpo_fast.errors import UserError
+from dgpo_fast.models.policy import TRAINED, Policy
+from dgpo_fast.models.training import load_policy, train_policy
+from dgpo_fast.parallel.weights import Held
+from dgpo_fast.parallel.world import World
+
+
+class Learner:
+    """A recipe's policy in training. Every rank calls the same methods in the same order.
+
+    Raises:
+        UserError: the model, its adapters or `parallel` cannot be what the recipe says.
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world = config, world
+        self.policy = load_policy(config, world)
+        self.engine = train_policy(self.policy, config, world)
+        self.skipped, self.skipped_in_a_row = 0, 0
+        """Steps that were not made because their gradient was not finite."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of this rank's `loss` to the step's."""
+        self.engine.backward(loss)
+
+    def step(self, number: int, *, after_step: Callable[[Policy, int], None]) -> dict[str, Any]:
+        """Step `number`, counted from 0: clips, steps, updates the averages; returns its metrics.
+
+        A step whose gradient is not finite on some rank is made on none.
+
+        Args:
+            after_step: called with the policy and `number` once the step is made.
+
+        Raises:
+            UserError: more than `optimizer.max_skipped` steps in a row were not made.
+        """
+        settings, average = self.config.optimizer, self.config.evaluation_ema
+        lr = settings.lr_at(number)
+        grad_norm, is_made = self.engine.step(lr)
+        if is_made:
+            self.policy.refresh("policy")
+            after_step(self.policy, number)
+            if (number + 1) % average.every == 0:
+                self.policy.average_into("ema", decay=min(average.max_decay, (1 + number) / (10 + number)))
+        self.skipped += not is_made
+        self.skipped_in_a_row = 0 if is_made else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row > settings.max_skipped:
+            raise UserError(
+                f"the gradients of {self.skipped_in_a_row} steps in a row, the last of step {number + 1}, were not "
+                "finite (optimizer.max_skipped): no such step was made, checkpoints are intact"
+            )
+        return {"grad_norm": grad_norm, "lr": lr, "skipped_steps": self.skipped}
+
+    def save(self, run_dir: Path, step: int, values: dict[str, Any]) -> None:
+        """Writes the checkpoint of `step`, with plain `values` beside what learns."""
+        counts = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        state = State(
+            step=step,
+            shapes=self.engine.shapes,
+            held=self._held(),
+            values={**values, **counts, "adam_steps": self.engine.steps_made()},
+            files={"ema": self.policy.ema_file} if self.policy.ema_file else {},
+        )
+        save_checkpoint(run_dir, state, self.world, save_weights=self.policy.save)
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Goes on from a checkpoint, whatever ranks and stage of ZeRO wrote it.
+
+        Raises:
+            UserError: it is of another model or other adapters.
+        """
+        for kind, held in self._held().items():
+            saved.read(kind, held.pieces, self.engine.shapes)
+        self.engine.refresh(saved.values["adam_steps"])
+        self.policy.refresh(*TRAINED)
+        self.skipped, self.skipped_in_a_row = saved.values["skipped"], saved.values["skipped_in_a_row"]
+
+    def _held(self) -> dict[str, Held]:
+        """What this rank holds of all that learns: the policy, Adam's averages, the policy's."""
+        return {"policy": self.engine.masters(), **self.engine.moments(), **dict(self.policy.averages().items())}

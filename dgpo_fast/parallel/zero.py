@@ -1,0 +1,239 @@
+"""The optimizer's step by DeepSpeed, which shards masters and Adam's averages, then gradients, then weights (ZeRO 1-3).
+
+Of DeepSpeed's own state this file reads where each rank's pieces lie, and nothing else: checkpoints, averages and
+exports are made from those (`parallel/weights.py`), so they do not know of stages.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dgpo_fast.config import Config
+from dgpo_fast.errors import UserError
+from dgpo_fast.parallel.assembly import Assembly
+from dgpo_fast.parallel.engine import MOMENTS, StepOutcome, adamw, zero_state
+from dgpo_fast.parallel.weights import Held, Piece, Shapes, TrainedWeights, cut
+from dgpo_fast.parallel.world import World
+
+
+class _Place(NamedTuple):
+    """Where a piece of a parameter lies among the flat tensors that this rank's optimizer steps."""
+
+    name: str
+    start: int
+    flat: int
+    offset: int
+    length: int
+
+
+class ZeroEngine:
+    """A module whose parameters DeepSpeed steps; gradients of micro-batches reach it as they are made."""
+
+    def __init__(self, module: nn.Module, config: Config, world: World) -> None:
+        """Takes the parameters of `module` that require gradients; in ZeRO 3 it shards all, and gathers them as used.
+
+        Raises:
+            UserError: DeepSpeed refuses `parallel.deepspeed`.
+        """
+        self._world, self._stage = world, config.parallel.zero_stage
+        named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self.shapes: Shapes = {name: parameter.shape for name, parameter in named.items()}
+        is_low = next(iter(named.values())).dtype == torch.bfloat16
+        settings = deepspeed_config(config, is_low=is_low)
+        deepspeed = _import_deepspeed(world)
+        try:
+            self._engine, _, _, _ = deepspeed.initialize(
+                model=module, optimizer=adamw(list(named.values()), config.optimizer), config=settings,
+                dist_init_required=False,
+            )  # fmt: skip
+        except (ValueError, AssertionError, TypeError) as error:
+            raise UserError(f"parallel.deepspeed: {' '.join(str(error).split())}") from error
+        self._optimizer = self._engine.optimizer
+        self._flats: list[Tensor] = self._flat_masters()
+        self._states = [zero_state(self._optimizer.optimizer, flat) for flat in self._flats]
+        self._places = [*self._find_places(named)]
+
+    @property
+    def module(self) -> nn.Module:
+        """What computes: DeepSpeed's engine around the module, to be called as the module is."""
+        return self._engine  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        # DeepSpeed takes the mean over ranks.
+        self._engine.backward(loss * self._world.size, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> StepOutcome:
+        self._optimizer.param_groups[0]["lr"] = lr
+        self._engine.step()
+        return StepOutcome(float(self._engine.get_global_grad_norm()), bool(self._engine.was_step_applied()))
+
+    def masters(self) -> Held:
+        return self._held(self._flats)
+
+    def moments(self) -> dict[str, Held]:
+        return {name: self._held([state[name] for state in self._states]) for name in MOMENTS}
+
+    def steps_made(self) -> int:
+        return int(self._states[0]["step"].item())
+
+    @torch.no_grad()
+    def refresh(self, steps_made: int) -> None:
+        for state in self._states:
+            state["step"].fill_(steps_made)
+        if self._stage < 3:
+            self._optimizer.update_lp_params()
+            return
+        for group in range(len(self._flats)):
+            self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if kept_whole := self._optimizer.persistent_parameters:
+            kept_whole[0].all_gather(kept_whole)
+
+    def _held(self, flats: list[Tensor]) -> Held:
+        pieces = [
+            Piece(place.name, place.start, flats[place.flat].detach()[place.offset : place.offset + place.length])
+            for place in self._places
+        ]
+        return Held(pieces, is_sharded=True)
+
+    def _flat_masters(self) -> list[Tensor]:
+        """The float32 tensors that this rank's optimizer steps, under the names of DeepSpeed's three optimizers."""
+        names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
+        return next(list(getattr(self._optimizer, name)) for name in names if hasattr(self._optimizer, name))
+
+    def _find_places(self, named: Mapping[str, nn.Parameter]) -> Iterator[_Place]:
+        for name, parameter in named.items():
+            if self._stage == 3:
+                flat, offset, length = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+                start = self._world.rank * length  # each parameter is cut evenly, and padded
+                length = max(0, min(length, parameter.ds_numel - start))  # type: ignore[attr-defined]
+                if length:
+                    yield _Place(name, start, flat, offset, length)
+            elif (mapping := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
+                inside, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
+                yield _Place(name, whole.start, 0, inside.start, inside.numel)
+
+
+class _Whole(nn.Module):
+    """One flat parameter, whose gradient is known."""
+
+    def __init__(self, flat: Tensor) -> None:
+        super().__init__()
+        self.flat = nn.Parameter(flat.detach().clone())
+
+    def forward(self, gradient: Tensor) -> Tensor:
+        return torch.dot(self.flat, gradient)
+
+
+class FlatZeroEngine:
+    """Flat weights that every rank computes with whole, and whose masters and Adam's averages DeepSpeed shards.
+
+    A step's gradients are added up here in float32 and handed over at once, so that ranks exchange them once per step
+    in every stage.
+    """
+
+    def __init__(self, weights: TrainedWeights, config: Config, world: World) -> None:
+        self._weights = weights
+        self.shapes: Shapes = weights.shapes
+        self._whole = _Whole(weights.master)
+        self._zero = ZeroEngine(self._whole, config, world)
+        self._assembly = Assembly(self._zero.masters(), world)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+        self._weights.collect_gradient()
+
+    def step(self, lr: float) -> StepOutcome:
+        self._zero.backward(self._zero.module(self._weights.gradient))
+        outcome = self._zero.step(lr)
+        self._weights.gradient.zero_()
+        self._take_over()
+        return outcome
+
+    def masters(self) -> Held:
+        return self._by_parameter(self._zero.masters())
+
+    def moments(self) -> dict[str, Held]:
+        return {name: self._by_parameter(held) for name, held in self._zero.moments().items()}
+
+    def steps_made(self) -> int:
+        return self._zero.steps_made()
+
+    def refresh(self, steps_made: int) -> None:
+        self._zero.refresh(steps_made)
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """The weights that are computed with become those that DeepSpeed holds."""
+        self._assembly.write(self._zero.masters().pieces, {"flat": self._weights.master})
+        self._weights.refresh()
+
+    def _by_parameter(self, held: Held) -> Held:
+        pieces = [part for piece in held.pieces for part in cut(piece.values, piece.start, self.shapes)]
+        return held._replace(pieces=pieces)
+
+
+def deepspeed_config(config: Config, *, is_low: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration of a run: what the recipe decides, and `parallel.deepspeed` beside it.
+
+    Args:
+        is_low: whether what is trained computes in bfloat16.
+
+    Raises:
+        UserError: `parallel.deepspeed` contradicts the recipe.
+    """
+    parallel = config.parallel
+    zero: dict[str, Any] = {"stage": parallel.zero_stage}
+    if parallel.offload_optimizer != "none":
+        zero["offload_optimizer"] = {"device": parallel.offload_optimizer, "pin_memory": torch.cuda.is_available()}
+    if parallel.offload_weights != "none":
+        zero["offload_param"] = {"device": parallel.offload_weights, "pin_memory": torch.cuda.is_available()}
+    ours: dict[str, Any] = {
+        # One micro-batch in its counts, whatever ours are: `step` says when a step is made.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+    }
+    if is_low:
+        ours["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        ours["data_types"] = {"grad_accum_dtype": {"float32": "fp32", "bfloat16": "bf16"}[parallel.gradients]}
+        ours["communication_data_type"] = ours["data_types"]["grad_accum_dtype"]
+    return _merged(ours, parallel.deepspeed, key="parallel.deepspeed")
+
+
+def _merged(ours: dict[str, Any], theirs: Mapping[str, Any], *, key: str) -> dict[str, Any]:
+    merged = dict(ours)
+    for name, value in theirs.items():
+        if isinstance(value, Mapping) and isinstance(ours.get(name), dict):
+            merged[name] = _merged(ours[name], value, key=f"{key}.{name}")
+        elif name in ours and ours[name] != value:
+            raise UserError(f"{key}.{name}: {value!r} was given, but the recipe makes it {ours[name]!r}")
+        else:
+            merged[name] = value
+    return merged
+
+
+def _import_deepspeed(world: World) -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise UserError(
+            f"parallel.zero_stage: DeepSpeed cannot be imported ({error}): pip install deepspeed"
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its import has set another
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
+    # Collectives on a CPU are gloo's. DeepSpeed's own through shared memory would be compiled first, for a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
