@@ -373,6 +373,7 @@ MAY_CHANGE_ON_RESUME = (
     "device_memory_gb",
     "model.prompt_cache",
     "evaluation.every",
+    "optimizer.max_skipped",
     "checkpoints.",
     "logging.",
     "parallel.",

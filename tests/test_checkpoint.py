@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,6 +15,7 @@ import torch
 
 from dgpo_fast import checkpoint
 from dgpo_fast.checkpoint import (
+    Checkpoint,
     State,
     last_checkpoint,
     list_checkpoints,
@@ -22,9 +24,13 @@ from dgpo_fast.checkpoint import (
     save_checkpoint,
 )
 from dgpo_fast.errors import UserError
+from dgpo_fast.parallel.weights import Held, Piece, cut
+from dgpo_fast.parallel.world import World
 
-FILES = ("lora/weights.bin", "state/tensors.safetensors", "state/state.json", "manifest.json")
-NUM_VALUES = 1000
+FILES = ("lora/weights.bin", "state/policy.safetensors", "state/ema.safetensors", "state/state.json", "manifest.json")
+SHAPES = {"first": torch.Size([30, 20]), "second": torch.Size([400])}
+NUM_VALUES = sum(shape.numel() for shape in SHAPES.values())
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 SCORES: dict[Path, dict[int, float]] = defaultdict(dict)
 """By run directory and step."""
 
@@ -36,25 +42,29 @@ class Killed(BaseException):
 
 
 def state(step: int) -> State:
-    """A state of which no value is special: random float32, a scalar, an empty tensor, nested values."""
+    """A state of which no value is special: random float32, nested values."""
     generator = torch.Generator().manual_seed(step)
-    tensors = {
-        "policy": torch.randn(NUM_VALUES, generator=generator),
-        "adam.step": torch.tensor(float(step)),
-        "none": torch.empty(0),
-    }
-    values = {"wall_s": 0.1 * step, "base_metrics": {"strict": 0.5}}
-    return State(step=step, tensors=tensors, values=values)
+    flats = {kind: torch.randn(NUM_VALUES, generator=generator) for kind in ("policy", "ema")}
+    held = {kind: Held(cut(flat, 0, SHAPES), is_sharded=False) for kind, flat in flats.items()}
+    return State(step=step, shapes=SHAPES, held=held, values={"wall_s": 0.1 * step, "base_metrics": {"strict": 0.5}})
 
 
-def save_lora(directory: Path) -> None:
-    directory.mkdir()
-    (directory / "weights.bin").write_bytes(bytes(range(256)))
+def same_tensors(loaded: Checkpoint, saved: State) -> bool:
+    return all(
+        torch.equal(loaded.tensors(kind)[piece.name].flatten(), piece.values)
+        for kind, held in saved.held.items()
+        for piece in held.pieces
+    )
+
+
+def save_weights(directory: Path) -> None:
+    (directory / "lora").mkdir()
+    (directory / "lora" / "weights.bin").write_bytes(bytes(range(256)))
 
 
 def save(run_dir: Path, step: int, score: float | None = None, *, keep_last: int = 2) -> Path:
     """Saves, scores and rotates, as a run does that evaluates at each checkpoint."""
-    directory = save_checkpoint(run_dir, state(step), save_lora=save_lora)
+    directory = save_checkpoint(run_dir, state(step), ALONE, save_weights=save_weights)
     if score is not None:
         SCORES[run_dir][step] = score
     rotate(run_dir, SCORES[run_dir], keep_last=keep_last)
@@ -74,10 +84,36 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     saved, loaded = state(7), load_checkpoint(save(tmp_path, 7, 0.25))
     assert loaded.step == 7
     assert loaded.values == saved.values
-    assert loaded.tensors.keys() == saved.tensors.keys()
-    for name, tensor in saved.tensors.items():
-        assert torch.equal(loaded.tensors[name], tensor)
-        assert loaded.tensors[name].dtype == tensor.dtype
+    assert loaded.files.keys() == saved.held.keys()
+    for kind in loaded.files:
+        tensors = loaded.tensors(kind)
+        assert {name: tensor.shape for name, tensor in tensors.items()} == SHAPES
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert same_tensors(loaded, saved)
+
+
+def test_pieces_come_back_as_other_pieces(tmp_path: Path) -> None:
+    """Three ranks read what one wrote: each the run of elements that it holds, across parameters."""
+    loaded, flat = load_checkpoint(save(tmp_path, 7)), torch.full((NUM_VALUES,), math.nan)
+    for first, stop in ((0, 1), (1, 700), (700, NUM_VALUES)):
+        loaded.read("policy", cut(flat[first:stop], first, SHAPES), SHAPES)
+    assert torch.equal(flat, torch.cat([piece.values for piece in state(7).held["policy"].pieces]))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "first"),
+    [
+        (SHAPES | {"second": torch.Size([399])}, "second"),
+        (SHAPES | {"first": torch.Size([20, 30])}, "first"),
+        (SHAPES | {"third": torch.Size([1])}, "third"),
+        ({"first": SHAPES["first"]}, "second"),
+    ],
+)
+def test_other_parameters_are_refused(shapes: dict[str, torch.Size], first: str, tmp_path: Path) -> None:
+    loaded, values = load_checkpoint(save(tmp_path, 7)), torch.zeros(10)
+    with pytest.raises(UserError, match=rf"step-000007 does not fit: its policy and the run's differ in '{first}'; "):
+        loaded.read("policy", [Piece("first", 0, values)], shapes)
+    assert not values.any()
 
 
 def test_saving_a_step_again_keeps_what_is_there(tmp_path: Path) -> None:
@@ -100,7 +136,7 @@ def test_without_a_checkpoint(tmp_path: Path) -> None:
 # Whole or absent
 
 
-@pytest.mark.parametrize("moment", ["save_file", "_write_manifest", "_sync", "rename"])
+@pytest.mark.parametrize("moment", ["create_file", "write_pieces", "_write_manifest", "_sync", "rename"])
 def test_a_process_killed_while_saving_leaves_no_half_checkpoint(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,7 +150,7 @@ def test_a_process_killed_while_saving_leaves_no_half_checkpoint(
         save(tmp_path, 2)
     assert names(tmp_path) == ["step-000001"]
     assert contents(tmp_path / "checkpoints" / "step-000001") == before
-    assert torch.equal(load_checkpoint(save(tmp_path, 2)).tensors["policy"], state(2).tensors["policy"])
+    assert same_tensors(load_checkpoint(save(tmp_path, 2)), state(2))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best", "step-000001", "step-000002"]
 
 
@@ -240,7 +276,7 @@ def test_a_file_that_cannot_be_written_is_a_clear_error(tmp_path: Path, files_up
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best", "step-000001"]
 
 
-@pytest.mark.parametrize("moment", ["save_lora", "save_file", "_write_manifest", "_sync"])
+@pytest.mark.parametrize("moment", ["save_weights", "create_file", "write_pieces", "_write_manifest", "_sync"])
 def test_a_full_disk_is_a_clear_error(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
 
@@ -248,9 +284,10 @@ def test_a_full_disk_is_a_clear_error(moment: str, tmp_path: Path, monkeypatch: 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"step-000002: No space left on device; "):
-        if moment != "save_lora":
+        if moment != "save_weights":
             patch.setattr(checkpoint, moment, fill)
-        save_checkpoint(tmp_path, state(2), save_lora=fill if moment == "save_lora" else save_lora)
+        writes = fill if moment == "save_weights" else save_weights
+        save_checkpoint(tmp_path, state(2), ALONE, save_weights=writes)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best", "step-000001"]
     assert load_checkpoint(save(tmp_path, 2)).step == 2, "with space again, the same step is saved"
 

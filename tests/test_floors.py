@@ -18,7 +18,17 @@ FLOORS = (
     ("flow", "models", "rewards", "prompts", "parallel", "shapes"),
     ("algorithms",),
     (
-        *("trainer", "checkpoint", "evaluate", "interruption", "metrics", "progress", "report", "run_directory"),
+        *(
+            "trainer",
+            "learner",
+            "checkpoint",
+            "evaluate",
+            "interruption",
+            "metrics",
+            "progress",
+            "report",
+            "run_directory",
+        ),
         *("charts", "memory", "planning", "profile_run", "samples", "sampling", "throughput"),
     ),
     ("cli", "doctor", "recipes", "__main__"),

@@ -65,6 +65,7 @@ def step_report(step: int, *, num_steps: int, rng: np.random.Generator) -> StepR
         kl=0.011 * learned + float(abs(rng.normal(0, 6e-4))),
         clip_fraction=0.22 * learned + float(abs(rng.normal(0, 0.02))),
         group_weight_mean=0.5 - 0.06 * learned + float(rng.normal(0, 0.006)),
+        skipped_steps=0,
         grad_norm=0.02 + 0.05 * math.exp(-step / 20) + float(rng.gamma(2, 0.006)),
         lr=3e-4,
         rollout_s=float(rollout_s),

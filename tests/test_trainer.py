@@ -19,6 +19,7 @@ from dgpo_fast import Trainer, load_recipe
 from dgpo_fast.checkpoint import list_checkpoints, load_checkpoint
 from dgpo_fast.errors import UserError
 from dgpo_fast.metrics import read_evaluations, read_metrics
+from dgpo_fast.models.policy import TRAINED
 from dgpo_fast.records import Rollout, ScoredGroups, StepReport
 
 CONTRACT = {
@@ -83,12 +84,13 @@ def test_evaluations_compare_with_the_base(straight_run: Path) -> None:
 
 
 def test_the_three_views_are_three(straight_run: Path) -> None:
-    tensors = load_checkpoint(list_checkpoints(straight_run)[-1]).tensors
-    policy, old, ema = (tensors[view] for view in ("policy", "old", "ema"))
-    assert not torch.equal(policy, old)
-    assert not torch.equal(policy, ema)
-    assert not torch.equal(old, ema)
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    checkpoint = load_checkpoint(list_checkpoints(straight_run)[-1])
+    policy, old, ema = (checkpoint.tensors(view) for view in ("policy", "old", "ema"))
+    assert policy.keys() == old.keys() == ema.keys()
+    for one, other in ((policy, old), (policy, ema), (old, ema)):
+        assert not all(torch.equal(one[name], other[name]) for name in one)
+    for kind in checkpoint.files:
+        assert {tensor.dtype for tensor in checkpoint.tensors(kind).values()} == {torch.float32}
 
 
 def test_the_best_checkpoint_is_the_one_with_the_highest_score(straight_run: Path) -> None:
@@ -208,11 +210,30 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path, quick: tu
     trainer = Trainer(load_recipe("tiny-dgpo", quick), tmp_path)
     before = trainer.policy.trainable.detach().clone()
     assert trainer.policy.trainable.grad is not None
-    trainer.policy.trainable.grad[0] = math.inf
-    with pytest.raises(UserError, match="the gradient of step 1 is not finite: no step made, checkpoints are intact"):
-        trainer.run_iteration()
-    assert trainer.step == 0
-    assert torch.equal(trainer.policy.trainable, before)
+    moments = {name: held.pieces[0].values for name, held in trainer.learner.engine.moments().items()}
+    refusal = "the gradients of 3 steps in a row, the last of step 3, were not finite .*, checkpoints are intact"
+    for skipped in (1, 2, 3):
+        trainer.policy.trainable.grad[0] = math.inf
+        if skipped == 3:  # one more than optimizer.max_skipped
+            with pytest.raises(UserError, match=refusal):
+                trainer.run_iteration()
+        else:
+            report = trainer.run_iteration()
+            assert (report.step, report.skipped_steps) == (skipped, skipped)
+            assert not math.isfinite(report.grad_norm)
+        assert all(torch.equal(trainer.policy.views[view].master, before) for view in TRAINED)
+        assert not any(values.any() for values in moments.values())
+        assert not trainer.policy.trainable.grad.any(), "the next step begins without it"
+
+
+def test_a_step_that_is_made_begins_the_count_anew(tmp_path: Path, quick: tuple[str, ...]) -> None:
+    trainer = Trainer(load_recipe("tiny-dgpo", [*quick, "optimizer.max_skipped=1"]), tmp_path)
+    assert trainer.policy.trainable.grad is not None
+    for step in range(1, 5):
+        if step % 2:
+            trainer.policy.trainable.grad[0] = math.nan
+        assert trainer.run_iteration().skipped_steps == (step + 1) // 2
+    assert trainer.learner.engine.steps_made() == 2
 
 
 def test_the_reference_operators_train_alike(

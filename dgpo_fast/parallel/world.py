@@ -39,9 +39,11 @@ class World:
         if on_cuda and local_rank >= torch.cuda.device_count():
             raise UserError(f"{local_rank + 1} or more ranks on this machine, but {torch.cuda.device_count()} GPUs")
         device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
-        if size > 1 and not dist.is_initialized():
+        if (size > 1 or config.parallel.zero_stage > 0) and not dist.is_initialized():
             backend = config.parallel.backend
-            dist.init_process_group(("nccl" if on_cuda else "gloo") if backend == "auto" else backend)
+            # DeepSpeed wants a group also of one.
+            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+            dist.init_process_group(("nccl" if on_cuda else "gloo") if backend == "auto" else backend, **alone)
         if on_cuda:
             torch.cuda.set_device(device)
         return cls(rank=rank, size=size, device=device)
