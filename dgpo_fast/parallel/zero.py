@@ -224,6 +224,7 @@ def _merged(ours: dict[str, Any], theirs: Mapping[str, Any], *, key: str) -> dic
 
 def _import_deepspeed(world: World) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")  # which it asks for where no launcher has set it
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
         import deepspeed
