@@ -137,10 +137,10 @@ class Engine:
     def _prompts(self, num_samples: int) -> PromptBatch:
         """Groups of the empty prompt."""
         size = self._config.groups.size
-        groups = range(num_samples // size)
+        groups = num_samples // size
         return PromptBatch(
-            iteration=0, prompts=("",) * len(groups), group_ids=tuple(groups), group_size=size,
-            conditioning=self._repeated(len(groups)), unconditional=self.trainer.unconditional,
+            iteration=0, samples=tuple(range(num_samples)), group_size=size, prompts=("",) * groups,
+            conditioning=self._repeated(groups), unconditional=self.trainer.unconditional,
         )  # fmt: skip
 
     def _scored(self) -> ScoredGroups:
@@ -153,6 +153,7 @@ class Engine:
         return ScoredGroups(
             rollout=rollout, reward_B=advantage_B, valid_B=torch.ones_like(advantage_B, dtype=torch.bool),
             num_valid=self._config.images_per_iteration, advantage_B=advantage_B,
+            group_size_G=advantage_B.new_full((self._config.groups.per_iteration,), self._config.groups.size),
         )  # fmt: skip
 
 

@@ -333,13 +333,11 @@ class Config(Section):
                 f"algorithm.train_timesteps must be at most algorithm.trunc + 1 = {trained}, "
                 f"got {self.algorithm.train_timesteps}: they are drawn without replacement"
             )
-        micro, size, images = self.optimizer.images_per_micro_batch, self.groups.size, self.images_per_iteration
-        if (micro % size and size % micro) or images % micro:
-            valid = [m for m in range(1, images + 1) if images % m == 0 and (m % size == 0 or size % m == 0)]
-            nearest = min(valid, key=lambda m: (abs(m - micro), m))
+        micro, images = self.optimizer.images_per_micro_batch, self.images_per_iteration
+        if images % micro:
             raise ValueError(
-                f"optimizer.images_per_micro_batch must hold whole groups or divide one (groups.size is {size}, "
-                f"{images} images per iteration), got {micro}; nearest that fits: {nearest}"
+                f"optimizer.images_per_micro_batch must divide the {images} images of an iteration (groups.size x "
+                f"groups.per_iteration), got {micro}; nearest that does: {_nearest_divisor(images, micro)}"
             )
         return self
 
@@ -354,18 +352,24 @@ def check_ranks(config: Config, num_ranks: int) -> None:
     Raises:
         UserError: it does not; the nearest value that does is named.
     """
-    groups, micro = config.groups.per_iteration, config.optimizer.images_per_micro_batch
-    if groups % num_ranks:
+    groups, size, micro = config.groups.per_iteration, config.groups.size, config.optimizer.images_per_micro_batch
+    if groups * size % num_ranks:
+        least = num_ranks // math.gcd(num_ranks, size)  # groups whose images divide among the ranks
         raise UserError(
-            f"groups.per_iteration must divide among the ranks, got {groups} for {num_ranks}; "
-            f"nearest that does: {max(1, round(groups / num_ranks)) * num_ranks}"
+            f"groups.per_iteration: {groups} groups of {size} images do not divide among {num_ranks} ranks; "
+            f"nearest that do: {max(1, round(groups / least)) * least}"
         )
-    share = config.images_per_iteration // num_ranks
+    share = groups * size // num_ranks
     if share % micro:
         raise UserError(
             f"optimizer.images_per_micro_batch must divide a rank's share of an iteration, {share} images on each of "
-            f"{num_ranks} ranks, got {micro}; nearest that does: {math.gcd(share, micro)}"
+            f"{num_ranks} ranks, got {micro}; nearest that does: {_nearest_divisor(share, micro)}"
         )
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    """Of the divisors of `number` the one closest to `wanted`, of two the smaller."""
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))
 
 
 MAY_CHANGE_ON_RESUME = (

@@ -103,10 +103,11 @@ def evaluate_view(
             for start in range(mine.start, mine.start + largest_share, per_chunk):
                 check()
                 chunk = prompts[start : min(start + per_chunk, mine.stop)]
+                # Ranks with nothing left draw along: where weights are gathered to be used, all must use them as often.
+                x0_BCHW = draw_latents(
+                    policy, view, chunk or prompts[:1], config, images_per_prompt=images_per_prompt, first_prompt=start
+                )
                 if chunk:
-                    x0_BCHW = draw_latents(
-                        policy, view, chunk, config, images_per_prompt=images_per_prompt, first_prompt=start
-                    )
                     scoring.add(x0_BCHW, [prompt for prompt in chunk for _ in range(images_per_prompt)])
         metrics = scoring.scores().metrics
         check()

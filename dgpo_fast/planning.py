@@ -21,6 +21,7 @@ from dgpo_fast.models.architectures import (
     text_flops,
 )
 from dgpo_fast.models.sources import ModelSource, cached_file, clip_tokens, find_model, transformer_shape, vae_shape
+from dgpo_fast.parallel.placement import placement_of
 from dgpo_fast.throughput import Throughput, expected_throughputs, gpu_memory_bytes, gpu_name
 
 GB = 1e9
@@ -108,7 +109,7 @@ def plan(config: Config) -> Plan:
         config=config,
         num_ranks=num_ranks,
         model=model,
-        placement=placement(config),
+        placement=placement(config, num_ranks),
         micro_batches=images_per_rank // config.optimizer.images_per_micro_batch * config.algorithm.train_timesteps,
         sigmas=tuple(sigmas[: config.algorithm.trunc + 1].tolist()),
         cost=costs,
@@ -121,15 +122,15 @@ def _num_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def placement(config: Config) -> Placement:
+def placement(config: Config, num_ranks: int) -> Placement:
     """Whether a group's samples meet in one micro-batch."""
-    micro, size = config.optimizer.images_per_micro_batch, config.groups.size
-    if micro % size == 0:
-        return Placement(case="a", why=f"groups stay whole, {micro // size} in a micro-batch: no extra work")
-    return Placement(
-        case="c",
-        why=f"a group is cut over {size // micro} micro-batches of its rank: their errors first, once more forward",
-    )
+    found = placement_of(config, num_ranks)
+    why = {
+        "a": f"groups stay whole, {found.micro // found.group_size} in a micro-batch: no extra work",
+        "b": "groups lie over several ranks, at the same micro-step: one small sum over the ranks at each",
+        "c": f"groups are cut over {found.steps_per_round} micro-steps: their errors first, once more forward",
+    }
+    return Placement(case=found.case, why=why[found.case])
 
 
 def evaluations(config: Config) -> dict[str, int]:
@@ -142,7 +143,7 @@ def evaluations(config: Config) -> dict[str, int]:
         "rollout": len(table.is_guided) + int(table.is_guided.sum()),
         "reference": trained * _per_velocity(algorithm.kl_cfg) * uses_base,
         "old policy": trained * uses_old,
-        "group weights": trained * (placement(config).case == "c"),
+        "group weights": trained * (placement(config, _num_ranks()).case == "c"),
         "policy": trained,
     }
 

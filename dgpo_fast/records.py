@@ -2,7 +2,7 @@
 
     PromptBatch -> Rollout -> ScoredGroups -> DGPOBatch -> LossOutput -> StepReport
 
-Shapes: B samples of this rank, ordered by group; G its groups; M samples of a micro-batch; C H W latents; N text
+Shapes: B samples of this rank, ordered by group; G groups; M samples of a micro-batch; C H W latents; N text
 tokens, D their width. Example: 8 groups of 16 images at 512 px give B = 128 and latents [128, 16, 64, 64].
 """
 
@@ -30,32 +30,41 @@ class Conditioning:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptBatch:
-    """The prompts of one iteration on this rank, one per group."""
+    """What this rank draws in an iteration: samples of groups, each of which has one prompt.
+
+    Samples and groups are numbered over all ranks, group after group: randomness is named by these numbers.
+    """
 
     iteration: int
-    prompts: tuple[str, ...]  # [G]
-    group_ids: tuple[int, ...]  # [G], the groups' numbers over all ranks: randomness is named by them
+    samples: tuple[int, ...]  # [B], in the order in which this rank works on them
     group_size: int
+    prompts: tuple[str, ...]  # [G], of the groups that the samples are of, in their order
     conditioning: Conditioning  # a row per group: [G, N, D], [G, D]
     unconditional: Conditioning | None  # the empty prompt: [1, N, D], [1, D]; None where no guidance needs it
 
     @property
-    def num_groups(self) -> int:
-        return len(self.prompts)
+    def group_ids(self) -> tuple[int, ...]:
+        """The groups' numbers, [G]."""
+        return tuple(sorted({sample // self.group_size for sample in self.samples}))
 
     @property
     def group_B(self) -> Tensor:
-        """Each sample's group, counted on this rank: int64 [B]."""
-        return torch.arange(self.num_samples, device=self.conditioning.text_BND.device) // self.group_size
+        """Which row of the conditioning each sample has: int64 [B]."""
+        return torch.tensor(self._rows, device=self.conditioning.text_BND.device)
 
     @property
     def prompt_of_sample(self) -> tuple[str, ...]:
         """Each sample's prompt, [B]."""
-        return tuple(prompt for prompt in self.prompts for _ in range(self.group_size))
+        return tuple(self.prompts[row] for row in self._rows)
 
     @property
     def num_samples(self) -> int:
-        return len(self.prompts) * self.group_size
+        return len(self.samples)
+
+    @property
+    def _rows(self) -> list[int]:
+        row_of = {group: row for row, group in enumerate(self.group_ids)}
+        return [row_of[sample // self.group_size] for sample in self.samples]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,12 +84,13 @@ class ScoredGroups:
     reward_B: Tensor  # float32; NaN where the reward failed
     valid_B: Tensor  # bool; False keeps a sample's place in every batch, with weight zero
     num_valid: int  # over all ranks
+    group_size_G: Tensor  # float32, valid samples of every group of the iteration, on whatever ranks; at least 1
     advantage_B: Tensor  # float32; 0 where not valid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DGPOBatch:
-    """One micro-batch at one training sigma: whole groups, or a piece of one."""
+    """One micro-batch at one training sigma: whole groups, or pieces of some."""
 
     x_t_MCHW: Tensor  # float32
     x0_MCHW: Tensor  # float32; 0 where not valid

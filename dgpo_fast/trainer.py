@@ -24,6 +24,7 @@ from dgpo_fast.learner import Learner
 from dgpo_fast.metrics import read_evaluations
 from dgpo_fast.ops.group_advantages import group_advantages
 from dgpo_fast.ops.registry import describe_serving
+from dgpo_fast.parallel.placement import placement_of
 from dgpo_fast.parallel.world import World
 from dgpo_fast.profiling import StageClock, stage, use_clock
 from dgpo_fast.prompts import PromptSampler, load_prompts
@@ -50,6 +51,10 @@ class Trainer:
         if self.world.is_first and not resume:
             refuse_used(out)
         check_ranks(config, self.world.size)
+        placement = placement_of(config, self.world.size)
+        self.samples_of_ranks = [
+            placement.samples(rank, total=config.images_per_iteration) for rank in range(self.world.size)
+        ]
         self.scorer = Scorer(config.rewards)
         self.test_prompts = load_prompts(config.prompts.test, key="prompts.test")[: config.evaluation.num_prompts]
         train_prompts = load_prompts(config.prompts.train, key="prompts.train")
@@ -57,7 +62,7 @@ class Trainer:
         self.clock = StageClock(synchronize=self.world.wait_for_device)
         use_clock(self.clock)
         self.interruption = Interruption(self.world)
-        self.algorithm: Algorithm = DGPO(config)  # type: ignore[type-arg]
+        self.algorithm: Algorithm = DGPO(config, self.world)  # type: ignore[type-arg]
         with stage("loading"):
             self.learner = Learner(config, self.world)
             self.policy = self.learner.policy
@@ -114,29 +119,34 @@ class Trainer:
         )  # fmt: skip
 
     def _next_prompts(self) -> PromptBatch:
-        """This rank's share of the iteration's prompts."""
-        mine = self.world.share(self.config.groups.per_iteration)
-        prompts = self.prompts.draw(self.step)[mine.start : mine.stop]
-        soon = self.prompts.upcoming(self.step + 1, self.config.steps, mine)
+        """This rank's share of the iteration."""
+        samples, size = self.samples_of_ranks[self.world.rank], self.config.groups.size
+        groups = sorted({sample // size for sample in samples})
+        drawn = self.prompts.draw(self.step)
+        prompts = tuple(drawn[group] for group in groups)
+        soon = self.prompts.upcoming(self.step + 1, self.config.steps, groups)
         return PromptBatch(
-            iteration=self.step, prompts=prompts, group_ids=tuple(mine), group_size=self.config.groups.size,
+            iteration=self.step, samples=samples, group_size=size, prompts=prompts,
             conditioning=self.policy.model.encode(prompts, soon=soon), unconditional=self.unconditional,
         )  # fmt: skip
 
     def _score(self, rollout: Rollout, scores: Scores) -> tuple[ScoredGroups, dict[str, Any]]:
         """Rewards and advantages; those of all ranks are normalised together, since the deviation may be global."""
         prompts, rule = rollout.prompts, self.config.advantages
-        reward_B = self.world.gather(scores.reward_B.to(self.world.device))
+        of_ranks = self.world.gather(scores.reward_B.to(self.world.device))
+        # From the order of ranks to that of groups, and back.
+        place_B = torch.tensor(self.samples_of_ranks, device=of_ranks.device)
+        reward_B = torch.empty_like(of_ranks).index_copy(0, place_B.flatten(), of_ranks)
         valid_B = reward_B.isfinite()
         if not (num_valid := int(valid_B.sum())):
             raise UserError("rewards: no image of the iteration has a valid reward")
         advantages = group_advantages(
             reward_B, valid_B, group_size=prompts.group_size, std=rule.std, epsilon=rule.epsilon, clamp=rule.clamp
         )
-        first = self.world.rank * prompts.num_samples
-        mine, counted = slice(first, first + prompts.num_samples), reward_B[valid_B]
+        mine, counted = place_B[self.world.rank], reward_B[valid_B]
         scored = ScoredGroups(
             rollout=rollout, reward_B=reward_B[mine], valid_B=valid_B[mine], num_valid=num_valid,
+            group_size_G=valid_B.view(-1, prompts.group_size).sum(1).clamp(min=1).float(),
             advantage_B=advantages.advantage_B[mine],
         )  # fmt: skip
         return scored, {

@@ -93,7 +93,7 @@ def test_the_published_loop_learns_the_same(changes: tuple[str, ...]) -> None:
     loop, policy, algorithm = published_and_ours(*changes)
     conditioning = policy.model.encode(["a red square", "two blue circles"])
     prompts = PromptBatch(
-        iteration=0, prompts=("", ""), group_ids=(0, 1), group_size=2, conditioning=conditioning,
+        iteration=0, samples=(0, 1, 2, 3), group_size=2, prompts=("", ""), conditioning=conditioning,
         unconditional=policy.model.encode([""]),
     )  # fmt: skip
     x0_BCHW = torch.randn(4, *policy.model.latent_shape, generator=torch.Generator().manual_seed(1))
@@ -101,6 +101,7 @@ def test_the_published_loop_learns_the_same(changes: tuple[str, ...]) -> None:
     scored = ScoredGroups(
         rollout=Rollout(prompts=prompts, x0_BCHW=x0_BCHW, sigmas=algorithm.sampler.sigmas),
         reward_B=advantage_B, valid_B=torch.ones(4, dtype=torch.bool), num_valid=4, advantage_B=advantage_B,
+        group_size_G=torch.tensor([2.0, 2.0]),
     )  # fmt: skip
     ((batch,),) = algorithm.batches(scored)
     algorithm.loss(policy, batch, None).loss.backward()  # type: ignore[no-untyped-call]

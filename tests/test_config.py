@@ -172,8 +172,9 @@ MISTAKES = {
     "rewards: {terms: []}": "rewards.terms:",
     "rewards: {}": "rewards.terms is required",
     "groups: {size: 1}": "groups.size: input should be greater than or equal to 2, got 1",
-    "groups: {size: 8}\noptimizer: {images_per_micro_batch: 12}": "got 12; nearest that fits: 8",
-    "groups: {size: 6}": "groups.size is 6, 48 images per iteration",
+    "groups: {size: 8}\noptimizer: {images_per_micro_batch: 12}": "got 12; nearest that does: 8",
+    "groups: {size: 7}": "the 56 images of an iteration (groups.size x groups.per_iteration), got 16; nearest that "
+    "does: 14",
     "rollout: {steps: 4}": "algorithm.trunc must be below rollout.steps (4), got 4",
     "algorithm: {trunc: 2}": "algorithm.train_timesteps must be at most algorithm.trunc + 1 = 3, got 4",
     "algorithm: {name: grpo}": "algorithm.name: input should be 'dgpo', got 'grpo'",

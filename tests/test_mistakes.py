@@ -97,8 +97,8 @@ RECIPE_MISTAKES = {
     "optimizer=fast": "optimizer: ",
     "rewards.terms=[]": "rewards.terms: ",
     "groups.size=1": "groups.size: input should be greater than or equal to 2, got 1",
-    "optimizer.images_per_micro_batch=3": "optimizer.images_per_micro_batch must hold whole groups or divide one "
-    "(groups.size is 4, 8 images per iteration), got 3; nearest that fits: 2",
+    "optimizer.images_per_micro_batch=3": "optimizer.images_per_micro_batch must divide the 8 images of an iteration "
+    "(groups.size x groups.per_iteration), got 3; nearest that does: 2",
     "algorithm.trunc=3": "algorithm.trunc must be below rollout.steps (3), got 3",
     "algorithm.train_timesteps=4": "algorithm.train_timesteps must be at most algorithm.trunc + 1 = 3, got 4",
     "steps": "--set takes key=value",
@@ -177,7 +177,7 @@ def run(straight_run: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "garble"])
-@pytest.mark.parametrize("name", ["state/tensors.safetensors", "state/state.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["state/policy.safetensors", "state/state.json", "manifest.json"])
 def test_a_damaged_checkpoint(name: str, damage: str, refusal: Refusal, run: Path) -> None:
     directory = run / "checkpoints" / "step-000006"
     path = directory / name
@@ -235,7 +235,7 @@ def test_a_disk_that_is_full_while_saving(
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_pieces", full)
     message = refusal("--out", run, "--resume", "--steps=7")
     assert f"cannot save {run / 'checkpoints' / 'step-000007'}: No space left on device; earlier checkpoints" in message
     assert_nothing_lost(run, straight_run)

@@ -115,7 +115,9 @@ def test_shares_are_all_there_is(total: int) -> None:
 
 
 def test_groups_must_divide_among_ranks(quick: tuple[str, ...]) -> None:
-    with pytest.raises(UserError, match=r"groups\.per_iteration must divide among the ranks, got 2 for 3; .*: 3"):
+    with pytest.raises(
+        UserError, match=r"groups\.per_iteration: 2 groups of 4 images do not divide among 3 ranks; .*: 3"
+    ):
         check_ranks(load_recipe("tiny-dgpo", quick), 3)
 
 

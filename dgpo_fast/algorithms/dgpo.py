@@ -7,7 +7,7 @@
     minimise softplus(s_G) / beta + kl_coef |v_theta - v_ref|^2       loss
     old <- average of old and policy                                  after_step
 
-Shape letters: B samples of this rank, M of a micro-batch, G groups, C H W latents.
+Shape letters: B samples of this rank, M of a micro-batch, G groups of a round, C H W latents.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor
 
-from dgpo_fast import rng
+from dgpo_fast.algorithms.noised import NoisedBatches
 from dgpo_fast.algorithms.ratio import check_ratio
 from dgpo_fast.config import Config
 from dgpo_fast.flow.cuda_graphs import CudaGraphs
-from dgpo_fast.flow.rollout import Sampler, initial_noise, model_timesteps, sample_latents
+from dgpo_fast.flow.rollout import Sampler, initial_noise, sample_latents
 from dgpo_fast.models.engines import View
 from dgpo_fast.models.policy import Policy
-from dgpo_fast.ops.flow_interpolate import flow_interpolate
 from dgpo_fast.ops.group_preference import group_preference, group_scores
 from dgpo_fast.ops.velocity_errors import VelocityErrors, velocity_errors
+from dgpo_fast.parallel.placement import placement_of
+from dgpo_fast.parallel.world import ALONE, World
 from dgpo_fast.profiling import stage
 from dgpo_fast.records import DGPOBatch, LossOutput, PromptBatch, Rollout, ScoredGroups
 
@@ -62,10 +63,12 @@ class _Groups(TypedDict):
 
 
 class DGPO:
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, world: World = ALONE) -> None:
+        self.config, self.world = config, world
+        self.placement = placement_of(config, world.size)
         self.settings = config.algorithm
         self.sampler = Sampler.from_config(config.rollout)
+        self.noised = NoisedBatches(config, self.sampler, self.placement, rank=world.rank)
         self.graphs = CudaGraphs() if config.rollout.cuda_graphs else None
         self.ratio_errors: Literal["training", "again"] = "training"
 
@@ -95,20 +98,12 @@ class DGPO:
         return Rollout(prompts=prompts, x0_BCHW=x0_BCHW, sigmas=self.sampler.sigmas)
 
     def batches(self, scored: ScoredGroups) -> Iterator[list[DGPOBatch]]:
-        """Rounds of micro-batches at each training sigma; samples are ordered by group, so at most one is open."""
-        prompts, x0_BCHW = scored.rollout.prompts, scored.rollout.x0_BCHW
-        micro, size = self.config.optimizer.images_per_micro_batch, prompts.group_size
-        per_round = max(micro, size)
-        for timestep_index in self._training_timesteps(prompts.iteration):
-            sigma, timestep = self._training_sigma(timestep_index)
-            streams_G4 = self._noise_streams(prompts, timestep_index).to(x0_BCHW.device)
-            for first in range(0, prompts.num_samples, per_round):
-                pieces = torch.arange(first, first + per_round, device=x0_BCHW.device).split(micro)
-                yield [self._batch(scored, streams_G4, sigma, timestep, first, index_M) for index_M in pieces]
+        """Rounds of noised micro-batches at each training sigma, each of which closes its groups."""
+        return self.noised.rounds(scored)
 
     @torch.no_grad()
     def group_weights(self, policy: Policy, batches: Sequence[DGPOBatch]) -> list[GroupWeights] | None:
-        """s_G of groups that are cut over the round's micro-batches, from a first pass without gradients."""
+        """s_G of groups that are cut over the round's micro-steps, from a first pass without gradients."""
         if len(batches) == 1 and self.ratio_errors == "training":
             return None
         anchors = [self._anchors(policy, batch) for batch in batches]
@@ -118,9 +113,9 @@ class DGPO:
                 errors = self._errors(self._policy_velocity(policy, batch), anchor, batch)
             scores.append(group_scores(errors.policy_M, self._reference_error(errors), **self._groups(batch)))
             policy_errors.append(errors.policy_M)
-        score_G = torch.stack(scores).sum(0)
+        score_G, num_pieces = self._whole(torch.stack(scores).sum(0), num_pieces=len(batches))
         return [
-            GroupWeights(score_G=score_G, num_pieces=len(batches), anchors=anchor, policy_M=policy_M)
+            GroupWeights(score_G=score_G, num_pieces=num_pieces, anchors=anchor, policy_M=policy_M)
             for anchor, policy_M in zip(anchors, policy_errors, strict=True)
         ]
 
@@ -134,13 +129,17 @@ class DGPO:
         if weights is not None and old_M is not None and self.ratio_errors == "again":
             # As far from these errors as from those without gradients: the ratio is theirs, and exact where it is 1.
             old_M = old_M + (errors.policy_M.detach() - weights.policy_M)
-        preference = group_preference(
-            errors.policy_M, self._reference_error(errors), **self._groups(batch),
-            score_G=None if weights is None else weights.score_G, old_error_M=old_M, clip=self.settings.clip,
-        )  # fmt: skip
-        objective, surrogate = preference.objective, preference.surrogate.detach()
+        reference_M, groups, score_G, num_pieces = self._reference_error(errors), self._groups(batch), None, 1
         if weights is not None:
-            objective = objective.detach() / weights.num_pieces + (preference.surrogate - surrogate)
+            score_G, num_pieces = weights.score_G, weights.num_pieces
+        elif self.placement.case == "b":
+            score_G, num_pieces = self._whole(group_scores(errors.policy_M, reference_M, **groups), num_pieces=1)
+        preference = group_preference(
+            errors.policy_M, reference_M, **groups, score_G=score_G, old_error_M=old_M, clip=self.settings.clip
+        )
+        objective, surrogate = preference.objective, preference.surrogate.detach()
+        if score_G is not None:
+            objective = objective.detach() / num_pieces + (preference.surrogate - surrogate)
         dgpo_loss = batch.group_share * objective
         kl = batch.sample_share * self._kl(errors, batch)
         loss = dgpo_loss + self.settings.kl_coef * kl
@@ -160,53 +159,11 @@ class DGPO:
         average = self.config.old_policy
         policy.average_into("old", decay=min(average.max_decay, average.rate * step))
 
-    def _training_timesteps(self, iteration: int) -> list[int]:
-        name = rng.stream(self.config.seed, stage="timesteps", iteration=iteration)
-        return rng.choice(name, self.settings.trunc + 1, k=self.settings.train_timesteps)
-
-    def _training_sigma(self, index: int) -> tuple[float, float]:
-        """The training sigma and what the model is told, of a point of the schedule."""
-        timesteps = model_timesteps(self.sampler.sigmas, self.config.rollout.timesteps)
-        exact = self.config.rollout.timesteps == "float"
-        return (float(self.sampler.sigmas[index]) if exact else timesteps[index] / 1000), timesteps[index]
-
-    def _noise_streams(self, prompts: PromptBatch, timestep_index: int) -> Tensor:
-        """The words of each group's stream of training noise, int64 [G, 4]: operators draw it where they use it."""
-        seed, iteration = self.config.seed, prompts.iteration
-        names = [
-            rng.stream(seed, stage="training noise", iteration=iteration, group=group, timestep=timestep_index)
-            for group in prompts.group_ids
-        ]
-        return torch.tensor(names)
-
-    def _batch(
-        self, scored: ScoredGroups, streams_G4: Tensor, sigma: float, timestep: float, first: int, index_M: Tensor
-    ) -> DGPOBatch:
-        prompts = scored.rollout.prompts
-        prompt_M, first_group = index_M // prompts.group_size, first // prompts.group_size
-        last_group = (first + max(len(index_M), prompts.group_size) - 1) // prompts.group_size
-        mine, group_M = slice(first_group, last_group + 1), prompt_M - first_group
-        valid_M = scored.valid_B[index_M]
-        # What could not be scored may not be finite either, and then a weight of zero would not keep it out.
-        x0_MCHW = scored.rollout.x0_BCHW[index_M].where(valid_M[:, None, None, None], 0.0)
-        sizes_G = scored.valid_B.view(prompts.num_groups, -1).sum(1).clamp(min=1).float()
-        num_timesteps = self.settings.train_timesteps
-        sigma_M = x0_MCHW.new_full((len(index_M),), sigma, dtype=torch.float64)
-        noisy = flow_interpolate(x0_MCHW, sigma_M, streams=streams_G4[mine], group_B=group_M, with_target=False)
-        return DGPOBatch(
-            x_t_MCHW=noisy.x_t,
-            x0_MCHW=x0_MCHW,
-            streams_G4=streams_G4[mine],
-            timestep_M=x0_MCHW.new_full((len(index_M),), timestep),
-            conditioning=prompts.conditioning[prompt_M],
-            unconditional=prompts.unconditional if self.settings.kl_cfg > 1 else None,
-            advantage_M=scored.advantage_B[index_M],
-            valid_M=valid_M,
-            group_M=group_M,
-            group_size_G=sizes_G[mine],
-            group_share=1 / (self.config.groups.per_iteration * num_timesteps),
-            sample_share=1 / (scored.num_valid * num_timesteps),
-        )
+    def _whole(self, score_G: Tensor, *, num_pieces: int) -> tuple[Tensor, int]:
+        """Scores of pieces summed over the ranks that a group may lie on, and how many pieces these have together."""
+        if self.placement.case == "a":
+            return score_G, num_pieces
+        return self.world.sum(score_G), num_pieces * self.world.size
 
     def _policy_velocity(self, policy: Policy, batch: DGPOBatch) -> Tensor:
         return policy.velocity("policy", batch.x_t_MCHW, batch.timestep_M, batch.conditioning)[0]

@@ -126,20 +126,20 @@ class FullPolicy(Policy):
         """Nothing: the weights are the output's own."""
 
     def _errors_module(self, view: View) -> nn.Module:
-        if view == "policy":
-            return self._module
-        if view == "ref":
-            return self._reference
-        return self._shown(view)
+        if view in ("old", "ema"):
+            return self._shown(view)
+        module: nn.Module = self._module if view == "policy" else self._reference
+        return module
 
     def _sampling_module(self, view: View) -> nn.Module:
         is_policy = view == "policy" and self._samples_from_replica
         return self._shown(view) if is_policy else self._errors_module(view)
 
-    def _shown(self, view: View) -> SD3Transformer2DModel:
+    def _shown(self, view: View) -> nn.Module:
         held = self._engine.masters() if view == "policy" else self._averages[view]  # type: ignore[index]
         self._replica.show(view, held.pieces, self._assembly)
-        return self._replica.transformer
+        transformer: nn.Module = self._replica.transformer
+        return transformer
 
 
 def _copy(held: Held) -> Held:

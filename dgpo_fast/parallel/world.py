@@ -41,9 +41,11 @@ class World:
         device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
         if (size > 1 or config.parallel.zero_stage > 0) and not dist.is_initialized():
             backend = config.parallel.backend
-            # DeepSpeed wants a group also of one.
-            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
-            dist.init_process_group(("nccl" if on_cuda else "gloo") if backend == "auto" else backend, **alone)
+            name = ("nccl" if on_cuda else "gloo") if backend == "auto" else backend
+            if "WORLD_SIZE" in os.environ:
+                dist.init_process_group(name)
+            else:  # DeepSpeed wants a group also of one
+                dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         if on_cuda:
             torch.cuda.set_device(device)
         return cls(rank=rank, size=size, device=device)
@@ -100,3 +102,7 @@ class World:
         """To be called by every rank at the end of its work."""
         if self.size > 1:
             dist.destroy_process_group()
+
+
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+"""A process without peers, for what exchanges nothing with any."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
@@ -50,10 +50,11 @@ class PromptSampler:
         places = (divmod(place, len(self.prompts)) for place in range(first, first + self.per_iteration))
         return tuple(self.prompts[self._epoch(epoch)[place]] for epoch, place in places)
 
-    def upcoming(self, first: int, last: int, groups: range) -> Iterator[str]:
+    def upcoming(self, first: int, last: int, groups: Sequence[int]) -> Iterator[str]:
         """The prompts of `groups` in the iterations from `first` up to, and without, `last`."""
         for iteration in range(first, last):
-            yield from self.draw(iteration)[groups.start : groups.stop]
+            drawn = self.draw(iteration)
+            yield from (drawn[group] for group in groups)
 
     def _epoch(self, epoch: int) -> list[int]:
         if self._order is None or self._order[0] != epoch:

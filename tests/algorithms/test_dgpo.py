@@ -19,6 +19,7 @@ from dgpo_fast.models.engines import View
 from dgpo_fast.ops.group_advantages import group_advantages
 from dgpo_fast.ops.group_preference import group_scores
 from dgpo_fast.ops.velocity_errors import velocity_errors
+from dgpo_fast.parallel.world import World
 from dgpo_fast.records import DGPOBatch, LossOutput, PromptBatch, Rollout, ScoredGroups
 
 MakePolicy = Callable[..., AdapterPolicy]
@@ -48,18 +49,18 @@ def tiny(*overrides: str, size: int = 4, micro: int = 8) -> Config:
 def prompt_batch(policy: AdapterPolicy, config: Config, *, iteration: int = 0) -> PromptBatch:
     return PromptBatch(
         iteration=iteration,
-        prompts=PROMPTS,
-        group_ids=(0, 1),
+        samples=tuple(range(config.images_per_iteration)),
         group_size=config.groups.size,
+        prompts=PROMPTS,
         conditioning=policy.model.encode(PROMPTS),
         unconditional=policy.model.encode([""]),
     )
 
 
 def second_alone(prompts: PromptBatch) -> PromptBatch:
-    """The second group, as another rank has it."""
-    conditioning = prompts.conditioning[slice(1, 2)]
-    return replace(prompts, prompts=PROMPTS[1:], group_ids=(1,), conditioning=conditioning)
+    """The second group, as the second of two ranks has it."""
+    conditioning, samples = prompts.conditioning[slice(1, 2)], prompts.samples[prompts.group_size :]
+    return replace(prompts, prompts=PROMPTS[1:], samples=samples, conditioning=conditioning)
 
 
 def score(rollout: Rollout, config: Config, *, invalid: Sequence[int] = ()) -> ScoredGroups:
@@ -70,7 +71,7 @@ def score(rollout: Rollout, config: Config, *, invalid: Sequence[int] = ()) -> S
     advantages = group_advantages(reward_B, valid_B, group_size=size, std="group", epsilon=1e-4, clamp=5.0)
     return ScoredGroups(
         rollout=rollout, reward_B=reward_B, valid_B=valid_B, num_valid=int(valid_B.sum()),
-        advantage_B=advantages.advantage_B,
+        advantage_B=advantages.advantage_B, group_size_G=valid_B.view(-1, size).sum(1).clamp(min=1).float(),
     )  # fmt: skip
 
 
@@ -208,9 +209,10 @@ def test_batches_of_a_group_do_not_depend_on_the_rank(make_policy: MakePolicy) -
         valid_B=both.valid_B[4:],
         num_valid=both.num_valid,
         advantage_B=both.advantage_B[4:],
+        group_size_G=both.group_size_G,
     )
     _, (second,) = DGPO(config).batches(both)
-    ((only,),) = DGPO(config).batches(alone)
+    ((only,),) = DGPO(config, World(rank=1, size=2, device=torch.device("cpu"))).batches(alone)
     for name in ("x_t_MCHW", "x0_MCHW", "streams_G4", "timestep_M", "advantage_M", "group_M", "group_size_G"):
         assert torch.equal(getattr(second, name), getattr(only, name)), name
     assert (second.group_share, second.sample_share) == (only.group_share, only.sample_share) == (1 / 2, 1 / 8)

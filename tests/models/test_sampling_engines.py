@@ -65,7 +65,7 @@ def _prompts(policy: AdapterPolicy) -> object:
     from dgpo_fast.records import PromptBatch
 
     return PromptBatch(
-        iteration=0, prompts=("a red circle",), group_ids=(0,), group_size=2,
+        iteration=0, samples=(0, 1), group_size=2, prompts=("a red circle",),
         conditioning=policy.model.encode(["a red circle"]), unconditional=None,
     )  # fmt: skip
 
