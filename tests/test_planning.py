@@ -82,9 +82,13 @@ def test_trained_sigmas_are_the_first_of_the_schedule() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("micro", "case", "said"), [(16, "a", "1 in a"), (64, "a", "4 in a"), (4, "c", "cut over 4")])
-def test_placement(micro: int, case: str, said: str) -> None:
-    found = placement(load_recipe("sd35m-geneval", [f"optimizer.images_per_micro_batch={micro}"]))
+@pytest.mark.parametrize(
+    ("micro", "num_ranks", "case", "said"),
+    [(16, 1, "a", "1 in a"), (64, 1, "a", "4 in a"), (4, 1, "c", "cut over 4"), (4, 2, "c", "cut over 2"),
+     (4, 4, "b", "over several ranks"), (16, 8, "a", "1 in a")],
+)  # fmt: skip
+def test_placement(micro: int, num_ranks: int, case: str, said: str) -> None:
+    found = placement(load_recipe("sd35m-geneval", [f"optimizer.images_per_micro_batch={micro}"]), num_ranks)
     assert found.case == case
     assert said in found.why
 
@@ -99,7 +103,7 @@ def test_ranks_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     assert alone.cost.flops == together.cost.flops
     images = [found.cost.memory.resident["latents, texts"] for found in (alone, together)]
     assert images[0] == 4 * images[1]
-    with pytest.raises(UserError, match=r"groups\.per_iteration must divide among the ranks, got 6 for 4"):
+    with pytest.raises(UserError, match=r"share of an iteration, 24 images on each of 4 ranks, got 16; .*: 12"):
         planned("sd35m-geneval", *RANDOM_GENEVAL, "groups.per_iteration=6")
 
 

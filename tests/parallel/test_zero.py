@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,8 @@ from dgpo_fast.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from dgpo_fast.metrics import read_metrics
 
 STEPS, SAVED = 5, 3
+Saved = Callable[..., Mapping[str, Tensor]]
+Distance = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], float]
 KINDS = {"adapters": (), "full": ("adapter=null", "model.engine=eager")}
 STAGES = (0, 1, 2, 3)
 SAME_SAMPLING = "model.sampling=same"
@@ -59,7 +58,7 @@ def of_kind(overrides: tuple[str, ...], kind: str, stage: int, *more: str) -> li
 
 @pytest.fixture(scope="module")
 def runs(
-    tmp_path_factory: pytest.TempPathFactory, overrides: tuple[str, ...], child_environment: dict[str, str]
+    tmp_path_factory: pytest.TempPathFactory, overrides: tuple[str, ...], train_on_ranks: Callable[..., None]
 ) -> Path:
     """Runs by name: `adapters-2` is of adapters on two ranks under ZeRO 2, `adapters` on one rank, and so on."""
     root = tmp_path_factory.mktemp("zero")
@@ -76,7 +75,7 @@ def runs(
         plans.append(plan(root / f"nan-{kind}-{stage}", of_kind(overrides, kind, stage, "steps=3"), nan_in_step=1))
     gathered = of_kind(overrides, "full", 3, "parallel.rollout=gathered", "model.checkpointing=full")
     plans.append(plan(root / "gathered", gathered))
-    launch(plans, child_environment, root)
+    train_on_ranks(plans, 2)
 
     continued: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
     for name, (origin, num_ranks, stage) in RESUMED.items():
@@ -86,27 +85,13 @@ def runs(
         changed = of_kind(overrides, origin.partition("-")[0], stage)
         continued[num_ranks].append(plan(root / name, changed, resume=True))
     for num_ranks, plans in continued.items():
-        launch(plans, child_environment, root, num_ranks=num_ranks)
+        train_on_ranks(plans, num_ranks)
     torch.set_num_threads(threads)
     return root
 
 
-def plan(out: Path, overrides: list[str], *, resume: bool = False, nan_in_step: int | None = None) -> dict[str, Any]:
-    return {"out": str(out), "overrides": overrides, "resume": resume, "nan_in_step": nan_in_step}
-
-
-def launch(plans: list[dict[str, Any]], environment: Mapping[str, str], root: Path, *, num_ranks: int = 2) -> None:
-    """Makes the runs on so many ranks; one needs no launcher."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    file = root / "runs.json"
-    file.write_text(json.dumps(plans))
-    process = subprocess.run(
-        [sys.executable, *(launcher if num_ranks > 1 else []), Path(__file__).with_name("train_ranks.py"), file],
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
+def plan(out: Path, overrides: list[str], **more: Any) -> dict[str, Any]:
+    return {"out": out, "overrides": overrides, **more}
 
 
 @cache
@@ -114,29 +99,16 @@ def checkpoint(run: Path, step: int = STEPS) -> Checkpoint:
     return load_checkpoint(run / "checkpoints" / f"step-{step:06d}")
 
 
-@cache
-def tensors_of(run: Path, kind: str, step: int = STEPS) -> dict[str, Tensor]:
-    return checkpoint(run, step).tensors(kind)
-
-
-def flat(tensors: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([tensors[name].flatten() for name in sorted(tensors)]).double()
-
-
-def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """The relative distance of all parameters."""
-    assert one.keys() == other.keys()
-    return float((flat(one) - flat(other)).norm() / flat(other).norm())
-
-
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_of_two_ranks_are_those_of_one(runs: Path, kind: str, stage: int) -> None:
+def test_weights_of_two_ranks_are_those_of_one(
+    runs: Path, saved: Saved, distance: Distance, kind: str, stage: int
+) -> None:
     one, two = runs / kind, runs / f"{kind}-{stage}"
-    start = tensors_of(one, "policy", SAVED)
-    assert distance(start, tensors_of(one, "policy")) > 1e-4, "two steps apart they are further apart"
+    start = saved(one, "policy", SAVED)
+    assert distance(start, saved(one, "policy")) > 1e-4, "two steps apart they are further apart"
     for view in ("policy", "old", "ema"):
-        assert distance(tensors_of(two, view), tensors_of(one, view)) < 1e-5, view
+        assert distance(saved(two, view), saved(one, view)) < 1e-5, view
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -149,17 +121,19 @@ def test_two_ranks_learn_from_the_same(runs: Path, kind: str, stage: int) -> Non
             assert mine[key] == pytest.approx(other[key], rel=1e-4), (mine["step"], key)
 
 
-def test_layers_gathered_one_by_one_draw_and_learn_the_same(runs: Path) -> None:
+def test_layers_gathered_one_by_one_draw_and_learn_the_same(runs: Path, saved: Saved, distance: Distance) -> None:
     """No replica, and blocks that are computed again in the backward pass, from weights gathered again."""
-    assert distance(tensors_of(runs / "gathered", "policy"), tensors_of(runs / "full", "policy")) < 1e-5
+    assert distance(saved(runs / "gathered", "policy"), saved(runs / "full", "policy")) < 1e-5
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_run_goes_on_under_another_stage_or_number_of_ranks(runs: Path, name: str) -> None:
+def test_a_run_goes_on_under_another_stage_or_number_of_ranks(
+    runs: Path, saved: Saved, distance: Distance, name: str
+) -> None:
     origin, num_ranks, stage = RESUMED[name]
     is_same = num_ranks == 2 and origin.endswith(f"-{stage}")
     for kind in checkpoint(runs / origin).files:
-        mine, straight = tensors_of(runs / name, kind), tensors_of(runs / origin, kind)
+        mine, straight = saved(runs / name, kind), saved(runs / origin, kind)
         if is_same:
             assert all(torch.equal(tensor, straight[key]) for key, tensor in mine.items())
         elif kind in ("policy", "old", "ema"):
@@ -169,10 +143,10 @@ def test_a_run_goes_on_under_another_stage_or_number_of_ranks(runs: Path, name: 
 
 @pytest.mark.parametrize("stage", (1, 2, 3))
 def test_bfloat16_steps_are_those_of_replicas(
-    runs: Path, stage: int, embedded_pipeline: StableDiffusion3Pipeline
+    runs: Path, saved: Saved, distance: Distance, stage: int, embedded_pipeline: StableDiffusion3Pipeline
 ) -> None:
     """One step, from equal weights: its direction differs by how bfloat16 gradients add up."""
-    replicas, sharded = (tensors_of(runs / f"low-{s}", "policy", 1) for s in (0, stage))
+    replicas, sharded = (saved(runs / f"low-{s}", "policy") for s in (0, stage))
     start = {name: p.bfloat16().float() for name, p in embedded_pipeline.transformer.named_parameters()}
     assert distance(sharded, replicas) < 0.05 * distance(start, replicas)
     norms = [read_metrics(runs / f"low-{s}")[0]["grad_norm"] for s in (0, stage)]
@@ -189,14 +163,14 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(runs: P
     assert all(tensor.isfinite().all() for kind in spoilt.files for tensor in spoilt.tensors(kind).values())
 
 
-def test_every_file_is_read_by_its_format(runs: Path) -> None:
+def test_every_file_is_read_by_its_format(runs: Path, saved: Saved) -> None:
     """The evaluation average of full fine-tuning is a transformer of diffusers, whoever wrote which piece."""
     from diffusers import SD3Transformer2DModel
 
     directory = list_checkpoints(runs / "full-3")[-1]
     transformer = SD3Transformer2DModel.from_pretrained(directory / "transformer")
-    saved = tensors_of(runs / "full-3", "ema")
+    ema = saved(runs / "full-3", "ema")
     assert {name: parameter.shape for name, parameter in transformer.named_parameters()} == {
-        name: tensor.shape for name, tensor in saved.items()
+        name: tensor.shape for name, tensor in ema.items()
     }
-    assert all(torch.equal(parameter, saved[name]) for name, parameter in transformer.named_parameters())
+    assert all(torch.equal(parameter, ema[name]) for name, parameter in transformer.named_parameters())

@@ -1,9 +1,14 @@
-"""A rank that trains several runs, one after the other: starting processes takes longer than training the small model.
+"""A rank that trains several runs, one after the other.
 
-    torchrun --nproc-per-node 2 train_ranks.py RUNS.json
+    torchrun --nproc-per-node 2 train_ranks.py PLANS.json
 
-RUNS.json is a list of {"out", "overrides", "resume", "nan_in_step"}; the last is the step, counted from 0, in which the
-gradient of the last rank is not finite, or null.
+PLANS.json is a list of
+    {"out": directory, "overrides": [...],
+     "resume": false,           go on from the last checkpoint
+     "nan_in_step": null,       the step, counted from 0, in which the gradient of the last rank is not finite
+     "failed": null,            a list: rewards are made of the samples' numbers, and these samples have none
+     "perturbed": false}        begin with adapters that are not zero, the same on every rank
+Each rank writes how many forwards it has run to out/forwards-RANK.txt.
 """
 
 from __future__ import annotations
@@ -14,22 +19,48 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dgpo_fast import Trainer, load_recipe
+from dgpo_fast.records import Rollout
+from dgpo_fast.rewards import Scores
 
 
-def train(run: dict[str, Any]) -> None:
-    trainer = Trainer(load_recipe("tiny-dgpo", run["overrides"]), Path(run["out"]), resume=run["resume"])
-    backward, is_last = trainer.learner.backward, trainer.world.rank == trainer.world.size - 1
+def train(plan: dict[str, Any]) -> None:
+    trainer = Trainer(load_recipe("tiny-dgpo", plan["overrides"]), Path(plan["out"]), resume=plan.get("resume", False))
+    rank, backward, score = trainer.world.rank, trainer.learner.backward, trainer._score
+    velocity, forwards = trainer.policy.engine.velocity, []
 
-    def spoilt(loss: Tensor) -> None:
-        backward(loss * math.nan if is_last and trainer.step == run["nan_in_step"] else loss)
+    def spoilt_backward(loss: Tensor) -> None:
+        is_spoilt = rank == trainer.world.size - 1 and trainer.step == plan.get("nan_in_step")
+        backward(loss * math.nan if is_spoilt else loss)
 
-    trainer.learner.backward = spoilt  # type: ignore[method-assign]
+    def spoilt_score(rollout: Rollout, scores: Scores) -> Any:
+        for place, sample in enumerate(rollout.prompts.samples if plan.get("failed") else ()):
+            scores.reward_B[place] = math.nan if sample in plan["failed"] else sample * 7 % 5
+        return score(rollout, scores)
+
+    def counted_velocity(*arguments: Any) -> Tensor:
+        forwards.append(arguments[0])
+        return velocity(*arguments)
+
+    if plan.get("perturbed"):
+        perturb(trainer)
+    trainer.learner.backward = spoilt_backward  # type: ignore[method-assign]
+    trainer._score = spoilt_score  # type: ignore[method-assign]
+    trainer.policy.engine.velocity = counted_velocity  # type: ignore[method-assign]
     trainer.train()
+    (Path(plan["out"]) / f"forwards-{rank}.txt").write_text(" ".join(forwards))
+
+
+def perturb(trainer: Trainer) -> None:
+    """Far from the base, so that group scores are no sums of mere rounding."""
+    trainable = trainer.policy.trainable.data  # type: ignore[attr-defined]
+    trainable.add_(torch.randn(len(trainable), generator=torch.Generator().manual_seed(0)), alpha=0.05)
+    trainer.policy.refresh("policy")
 
 
 if __name__ == "__main__":
-    for run in json.loads(Path(sys.argv[1]).read_text()):
-        train(run)
+    for plan in json.loads(Path(sys.argv[1]).read_text()):
+        train(plan)

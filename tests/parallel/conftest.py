@@ -1,0 +1,65 @@
+"""Several runs on several ranks, by one launch: starting processes takes longer than training the small model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dgpo_fast.checkpoint import last_checkpoint, load_checkpoint
+
+Train = Callable[..., None]
+Tensors = Mapping[str, Tensor]
+
+
+@pytest.fixture(scope="session")
+def train_on_ranks(child_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """`train_on_ranks(plans, num_ranks)` trains every plan of train_ranks.py; one rank needs no launcher."""
+
+    def train(plans: Sequence[Mapping[str, Any]], num_ranks: int) -> None:
+        file = tmp_path_factory.mktemp("plans") / "plans.json"
+        file.write_text(json.dumps([{**plan, "out": str(plan["out"])} for plan in plans]))
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+        process = subprocess.run(
+            [sys.executable, *(launcher if num_ranks > 1 else []), Path(__file__).with_name("train_ranks.py"), file],
+            env={**child_environment, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 0, process.stderr[-4000:]
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def saved() -> Callable[..., Tensors]:
+    """`saved(run, kind)` is what a run saved last, or after the step that is given as well."""
+
+    @cache
+    def tensors(run: Path, kind: str, step: int | None = None) -> Tensors:
+        directory = last_checkpoint(run) if step is None else run / "checkpoints" / f"step-{step:06d}"
+        return load_checkpoint(directory).tensors(kind)
+
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def distance() -> Callable[[Tensors, Tensors], float]:
+    """The relative distance of all of two runs' parameters."""
+
+    def flat(tensors: Tensors) -> Tensor:
+        return torch.cat([tensors[name].flatten() for name in sorted(tensors)]).double()
+
+    def relative(one: Tensors, other: Tensors) -> float:
+        assert one.keys() == other.keys()
+        return float((flat(one) - flat(other)).norm() / flat(other).norm())
+
+    return relative
