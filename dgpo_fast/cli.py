@@ -86,6 +86,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan; load nothing.")
     ] = False,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: plan for so many ranks, not for the launcher's.")
+    ] = None,
     overrides: Overrides = None,
     steps: Steps = None,
     save_every: SaveEvery = None,
@@ -93,12 +96,14 @@ def train(
     model: Model = None,
 ) -> None:
     """Fine-tune a model."""
+    if ranks is not None and not dry_run:
+        raise UserError("--ranks plans, with --dry-run; to train on several, start with torchrun (docs/launch.md)")
     shorthands = {"steps": steps, "checkpoints.every": save_every, "seed": seed, "model.name": model}
     config = load_recipe(recipe, [*(overrides or []), *_as_overrides(shorthands)])
     if dry_run:
         from dgpo_fast import planning
 
-        Console().print(planning.render(planning.plan(config)))
+        Console().print(planning.render(planning.plan(config, num_ranks=ranks)))
         return
     out = _run_directory_to_write(out, config, resume=resume)
 

@@ -14,18 +14,16 @@ from typing import Literal, NamedTuple
 
 from dgpo_fast.config import AdapterConfig, Config, ModelConfig
 from dgpo_fast.models.architectures import SD3_TEXT_ENCODERS, Tokens, TransformerShape, VAEShape
+from dgpo_fast.parallel.state_bytes import state_bytes
 
 MARGIN = 0.1
 """Share of a card's memory that a run should leave alone."""
 
-TRAINING_BYTES = {"float32": 24, "bfloat16": 32}
-"""Per trained parameter: float32 masters of policy, old policy and evaluation average, a gradient and two Adam states;
-in bfloat16 also the compute copies of the three and their gradient."""
-
-Phase = Literal["training", "rollout", "VAE decoding", "text encoders"]
+Phase = Literal["training", "optimizer step", "rollout", "VAE decoding", "text encoders"]
 
 REMEDIES: dict[Phase, str] = {
     "training": "model.checkpointing full, or a smaller optimizer.images_per_micro_batch, needs less",
+    "optimizer step": "a higher parallel.zero_stage, or parallel.offload_optimizer cpu, needs less",
     "rollout": "a smaller rollout.images_per_forward needs less",
     "VAE decoding": "a smaller rollout.images_per_decode needs less",
     "text encoders": "prompts encoded before, on a larger card, are read from model.prompt_cache",
@@ -40,6 +38,8 @@ class Memory:
     """What is there all the time."""
     phases: dict[Phase, float]
     """What comes and goes, one after the other."""
+    host: dict[str, float]
+    """What is offloaded to the host's memory."""
 
     @property
     def largest_phase(self) -> Phase:
@@ -145,20 +145,29 @@ def predict_memory(
     text_tokens: int,
     images: int,
     has_text_encoders: bool,
+    num_ranks: int = 1,
+    zero_stage: int | None = None,
 ) -> Memory:
-    """The memory of a rank that draws `images` in an iteration, with prompts of `text_tokens`."""
-    model, rollout, adapter = config.model, config.rollout, config.adapter
+    """The memory of a rank that draws `images` in an iteration, with prompts of `text_tokens`.
+
+    Args:
+        zero_stage: another than the recipe's.
+    """
+    model, rollout = config.model, config.rollout
     size, pixels = value_bytes(model), model.resolution**2
     tokens = shape.tokens(model.resolution, text_tokens, vae_factor=vae.factor)
-    trained = shape.adapter_parameters(adapter.targets, rank=adapter.rank)
+    stage = config.parallel.zero_stage if zero_stage is None else zero_stage
+    trained = float(trained_parameters(config, shape))
+    state = state_bytes(config, trained=trained, value=size, stage=stage, num_ranks=num_ranks)
     pictures = 4.0 * 3 * pixels * min(images, rollout.images_per_forward)  # scored as they come, and not kept
     latents = 4.0 * shape.channels * (model.resolution // vae.factor) ** 2
     drawn = rollout_bytes(config, shape, tokens)
     graphs = rollout.cuda_graphs * ((rollout.switch_step > 0) + (config.steps > rollout.switch_step))
+    transformers = 1 if config.adapter is not None else 3  # each has its table of positions
     resident = {
-        "transformer": float(size * (shape.parameters + shape.position_values)),
+        "base transformer": float(size * (shape.parameters + transformers * shape.position_values)),
         "VAE": float(size * vae.parameters),
-        "adapters, averages, AdamW": float(TRAINING_BYTES[model.dtype] * trained),
+        **state.resident,
         "latents, texts": images * (2 * latents + size * text_tokens * shape.joint_attention_dim),
     }
     if model.drawn_with != "same":
@@ -168,13 +177,21 @@ def predict_memory(
     decoding = decoding_bytes(vae, model) * rollout.decoded_at_once + pictures
     overlaps = images > rollout.images_per_forward  # a batch is decoded while the next is drawn
     phases: dict[Phase, float] = {
-        "training": config.optimizer.images_per_micro_batch * _image_bytes(config, shape, tokens),
+        "training": config.optimizer.images_per_micro_batch * _image_bytes(config, shape, tokens) + state.backward,
+        "optimizer step": state.step,
         "rollout": drawn + overlaps * decoding,
         "VAE decoding": decoding,
     }
     if has_text_encoders:
         phases["text encoders"] = size * sum(encoder.parameters for encoder in SD3_TEXT_ENCODERS.values())
-    return Memory(resident=resident, phases=phases)
+    return Memory(resident=resident, phases=phases, host=state.host)
+
+
+def trained_parameters(config: Config, shape: TransformerShape) -> int:
+    """Parameters that a run of `config` trains."""
+    if config.adapter is None:
+        return shape.parameters
+    return shape.adapter_parameters(config.adapter.targets, rank=config.adapter.rank)
 
 
 def value_bytes(model: ModelConfig) -> int:
@@ -182,11 +199,12 @@ def value_bytes(model: ModelConfig) -> int:
     return 4 if model.dtype == "float32" else 2
 
 
-def training_bytes(shape: TransformerShape, tokens: Tokens, model: ModelConfig, adapter: AdapterConfig) -> float:
+def training_bytes(shape: TransformerShape, tokens: Tokens, model: ModelConfig, adapter: AdapterConfig | None) -> float:
     """Peak of a sample's forward and backward through the transformer, by `model.engine` and `model.checkpointing`."""
     kept = peak = 0.0
     for block in range(shape.layers):
         if model.engine == "fused":
+            assert adapter is not None
             keeps, needs = _fused_block(block, shape, tokens, model, adapter)
         else:
             keeps, needs = _eager_block(block, shape, tokens, model)
@@ -279,5 +297,6 @@ def _sampling_copy_bytes(config: Config, shape: TransformerShape) -> float:
     if config.model.drawn_with != "merged":
         size = 1 if config.model.drawn_with == "fp8" else 2
         return float(size * sum(linear.inputs * linear.outputs for linear in products))
+    assert config.adapter is not None  # only the fused engine has such copies, and it trains adapters
     adapted = [linear for linear in products if linear.is_target(config.adapter.targets)]
     return float(value_bytes(config.model) * sum(linear.inputs * linear.outputs for linear in adapted))

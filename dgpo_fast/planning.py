@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from dgpo_fast.config import Config, check_ranks
 from dgpo_fast.flow.trajectory import trajectory_of
-from dgpo_fast.memory import MARGIN, REMEDIES, Memory, predict_memory
+from dgpo_fast.memory import MARGIN, REMEDIES, Memory, predict_memory, trained_parameters
 from dgpo_fast.models.architectures import (
     Flops,
     TransformerShape,
@@ -50,10 +51,13 @@ class Cost:
 
     parameters: int
     trained_parameters: int
-    trained_tensors: int
+    trained_tensors: int | None
+    """Of adapters."""
     stages: tuple[Stage, ...]
     memory: Memory
     """Of each rank."""
+    memory_by_zero_stage: tuple[Memory, ...]
+    """The same, were the stage 0, 1, 2 or 3."""
 
     @property
     def flops(self) -> float:
@@ -80,15 +84,15 @@ class Plan:
     """What would keep the run from starting as things stand."""
 
 
-def plan(config: Config) -> Plan:
-    """The plan of a run of `config` on this machine, with as many ranks as the launcher's environment says.
+def plan(config: Config, *, num_ranks: int | None = None) -> Plan:
+    """The plan of a run of `config` on `num_ranks` ranks; None for as many as the launcher's environment says.
 
     Raises:
         UserError: the model, its size, the adapter, a reward or a prompt file cannot be what the recipe says, or an
             iteration does not divide among the ranks.
     """
     source = find_model(config.model.name, revision=config.model.revision)
-    num_ranks = _num_ranks()
+    num_ranks = num_ranks or int(os.environ.get("WORLD_SIZE", "1"))
     check_ranks(config, num_ranks)
     shape = transformer_shape(source, revision=config.model.revision)
     vae = vae_shape(source, revision=config.model.revision)
@@ -99,11 +103,12 @@ def plan(config: Config) -> Plan:
             patch=shape.patch,
             pos_embed_max_size=shape.pos_embed_max_size,
         )
-        check_targets(config.adapter.targets, [linear.name for linear in shape.linears])
+        if config.adapter is not None:
+            check_targets(config.adapter.targets, [linear.name for linear in shape.linears])
     model, model_warnings = _describe_model(source, config)
     sigmas, _ = trajectory_of(config.rollout)
     images_per_rank = config.images_per_iteration // num_ranks
-    costs = None if shape is None else cost(config, source, shape, vae)
+    costs = None if shape is None else cost(config, source, shape, vae, num_ranks=num_ranks)
     too_much = () if costs is None else _lack_of_memory(config, costs.memory)
     return Plan(
         config=config,
@@ -118,10 +123,6 @@ def plan(config: Config) -> Plan:
     )
 
 
-def _num_ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def placement(config: Config, num_ranks: int) -> Placement:
     """Whether a group's samples meet in one micro-batch."""
     found = placement_of(config, num_ranks)
@@ -133,7 +134,7 @@ def placement(config: Config, num_ranks: int) -> Placement:
     return Placement(case=found.case, why=why[found.case])
 
 
-def evaluations(config: Config) -> dict[str, int]:
+def evaluations(config: Config, num_ranks: int = 1) -> dict[str, int]:
     """Transformer forwards per image of each stage; a guided velocity takes two. A backward follows the policy's."""
     algorithm, (_, table) = config.algorithm, trajectory_of(config.rollout)
     uses_base = algorithm.reference == "base" or algorithm.kl_coef > 0
@@ -143,27 +144,30 @@ def evaluations(config: Config) -> dict[str, int]:
         "rollout": len(table.is_guided) + int(table.is_guided.sum()),
         "reference": trained * _per_velocity(algorithm.kl_cfg) * uses_base,
         "old policy": trained * uses_old,
-        "group weights": trained * (placement(config, _num_ranks()).case == "c"),
+        "group weights": trained * (placement(config, num_ranks).case == "c"),
         "policy": trained,
     }
 
 
-def cost(config: Config, source: ModelSource, shape: TransformerShape, vae: VAEShape) -> Cost:
+def cost(config: Config, source: ModelSource, shape: TransformerShape, vae: VAEShape, *, num_ranks: int) -> Cost:
     """Parameters, FLOPs and memory of a run with a model of this shape."""
-    targets, rank = config.adapter.targets, config.adapter.rank
+    memory = partial(
+        predict_memory,
+        config,
+        shape,
+        vae,
+        text_tokens=text_tokens(config, source),
+        images=config.images_per_iteration // num_ranks,
+        has_text_encoders=_has_real_text_encoders(source, shape),
+        num_ranks=num_ranks,
+    )
     return Cost(
         parameters=shape.parameters,
-        trained_parameters=shape.adapter_parameters(targets, rank=rank),
-        trained_tensors=2 * len(shape.adapted(targets)),
-        stages=tuple(_stages(config, source, shape, vae)),
-        memory=predict_memory(
-            config,
-            shape,
-            vae,
-            text_tokens=text_tokens(config, source),
-            images=config.images_per_iteration // _num_ranks(),
-            has_text_encoders=_has_real_text_encoders(source, shape),
-        ),
+        trained_parameters=trained_parameters(config, shape),
+        trained_tensors=None if config.adapter is None else 2 * len(shape.adapted(config.adapter.targets)),
+        stages=tuple(_stages(config, source, shape, vae, num_ranks=num_ranks)),
+        memory=memory(),
+        memory_by_zero_stage=tuple(memory(zero_stage=stage) for stage in range(4)),
     )
 
 
@@ -172,14 +176,19 @@ def text_tokens(config: Config, source: ModelSource) -> int:
     return clip_tokens(source, revision=config.model.revision) + config.model.text_length
 
 
-def _stages(config: Config, source: ModelSource, shape: TransformerShape, vae: VAEShape) -> Iterator[Stage]:
-    targets, rank = config.adapter.targets, config.adapter.rank
+def _stages(
+    config: Config, source: ModelSource, shape: TransformerShape, vae: VAEShape, *, num_ranks: int
+) -> Iterator[Stage]:
     tokens = shape.tokens(config.model.resolution, text_tokens(config, source), vae_factor=vae.factor)
     base = shape.forward_flops(tokens)
-    adapted = base + shape.adapter_flops(tokens, targets, rank=rank)
-    backward = shape.backward_flops(tokens, targets, rank=rank)
+    if config.adapter is None:
+        adapted, backward = base, shape.full_backward_flops(tokens)
+    else:
+        targets, rank = config.adapter.targets, config.adapter.rank
+        adapted = base + shape.adapter_flops(tokens, targets, rank=rank)
+        backward = shape.backward_flops(tokens, targets, rank=rank)
     images = config.images_per_iteration
-    for name, count in evaluations(config).items():
+    for name, count in evaluations(config, num_ranks).items():
         each: Flops = {"reference": base, "policy": adapted + backward}.get(name, adapted)
         yield Stage(name=name, evaluations=count, flops=images * count * each.total)
     yield Stage(name="VAE", evaluations=0, flops=images * vae.decode_flops(config.model.resolution).total)
@@ -245,16 +254,11 @@ def _missing_prompts(config: Config) -> Iterator[str]:
 
 def _lack_of_memory(config: Config, memory: Memory) -> Iterator[str]:
     """A warning for each card, the recipe's and this machine's, that the run would not fit on."""
-    cards = {}
-    if config.device_memory_gb is not None:
-        cards["of device_memory_gb"] = config.device_memory_gb * GB
-    if config.device != "cpu" and (found := gpu_memory_bytes()) is not None:
-        cards[f"of this {gpu_name()}"] = found
-    for card, total in cards.items():
+    for card, total in _cards(config).items():
         if memory.peak_bytes > (1 - MARGIN) * total:
             yield (
                 f"the peak of {memory.peak_bytes / GB:.1f} GB, in {memory.largest_phase}, leaves less than "
-                f"{MARGIN:.0%} of the {total / GB:.1f} GB {card}: {REMEDIES[memory.largest_phase]}"
+                f"{MARGIN:.0%} of the {total / GB:.1f} GB of {card}: {REMEDIES[memory.largest_phase]}"
             )
 
 
@@ -262,7 +266,7 @@ def render(plan: Plan) -> RenderableType:
     """The plan for a terminal."""
     parts: list[RenderableType] = [_summary(plan)]
     if plan.cost is not None:
-        parts += [_stage_table(plan.cost), _memory_table(plan.cost.memory)]
+        parts += [_stage_table(plan.cost), _memory_table(plan.cost.memory), _zero_table(plan, plan.cost)]
     parts += [f"[yellow]warning:[/] {warning}" for warning in plan.warnings]
     return Group(*parts)
 
@@ -299,10 +303,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def _parameters(cost: Cost) -> str:
     share = cost.trained_parameters / cost.parameters
-    return (
-        f"{_count(cost.parameters)} in the transformer, {_count(cost.trained_parameters)} trained in "
-        f"{cost.trained_tensors} tensors ({share:.1%})"
-    )
+    tensors = "" if cost.trained_tensors is None else f" in {cost.trained_tensors} tensors"
+    return f"{_count(cost.parameters)} in the transformer, {_count(cost.trained_parameters)} trained{tensors} ({share:.1%})"
 
 
 def _stage_table(cost: Cost) -> Table:
@@ -330,6 +332,36 @@ def _memory_table(memory: Memory) -> Table:
     table.add_section()
     table.add_row(f"peak, in {memory.largest_phase}", f"{memory.peak_bytes / GB:.2f}")
     return table
+
+
+SHARDED_BY = ("nothing", "masters, AdamW, averages", "and gradients", "and trained weights")
+"""What ZeRO shards, by stage; adapters' averages, gradients and weights stay whole."""
+
+
+def _zero_table(plan: Plan, cost: Cost) -> Table:
+    ranks = "1 rank" if plan.num_ranks == 1 else f"{plan.num_ranks} ranks"
+    table = Table(title=f"The same by ZeRO stage, on {ranks}", title_justify="left")
+    for column in ("stage", "sharded", "GB all the time", "GB at the peak", "GB of the host"):
+        table.add_column(column, justify="left" if column == "sharded" else "right")
+    cards = _cards(plan.config)
+    for card in cards:
+        table.add_column(f"fits {card}")
+    for stage, memory in enumerate(cost.memory_by_zero_stage):
+        mark = " *" if stage == plan.config.parallel.zero_stage else ""
+        sizes = (sum(memory.resident.values()), memory.peak_bytes, sum(memory.host.values()))
+        fits = ("yes" if memory.peak_bytes <= (1 - MARGIN) * total else "no" for total in cards.values())
+        table.add_row(f"{stage}{mark}", SHARDED_BY[stage], *(f"{size / GB:.2f}" for size in sizes), *fits)
+    return table
+
+
+def _cards(config: Config) -> dict[str, float]:
+    """Memory of the cards that a run should fit on, the recipe's and this machine's, in bytes."""
+    cards = {}
+    if config.device_memory_gb is not None:
+        cards["device_memory_gb"] = config.device_memory_gb * GB
+    if config.device != "cpu" and (found := gpu_memory_bytes()) is not None:
+        cards[f"this {gpu_name()}"] = float(found)
+    return cards
 
 
 def _count(number: float) -> str:

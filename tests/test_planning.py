@@ -111,7 +111,7 @@ def test_ranks_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_of_the_base_follows_its_dtype(dtype: str, bytes_each: int) -> None:
     cost = planned("sd35m-geneval", *RANDOM_GENEVAL, f"model.dtype={dtype}").cost
     assert cost is not None
-    assert cost.memory.resident["transformer"] == bytes_each * (SD35_MEDIUM.parameters + 384**2 * 1536)
+    assert cost.memory.resident["base transformer"] == bytes_each * (SD35_MEDIUM.parameters + 384**2 * 1536)
 
 
 def test_text_encoders_leave_before_activations_come() -> None:
@@ -142,6 +142,22 @@ def about_memory(plan: Plan) -> list[str]:
 CARDS = {24: "full", 40: "selective", 80: "none"}
 
 
+ADAPTED = [name for name in recipe_names() if name.startswith("sd35m-") and load_recipe(name).adapter is not None]
+
+
+@pytest.mark.parametrize(("name", "size"), [("sd35m-geneval-full", "medium"), ("sd35l-geneval-full", "large")])
+def test_full_fine_tuning_fits_the_cards_it_is_for(name: str, size: str) -> None:
+    found = plan(load_recipe(name, [*PROMPTS, f"model.name=random:sd35-{size}"]), num_ranks=8)
+    assert about_memory(found) == []
+    assert found.cost is not None
+    # Of each product both gradients: three times the forward's FLOPs, where adapters take about two.
+    forwards = {stage.name: stage.flops / stage.evaluations for stage in found.cost.stages if stage.evaluations}
+    assert forwards["policy"] == pytest.approx(3 * forwards["old policy"])
+    text = shown(found)
+    assert "100.0%" in text
+    assert "on 8 ranks" in text
+
+
 @pytest.mark.parametrize(("memory_gb", "checkpointing"), CARDS.items())
 def test_a_cards_recipe_leaves_a_tenth_of_it(memory_gb: int, checkpointing: str) -> None:
     found = planned(f"sd35m-geneval-{memory_gb}gb", *PROMPTS)
@@ -153,7 +169,7 @@ def test_a_cards_recipe_leaves_a_tenth_of_it(memory_gb: int, checkpointing: str)
 
 
 @pytest.mark.parametrize(("memory_gb", "checkpointing"), CARDS.items())
-@pytest.mark.parametrize("recipe", [name for name in recipe_names() if name.startswith("sd35m-")])
+@pytest.mark.parametrize("recipe", ADAPTED)
 def test_what_a_cards_recipe_changes_fits_every_other(recipe: str, memory_gb: int, checkpointing: str) -> None:
     changes = (f"device_memory_gb={memory_gb}", f"model.checkpointing={checkpointing}")
     assert about_memory(planned(recipe, *PROMPTS, *changes)) == []

@@ -10,6 +10,8 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.parallel.assembly import Assembly
 from dgpo_fast.parallel.engine import MOMENTS, StepOutcome, adamw, zero_state
+from dgpo_fast.parallel.state_bytes import REDUCE_BUCKET
 from dgpo_fast.parallel.weights import Held, Piece, Shapes, TrainedWeights, cut
 from dgpo_fast.parallel.world import World
 
@@ -46,13 +49,15 @@ class ZeroEngine:
         named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         self.shapes: Shapes = {name: parameter.shape for name, parameter in named.items()}
         is_low = next(iter(named.values())).dtype == torch.bfloat16
-        settings = deepspeed_config(config, is_low=is_low)
+        num_values = sum(shape.numel() for shape in self.shapes.values())
+        settings = deepspeed_config(config, is_low=is_low, num_values=num_values)
         deepspeed = _import_deepspeed(world)
         try:
-            self._engine, _, _, _ = deepspeed.initialize(
-                model=module, optimizer=adamw(list(named.values()), config.optimizer), config=settings,
-                dist_init_required=False,
-            )  # fmt: skip
+            with redirect_stdout(StringIO()):  # one of its optimizers prints how much memory there is
+                self._engine, _, _, _ = deepspeed.initialize(
+                    model=module, optimizer=adamw(list(named.values()), config.optimizer), config=settings,
+                    dist_init_required=False,
+                )  # fmt: skip
         except (ValueError, AssertionError, TypeError) as error:
             raise UserError(f"parallel.deepspeed: {' '.join(str(error).split())}") from error
         self._optimizer = self._engine.optimizer
@@ -179,11 +184,12 @@ class FlatZeroEngine:
         return held._replace(pieces=pieces)
 
 
-def deepspeed_config(config: Config, *, is_low: bool) -> dict[str, Any]:
+def deepspeed_config(config: Config, *, is_low: bool, num_values: int) -> dict[str, Any]:
     """DeepSpeed's configuration of a run: what the recipe decides, and `parallel.deepspeed` beside it.
 
     Args:
         is_low: whether what is trained computes in bfloat16.
+        num_values: how many are trained.
 
     Raises:
         UserError: `parallel.deepspeed` contradicts the recipe.
@@ -207,7 +213,10 @@ def deepspeed_config(config: Config, *, is_low: bool) -> dict[str, Any]:
         ours["bf16"] = {"enabled": True, "check_grad_overflow": True}
         ours["data_types"] = {"grad_accum_dtype": {"float32": "fp32", "bfloat16": "bf16"}[parallel.gradients]}
         ours["communication_data_type"] = ours["data_types"]["grad_accum_dtype"]
-    return _merged(ours, parallel.deepspeed, key="parallel.deepspeed")
+    merged = _merged(ours, parallel.deepspeed, key="parallel.deepspeed")
+    # Buffers of DeepSpeed's default, 5e8 values, are larger than some models.
+    merged["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCE_BUCKET, num_values))
+    return merged
 
 
 def _merged(ours: dict[str, Any], theirs: Mapping[str, Any], *, key: str) -> dict[str, Any]:
