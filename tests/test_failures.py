@@ -49,7 +49,7 @@ def own_lines(stderr: str) -> list[str]:
 # Ranks that do nothing but fail
 
 RANK = """
-import os, pathlib, signal, sys, time
+import os, pathlib, signal, sys, threading, time
 from dgpo_fast.parallel import failures
 
 class Store:
@@ -78,6 +78,7 @@ FORKS = f"if os.fork():\n    {KILLED}\nelse:\n    os.close(1); os.close(2); time
 RAISES = "raise MemoryError('no \\n memory')"
 REFUSES = "failures.fail('no such file'); sys.exit(2)"
 GOES_ON = "try:\n    while True: collective()\nfinally: print('files closed')"
+TERMINATED = "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
 GONE = "was killed, or its machine is gone"
 
 # What each of three ranks does, and what the others say of it.
@@ -89,6 +90,11 @@ STORIES = {
     "the first rank meets a mistake of the user": ((REFUSES, GOES_ON, BLOCKED), "rank 0 failed: no such file"),
     "the others' collectives break first": (
         ("raise RuntimeError('reset by peer')", f"time.sleep(0.5); {KILLED}", "collective('reset by peer')"),
+        f"rank 1 {GONE}",
+    ),
+    "a rank is terminated": ((GOES_ON, GOES_ON, TERMINATED + BLOCKED), f"rank 2 {GONE}"),
+    "a launcher terminates the others first": (
+        (TERMINATED + GOES_ON, f"time.sleep(1); {KILLED}", TERMINATED + GOES_ON),
         f"rank 1 {GONE}",
     ),
     "a rank hangs": (
@@ -135,12 +141,14 @@ def test_the_others_say_a_line_and_end(story: str, stories: dict[str, list[subpr
     for rank, (behaviour, ended) in enumerate(zip(behaviours, ends(stories[story]), strict=True)):
         if behaviour in (KILLED, FORKS) or behaviour.endswith(KILLED):
             assert ended == (-signal.SIGKILL, "", "")
+        elif behaviour == TERMINATED + BLOCKED:
+            assert ended == (-signal.SIGTERM, "", "")
         elif behaviour == RAISES:
             assert ended.status == 1 and ended.stderr.startswith("Traceback")
         elif behaviour == REFUSES:
             assert ended == (2, "", "")
         else:
-            assert ended == (1, "files closed\n" if behaviour == GOES_ON else "", line_of(rank, 3, cause))
+            assert ended == (1, "files closed\n" if GOES_ON in behaviour else "", line_of(rank, 3, cause))
 
 
 def test_a_rank_may_leave_before_the_others(tmp_path: Path, child_environment: dict[str, str]) -> None:

@@ -18,14 +18,15 @@ import atexit
 import os
 import secrets
 import selectors
+import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
-from threading import Event, Lock, Thread
-from types import TracebackType
+from threading import Event, Lock, Thread, current_thread, main_thread
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
@@ -68,9 +69,10 @@ class Watch:
         self._is_over = False  # this rank has parted, failed, or heard of a failure: what the others do is all the same
         self._lost: RankLost | None = None
         self._usual_hook, sys.excepthook = sys.excepthook, self._on_uncaught
+        if current_thread() is main_thread():
+            self._usual_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         atexit.register(self.part)
-        # A process that a reward forks would otherwise keep the connections of a parent that was killed.
-        os.register_at_fork(after_in_child=self._close)
+        os.register_at_fork(after_in_child=self._forget)
         Thread(target=self._listen, name="watch of other ranks", daemon=True).start()
 
     def part(self) -> None:
@@ -121,9 +123,9 @@ class Watch:
         with self._lock:
             if self._is_over:
                 return False
-            self._is_over = True
             going_on = "checkpoints are intact, train --resume goes on from the last"
             self._lost = RankLost(f"rank {self.rank} of {self.size} stops: {cause}; {going_on}")
+            self._is_over = True
             self._tell(cause)
             print(f"error: {self._lost}", file=sys.__stderr__, flush=True)  # which no progress bar or hook has replaced
             self._heard.set()
@@ -136,11 +138,22 @@ class Watch:
         self.fail(f"{kind.__name__}: {error}")
         self._usual_hook(kind, error, trace)
 
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        """What SIGTERM does, but for the case that it is the launcher's, which terminates the others of a dead rank."""
+        patience_ends = time.monotonic() + NEWS_S
+        while not self._is_over and time.monotonic() < patience_ends:
+            time.sleep(0.01)  # an Event could not be waited for: this may interrupt the main thread doing just that
+        self.check()
+        signal.signal(number, self._usual_handler)
+        signal.raise_signal(number)
+
     def _tell(self, word: str) -> None:
         for peer in self._peers:
             _send(peer, word)
 
-    def _close(self) -> None:
+    def _forget(self) -> None:
+        """In a process that a reward forks, say: it is no rank, and must not keep the connections of one that dies."""
+        self._is_over = True
         for peer in self._peers:
             peer.close()
 
