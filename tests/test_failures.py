@@ -14,7 +14,11 @@ from typing import NamedTuple
 import pytest
 
 from dgpo_fast.checkpoint import list_checkpoints
+from dgpo_fast.config import load_recipe
+from dgpo_fast.errors import UserError
 from dgpo_fast.metrics import read_metrics
+from dgpo_fast.parallel import failures
+from dgpo_fast.parallel.world import World
 
 TOO_LONG_S = 60  # for a rank to end after another
 
@@ -72,7 +76,7 @@ def collective(error=None):
 
 failures.watch(int(os.environ["RANK"]), 3, Store(), timeout_s=7)
 """
-BLOCKED = "time.sleep(1000)"
+BLOCKED = "time.sleep(100)"
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 FORKS = f"if os.fork():\n    {KILLED}\nelse:\n    os.close(1); os.close(2); time.sleep(70)"
 RAISES = "raise MemoryError('no \\n memory')"
@@ -154,6 +158,23 @@ def test_the_others_say_a_line_and_end(story: str, stories: dict[str, list[subpr
 def test_a_rank_may_leave_before_the_others(tmp_path: Path, child_environment: dict[str, str]) -> None:
     behaviours = ("time.sleep(1)", "failures.part(); os._exit(0)", "time.sleep(0.5)")
     assert ends(launch(tmp_path, behaviours, child_environment)) == [(0, "", "")] * 3
+
+
+@pytest.mark.parametrize(
+    ("place", "refusal"),
+    [
+        ({}, r"rank 0 of 2 did not meet the others at \$MASTER_ADDR:\$MASTER_PORT: .*MASTER_ADDR expected"),
+        ({"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}, r"rank 0 of 2 did not meet the others at localhost:0: "),
+    ],
+)
+def test_a_rank_that_no_other_joins(
+    place: dict[str, str], refusal: str, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failures, "JOIN_TIMEOUT_S", 1.0)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", **place}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=refusal):
+        World.from_environment(load_recipe("tiny-dgpo", quick))
 
 
 # Whole runs on two ranks
