@@ -23,6 +23,7 @@ from rich.table import Table
 
 from dgpo_fast.config import Config, load_recipe, recipe_names, refuse_used
 from dgpo_fast.errors import UserError
+from dgpo_fast.parallel import failures
 
 app = typer.Typer(
     name="dgpo-fast",
@@ -247,13 +248,15 @@ def _as_overrides(settings: dict[str, int | str | None]) -> list[str]:
 
 def _run_directory_to_write(out: Path | None, config: Config, *, resume: bool) -> Path:
     """`out` or a new name, once it is sure that a run can be written there and none is overwritten."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if out is None:
         if resume:
             raise UserError("--resume needs --out RUN_DIR, the run to go on with")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if not alone:
             raise UserError("several processes need --out RUN_DIR: each would pick a name of its own")
         out = Path("runs") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    if _is_first_rank() and not resume:
+    # The first of several ranks refuses when the others hear of it: before they have met, they would wait for it.
+    if alone and not resume:
         refuse_used(out)
         _check_writable(out)
     return out
@@ -308,5 +311,6 @@ def _is_error(record: logging.LogRecord) -> bool:
 
 
 def _refuse(message: str) -> NoReturn:
+    failures.fail(message)
     Console(stderr=True).print(f"error: {' '.join(message.split())}", markup=False, highlight=False, soft_wrap=True)
     raise SystemExit(USER_ERROR)

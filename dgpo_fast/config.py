@@ -256,6 +256,10 @@ class ParallelConfig(Section):
     """How ranks share the work's memory; every rank draws and trains on its share of the images in any case."""
 
     backend: Literal["auto", "gloo", "nccl"] = "auto"
+    timeout_s: Positive = 1800.0
+    """How long a rank waits for the others before the run is given up: longer than what one does alone, such as the
+    download of a model, an encoding of all prompts, or the first rank's checkpoints and reports. It is for ranks that
+    hang; of one that fails or dies the others hear at once."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What DeepSpeed (ZeRO, arXiv 1910.02054) shards among ranks: nothing; masters and optimizer states; gradients too;
     weights too. Adapters' weights and those they stand beside are whole on every rank in any stage."""

@@ -42,11 +42,11 @@ class Trainer:
 
     def __init__(self, config: Config, out: Path, *, resume: bool = False) -> None:
         self.config, self.out, self.resumed = config, out, resume
+        self.world = World.from_environment(config)
         if resume:
             refuse_conflicts(out, config)
         # A run that ended before its first checkpoint goes on from its beginning.
         checkpoints = list_checkpoints(out) if resume else []
-        self.world = World.from_environment(config)
         saved = load_checkpoint(checkpoints[-1], self.world) if checkpoints else None
         if self.world.is_first and not resume:
             refuse_used(out)

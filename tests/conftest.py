@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import resource
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -103,6 +104,49 @@ def straight_run(tmp_path_factory: pytest.TempPathFactory, quick: tuple[str, ...
     out = tmp_path_factory.mktemp("runs") / "straight"
     Trainer(load_recipe("tiny-dgpo", [*quick, "logging.tensorboard=true"]), out).train()
     return out
+
+
+@pytest.fixture(scope="session")
+def straight_two_ranks(
+    tmp_path_factory: pytest.TempPathFactory, quick: tuple[str, ...], child_environment: dict[str, str]
+) -> Path:
+    """The directory of that run on two ranks of one torchrun, with a thread each. Not to be changed: copy it."""
+    out = tmp_path_factory.mktemp("runs") / "straight-two-ranks"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = ["-m", "dgpo_fast", "train", "tiny-dgpo", "--out", out, *(f"--set={item}" for item in quick)]
+    subprocess.run([*command, *arguments], env={**child_environment, "OMP_NUM_THREADS": "1"}, check=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def assert_ends_alike() -> Callable[[Path, Path], None]:
+    """Compares the ends of two runs to the bit: every tensor of the last checkpoint, every metric and evaluation."""
+    from safetensors.torch import load_file
+
+    from dgpo_fast.checkpoint import last_checkpoint
+    from dgpo_fast.metrics import read_evaluations, read_metrics
+
+    clock_and_memory = {"wall_s", "rollout_s", "reward_s", "train_s", "images_per_s", "peak_memory_gb"}
+
+    def bits(run: Path) -> dict[str, bytes]:
+        last = last_checkpoint(run)
+        return {
+            f"{path.relative_to(run)}: {name}": tensor.numpy().tobytes()
+            for path in sorted(last.rglob("*.safetensors"))
+            for name, tensor in load_file(path).items()
+        }
+
+    def numbers(run: Path) -> list[dict[str, object]]:
+        return [{key: line[key] for key in line.keys() - clock_and_memory} for line in read_metrics(run)]
+
+    def compare(run: Path, straight: Path) -> None:
+        mine, others = bits(run), bits(straight)
+        assert len(mine) > 0 and mine.keys() == others.keys()
+        assert [name for name in mine if mine[name] != others[name]] == []
+        assert numbers(run) == numbers(straight)
+        assert read_evaluations(run) == read_evaluations(straight)
+
+    return compare
 
 
 # What loads torch and diffusers is imported where it is used: most tests need neither.

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
+from dgpo_fast.parallel import failures
+from dgpo_fast.parallel.failures import collective
 
 T = TypeVar("T")
 
@@ -29,24 +34,22 @@ class World:
         """Joins the process group that torchrun or DeepSpeed's launcher describes in the environment, if any.
 
         Raises:
-            UserError: `device: cuda` without CUDA, or more ranks than GPUs.
+            UserError: `device: cuda` without CUDA, more ranks than GPUs, or other ranks that do not come.
         """
         size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-        if config.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("device: cuda was asked for, but torch sees no CUDA device")
-        on_cuda = config.device != "cpu" and torch.cuda.is_available()
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if on_cuda and local_rank >= torch.cuda.device_count():
-            raise UserError(f"{local_rank + 1} or more ranks on this machine, but {torch.cuda.device_count()} GPUs")
-        device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
-        if (size > 1 or config.parallel.zero_stage > 0) and not dist.is_initialized():
-            backend = config.parallel.backend
-            name = ("nccl" if on_cuda else "gloo") if backend == "auto" else backend
-            if "WORLD_SIZE" in os.environ:
-                dist.init_process_group(name)
-            else:  # DeepSpeed wants a group also of one
-                dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-        if on_cuda:
+        timeout = timedelta(seconds=config.parallel.timeout_s)
+        store: Store | None = None
+        # Before anything that may fail on this rank alone, which the others would then not hear of.
+        if not dist.is_initialized() and size > 1:
+            store = _meet(rank, size, timeout)
+        elif not dist.is_initialized() and config.parallel.zero_stage > 0:
+            store = dist.HashStore()  # type: ignore[attr-defined]  # DeepSpeed wants a group also of one
+        device, backend = _device(config), config.parallel.backend
+        if store is not None:
+            if backend == "auto":
+                backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        if device.type == "cuda":
             torch.cuda.set_device(device)
         return cls(rank=rank, size=size, device=device)
 
@@ -58,12 +61,14 @@ class World:
         """This rank's part of `total` things that the ranks divide among themselves."""
         return range(total * self.rank // self.size, total * (self.rank + 1) // self.size)
 
+    @collective
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over the ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
+    @collective
     def highest(self, value: int) -> int:
         """The largest of the ranks' values: a one-element all-reduce."""
         if self.size == 1:
@@ -72,6 +77,7 @@ class World:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest.item())
 
+    @collective
     def gather(self, tensor: Tensor) -> Tensor:
         """The ranks' tensors of equal shape, concatenated in the order of ranks."""
         if self.size == 1:
@@ -80,6 +86,7 @@ class World:
         dist.all_gather(pieces, tensor.contiguous())
         return torch.cat(pieces)
 
+    @collective
     def gather_objects(self, value: T) -> list[T]:
         """What each rank gave, in the order of ranks."""
         if self.size == 1:
@@ -93,6 +100,7 @@ class World:
         if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             torch.cuda.current_stream(self.device).synchronize()
 
+    @collective
     def wait(self) -> None:
         """Until every rank has come here."""
         if self.size > 1:
@@ -101,7 +109,33 @@ class World:
     def leave(self) -> None:
         """To be called by every rank at the end of its work."""
         if self.size > 1:
+            failures.part()
             dist.destroy_process_group()
+
+
+def _device(config: Config) -> torch.device:
+    """This rank's."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda was asked for, but torch sees no CUDA device")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"{local_rank + 1} or more ranks on this machine, but {torch.cuda.device_count()} GPUs")
+    return torch.device("cuda", local_rank)
+
+
+def _meet(rank: int, size: int, timeout: timedelta) -> Store:
+    """The store of all ranks, which from now on hear of each other's failures; `timeout` is that of collectives."""
+    try:
+        start = timedelta(seconds=failures.JOIN_TIMEOUT_S)
+        store: Store = next(rendezvous("env://", rank, size, timeout=start))[0]
+        failures.watch(rank, size, store, timeout_s=timeout.total_seconds())
+    except (dist.DistError, OSError, ValueError) as error:
+        where = ":".join(os.environ.get(name, f"${name}") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise UserError(f"rank {rank} of {size} did not meet the others at {where}: {error}") from None
+    store.set_timeout(timeout)
+    return PrefixStore("dgpo-fast", store)
 
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
