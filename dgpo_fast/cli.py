@@ -167,6 +167,19 @@ def sample(
 
 
 @app.command()
+def export(
+    run_dir: RunDirectory,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A new directory.")],
+    step: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of the checkpoint; else the newest.")] = None,
+) -> None:
+    """Write what a run learnt as diffusers loads it: a LoRA directory, or the whole pipeline of full fine-tuning."""
+    _check_writable(out.parent)
+    from dgpo_fast.export import export_run
+
+    print(export_run(run_dir, out, step=step))
+
+
+@app.command()
 def recipes() -> None:
     """List the recipes that come with the package."""
     names = recipe_names()

@@ -304,7 +304,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
 def _parameters(cost: Cost) -> str:
     share = cost.trained_parameters / cost.parameters
     tensors = "" if cost.trained_tensors is None else f" in {cost.trained_tensors} tensors"
-    return f"{_count(cost.parameters)} in the transformer, {_count(cost.trained_parameters)} trained{tensors} ({share:.1%})"
+    trained = f"{_count(cost.trained_parameters)} trained{tensors} ({share:.1%})"
+    return f"{_count(cost.parameters)} in the transformer, {trained}"
 
 
 def _stage_table(cost: Cost) -> Table:

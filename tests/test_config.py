@@ -64,7 +64,8 @@ def test_published_recipes_have_the_published_values(name: str) -> None:
 
 def test_recipes_of_the_package_are_these() -> None:
     cards = [f"sd35m-geneval-{memory_gb}gb" for memory_gb in (24, 40, 80)]
-    assert recipe_names() == sorted([*(f"sd35m-{name}" for name in PUBLISHED), *cards, "tiny-dgpo"])
+    full = ["sd35m-geneval-full", "sd35l-geneval-full"]
+    assert recipe_names() == sorted([*(f"sd35m-{name}" for name in PUBLISHED), *cards, *full, "tiny-dgpo"])
 
 
 @pytest.mark.parametrize("memory_gb", [24, 40, 80])

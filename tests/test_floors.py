@@ -29,7 +29,7 @@ FLOORS = (
             "report",
             "run_directory",
         ),
-        *("charts", "memory", "planning", "profile_run", "samples", "sampling", "throughput"),
+        *("charts", "export", "memory", "planning", "profile_run", "samples", "sampling", "throughput"),
     ),
     ("cli", "doctor", "recipes", "__main__"),
 )

@@ -37,11 +37,10 @@ class Replica:
         self._parameters = dict(transformer.named_parameters())
 
     def show(self, view: View, pieces: Sequence[Piece], assembly: Assembly) -> None:
-        """Becomes `view`, from its pieces, unless it is already."""
-        if self.shown != view:
-            with stage("replica"):
-                assembly.write(pieces, self._parameters)
-            self.shown = view
+        """Becomes `view`, from its pieces."""
+        with stage("replica"):
+            assembly.write(pieces, self._parameters)
+        self.shown = view
 
     def take(self, view: View, read: ReadPieces) -> None:
         """Becomes `view` as it was saved, a parameter at a time."""
@@ -115,7 +114,6 @@ class FullPolicy(Policy):
     def equal_weights(self, *views: View) -> Iterator[None]:
         """Within, `old` is seen with the policy's weights."""
         assert set(views) <= {"policy", "old"}
-        self._replica.forget("old")
         self._replica.show("old", self._engine.masters().pieces, self._assembly)
         try:
             yield
@@ -136,8 +134,9 @@ class FullPolicy(Policy):
         return self._shown(view) if is_policy else self._errors_module(view)
 
     def _shown(self, view: View) -> nn.Module:
-        held = self._engine.masters() if view == "policy" else self._averages[view]  # type: ignore[index]
-        self._replica.show(view, held.pieces, self._assembly)
+        if self._replica.shown != view:
+            held = self._engine.masters() if view == "policy" else self._averages[view]  # type: ignore[index]
+            self._replica.show(view, held.pieces, self._assembly)
         transformer: nn.Module = self._replica.transformer
         return transformer
 
