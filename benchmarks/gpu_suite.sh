@@ -5,7 +5,8 @@
 #
 #   --out DIR      where everything goes: tests.xml, bench/*.csv, ncu.csv, summary.txt, and what each part printed
 #   --only REGEX   the parts whose whole names match, such as 'build|tests' or 'bench_.*'
-#                  'build|engines' compares whole engines, which takes the ten minutes of a run and is not in others
+#                  'build|engines' compares whole engines, 'zero' runs full fine-tuning under ZeRO 1 to 3: each takes
+#                  the ten minutes of a run and is not in others
 #   --seconds N    time for the whole run (590); a part for which none is left counts as failed
 #   --dry-run      print the parts and run nothing
 #
@@ -64,6 +65,9 @@ engines() {
   "$PYTHON" -m benchmarks.bench_engines --device cuda --out "$out/bench"
 }
 
+# Full fine-tuning of SD3.5-Medium under every stage of ZeRO, five steps each.
+zero() { "$PYTHON" -m benchmarks.zero_steps --out "$out/bench"; }
+
 counters() {
   kernels=$(grep -Eoh '\b[a-z0-9_]+_kernel\b' kernels/*.py csrc/cuda/*.cu | sort -u | paste -sd '|')
   metrics=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
@@ -121,7 +125,7 @@ out=$(realpath -m "$out")
 PATH=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH:/usr/local/cuda/bin
 export PATH PYTHON out PYTHONPATH=$PWD PYTHONUNBUFFERED=1 DGPO_FAST_NATIVE_DIR=$PWD/build/gpu
 unset DGPO_FAST_OPS TRITON_INTERPRET
-export -f machine build launches tests sanitizer check check_one bench engines counters
+export -f machine build launches tests sanitizer check check_one bench engines zero counters
 mapfile -t scripts < <(basename -s .py benchmarks/bench_*.py | grep -vx bench_engines)
 
 $dry_run || mkdir -p "$out/bench"
@@ -133,8 +137,9 @@ part memcheck 120 sanitizer memcheck
 part racecheck 120 sanitizer racecheck
 part check 200 check "${scripts[@]}"
 for script in "${scripts[@]}"; do part "$script" 60 bench "$script"; done
-# Eight minutes of their own: only where --only asks for it.
+# Minutes of their own: only where --only asks for them.
 [[ $only == '.*' ]] || part engines 480 engines
+[[ $only == '.*' ]] || part zero 580 zero
 if command -v ncu >/dev/null; then part ncu 120 counters; else echo 'ncu: not found, left out'; fi
 $dry_run && exit 0
 

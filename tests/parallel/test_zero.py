@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -15,7 +17,9 @@ from torch import Tensor
 
 from dgpo_fast import Trainer, load_recipe
 from dgpo_fast.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
+from dgpo_fast.errors import UserError
 from dgpo_fast.metrics import read_metrics
+from dgpo_fast.parallel.zero import deepspeed_config
 
 STEPS, SAVED = 5, 3
 Saved = Callable[..., Mapping[str, Tensor]]
@@ -73,6 +77,10 @@ def runs(
     plans += [plan(root / f"low-{stage}", of_kind(overrides, "full", stage, *low)) for stage in STAGES]
     for kind, stage in (("adapters", 1), ("full", 0), ("full", 2), ("full", 3)):
         plans.append(plan(root / f"nan-{kind}-{stage}", of_kind(overrides, kind, stage, "steps=3"), nan_in_step=1))
+    offloaded = ("parallel.offload_optimizer=cpu", "parallel.offload_weights=cpu")
+    for stage in (1, 2, 3):
+        changed = of_kind(overrides, "full", stage, *offloaded[: 2 if stage == 3 else 1])
+        plans.append(plan(root / f"offloaded-{stage}", changed))
     gathered = of_kind(overrides, "full", 3, "parallel.rollout=gathered", "model.checkpointing=full")
     plans.append(plan(root / "gathered", gathered))
     train_on_ranks(plans, 2)
@@ -124,6 +132,50 @@ def test_two_ranks_learn_from_the_same(runs: Path, kind: str, stage: int) -> Non
 def test_layers_gathered_one_by_one_draw_and_learn_the_same(runs: Path, saved: Saved, distance: Distance) -> None:
     """No replica, and blocks that are computed again in the backward pass, from weights gathered again."""
     assert distance(saved(runs / "gathered", "policy"), saved(runs / "full", "policy")) < 1e-5
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_what_is_offloaded_to_the_host_steps_alike(runs: Path, saved: Saved, distance: Distance, stage: int) -> None:
+    for view in ("policy", "old", "ema"):
+        assert distance(saved(runs / f"offloaded-{stage}", view), saved(runs / "full", view)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("{zero_optimization: {stage: 2}}", "zero_optimization.stage: 2 was given, but the recipe makes it 1"),
+        ("{gradient_clipping: 5.0}", "gradient_clipping: 5.0 was given, but the recipe makes it 1.0"),
+    ],
+)  # fmt: skip
+def test_what_contradicts_the_recipe_is_refused(overrides: tuple[str, ...], given: str, said: str) -> None:
+    config = load_recipe("tiny-dgpo", of_kind(overrides, "full", 1, f"parallel.deepspeed={given}"))
+    with pytest.raises(UserError, match=said):
+        deepspeed_config(config, is_low=False, num_values=1000)
+
+
+def test_what_is_passed_through_reaches_deepspeed(overrides: tuple[str, ...]) -> None:
+    given = "{wall_clock_breakdown: true, zero_optimization: {overlap_comm: true, reduce_bucket_size: 500}}"
+    config = load_recipe("tiny-dgpo", of_kind(overrides, "full", 2, f"parallel.deepspeed={given}"))
+    found = deepspeed_config(config, is_low=True, num_values=1000)
+    assert found["wall_clock_breakdown"] is True
+    assert found["zero_optimization"] == {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 500}
+    assert found["data_types"] == {"grad_accum_dtype": "fp32"}
+    plain = load_recipe("tiny-dgpo", of_kind(overrides, "full", 2))
+    assert deepspeed_config(plain, is_low=False, num_values=1000)["zero_optimization"]["reduce_bucket_size"] == 1000
+
+
+def test_deepspeed_validates_what_is_passed_through(
+    overrides: tuple[str, ...], child_environment: dict[str, str], tmp_path: Path
+) -> None:
+    wrong = of_kind(overrides, "full", 1, "parallel.deepspeed={zero_optimization: {allgather_bucket_size: many}}")
+    process = subprocess.run(
+        [sys.executable, "-m", "dgpo_fast", "train", "tiny-dgpo", "--out", tmp_path / "run",
+         *(f"--set={item}" for item in wrong)],
+        env=child_environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1].startswith("error: parallel.deepspeed: ")
+    assert "allgather_bucket_size" in process.stderr
 
 
 @pytest.mark.parametrize("name", RESUMED)
