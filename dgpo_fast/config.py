@@ -272,6 +272,8 @@ class ParallelConfig(Section):
     nvme_path: str | None = None
     rollout: Literal["replica", "gathered"] = "replica"
     """Under stage 3, draw with a replica of the policy, made anew each step, or gather weights layer by layer."""
+    frozen: Literal["replicas", "sharded"] = "replicas"
+    """Under stage 3, keep the base and the old policy of full fine-tuning whole on every rank, or shard them, too."""
     deepspeed: dict[str, Any] = {}
     """More of DeepSpeed's configuration, as it documents it."""
 
@@ -281,6 +283,8 @@ class ParallelConfig(Section):
             raise ValueError("parallel.offload_optimizer needs parallel.zero_stage 1, 2 or 3, got 0")
         if self.offload_weights != "none" and self.zero_stage != 3:
             raise ValueError(f"parallel.offload_weights needs parallel.zero_stage 3, got {self.zero_stage}")
+        if self.frozen == "sharded" and self.zero_stage != 3:
+            raise ValueError(f"parallel.frozen sharded needs parallel.zero_stage 3, got {self.zero_stage}")
         if self.offload_weights == "nvme" and self.nvme_path is None:
             raise ValueError("parallel.nvme_path, a directory, is required for parallel.offload_weights nvme")
         if self.deepspeed and self.zero_stage == 0:

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from dgpo_fast.config import AdapterConfig, Config, ModelConfig
 from dgpo_fast.models.architectures import SD3_TEXT_ENCODERS, Tokens, TransformerShape, VAEShape
-from dgpo_fast.parallel.state_bytes import state_bytes
+from dgpo_fast.parallel.state_bytes import ranks_of_frozen, state_bytes
 
 MARGIN = 0.1
 """Share of a card's memory that a run should leave alone."""
@@ -163,9 +163,10 @@ def predict_memory(
     latents = 4.0 * shape.channels * (model.resolution // vae.factor) ** 2
     drawn = rollout_bytes(config, shape, tokens)
     graphs = rollout.cuda_graphs * ((rollout.switch_step > 0) + (config.steps > rollout.switch_step))
+    holders = ranks_of_frozen(config, stage=stage, num_ranks=num_ranks)
     transformers = 1 if config.adapter is not None else 3  # each has its table of positions
     resident = {
-        "base transformer": float(size * (shape.parameters + transformers * shape.position_values)),
+        "base transformer": size * (shape.parameters / holders + transformers * shape.position_values),
         "VAE": float(size * vae.parameters),
         **state.resident,
         "latents, texts": images * (2 * latents + size * text_tokens * shape.joint_attention_dim),

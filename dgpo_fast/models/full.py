@@ -7,11 +7,11 @@ float32, in the pieces that the training engine holds the masters in; to show on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import get_args
+from typing import Protocol, get_args
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -28,18 +28,36 @@ from dgpo_fast.parallel.world import World
 from dgpo_fast.profiling import stage
 
 
+class Sharded(Protocol):
+    """What an engine makes of a module whose weights it shards."""
+
+    module: nn.Module
+    """To be called as the module is."""
+
+    def write(self, pieces: Sequence[Piece]) -> None:
+        """Takes weights from the pieces of every rank."""
+
+
 class Replica:
     """A transformer that shows the weights of one view at a time."""
 
     def __init__(self, transformer: SD3Transformer2DModel) -> None:
-        self.transformer = transformer.requires_grad_(False)
+        self.transformer: nn.Module = transformer.requires_grad_(False)
         self.shown: View | None = None
         self._parameters = dict(transformer.named_parameters())
+        self._sharded: Sharded | None = None
+
+    def shard(self, sharded: Sharded) -> None:
+        """From now on the weights lie in shards, which pieces are written to without any exchange."""
+        self.transformer, self._sharded = sharded.module, sharded
 
     def show(self, view: View, pieces: Sequence[Piece], assembly: Assembly) -> None:
         """Becomes `view`, from its pieces."""
         with stage("replica"):
-            assembly.write(pieces, self._parameters)
+            if self._sharded is not None:
+                self._sharded.write(pieces)
+            else:
+                assembly.write(pieces, self._parameters)
         self.shown = view
 
     def take(self, view: View, read: ReadPieces) -> None:
@@ -70,21 +88,32 @@ class FullPolicy(Policy):
                 transformer.enable_gradient_checkpointing()
             if model.config.engine == "compile":
                 compile_blocks(transformer)
-        self.trained, self._reference = transformers[0].requires_grad_(True), transformers[1].requires_grad_(False)
+        self.trained = transformers[0].requires_grad_(True)
+        self._reference: nn.Module = transformers[1].requires_grad_(False)
         self._replica = Replica(transformers[2])
         self._module: nn.Module = self.trained
         self._samples_from_replica = False
         super().__init__(model, ReplicaEngine(model, self._errors_module), ReplicaEngine(model, self._sampling_module))
 
     def train_with(
-        self, engine: TrainingEngine, world: World, *, module: nn.Module, samples_from_replica: bool
+        self,
+        engine: TrainingEngine,
+        world: World,
+        *,
+        module: nn.Module,
+        samples_from_replica: bool,
+        shard: Callable[[nn.Module], Sharded] | None = None,
     ) -> None:
         """Begins averages of the masters that `engine` holds.
 
         Args:
             module: what computes the policy: the trained transformer, or what the engine put around it.
             samples_from_replica: draw the policy's samples with the replica, not with `module`.
+            shard: shards the base and the replica, too.
         """
+        if shard is not None:
+            self._reference = shard(self._reference).module
+            self._replica.shard(shard(self._replica.transformer))
         self._engine, self._module, self._samples_from_replica = engine, module, samples_from_replica
         masters = engine.masters()
         self._averages: dict[Average, Held] = {view: _copy(masters) for view in get_args(Average)}

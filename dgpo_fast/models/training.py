@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from dgpo_fast.config import Config
 from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.full import FullPolicy
@@ -42,9 +44,10 @@ def train_policy(policy: Policy, config: Config, world: World) -> TrainingEngine
         engine = ReplicatedEngine(TrainedWeights(dict(policy.trained.named_parameters())), config.optimizer, world)
         policy.train_with(engine, world, module=policy.trained, samples_from_replica=False)
         return engine
-    from dgpo_fast.parallel.zero import ZeroEngine
+    from dgpo_fast.parallel.zero import ShardedModule, ZeroEngine
 
     zero = ZeroEngine(policy.trained, config, world)
+    shard = partial(ShardedModule, world=world) if config.parallel.frozen == "sharded" else None
     is_replica = stage == 3 and config.parallel.rollout == "replica"
-    policy.train_with(zero, world, module=zero.module, samples_from_replica=is_replica)
+    policy.train_with(zero, world, module=zero.module, samples_from_replica=is_replica, shard=shard)
     return zero

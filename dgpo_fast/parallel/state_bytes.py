@@ -48,6 +48,12 @@ def state_bytes(config: Config, *, trained: float, value: int, stage: int, num_r
     return StateBytes(resident=kept, backward=found.backward, step=found.step, host=host)
 
 
+def ranks_of_frozen(config: Config, *, stage: int, num_ranks: int) -> int:
+    """How many ranks hold the base, and the replica of full fine-tuning, together."""
+    is_sharded = config.adapter is None and stage == 3 and config.parallel.frozen == "sharded"
+    return num_ranks if is_sharded else 1
+
+
 _STATES, _SHARDED_GRADIENTS = "masters, AdamW, averages", "this rank's gradients"
 
 
@@ -71,7 +77,7 @@ def _full(config: Config, trained: float, value: int, stage: int, num_ranks: int
     """Beside the frozen transformer, the base, there are the trained one and a replica."""
     summed = 4 if value == 4 or config.parallel.gradients == "float32" else value
     bucket = min(REDUCE_BUCKET, trained)
-    resident = {"replica": value * trained}
+    resident = {"replica": value * trained / ranks_of_frozen(config, stage=stage, num_ranks=num_ranks)}
     if stage == 0:
         low = 0 if value == 4 else value * trained
         resident |= {"trained transformer": 4 * trained + low, _STATES: 16 * trained, "gradients": 4 * trained + low}

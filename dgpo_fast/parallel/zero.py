@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any, NamedTuple
@@ -123,6 +123,30 @@ class ZeroEngine:
             elif (mapping := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
                 inside, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
                 yield _Place(name, whole.start, 0, inside.start, inside.numel)
+
+
+class ShardedModule:
+    """A module without gradients whose weights DeepSpeed shards, and gathers layer by layer as it computes."""
+
+    def __init__(self, module: nn.Module, world: World) -> None:
+        deepspeed = _import_deepspeed(world)
+        self._parameters = dict(module.named_parameters())
+        zero = {
+            "stage": 3,
+            # Nothing stays whole behind its use: what is written to the shards would not be seen.
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_reuse_distance": 0,
+        }
+        low = {"bf16": {"enabled": True}} if next(iter(self._parameters.values())).dtype == torch.bfloat16 else {}
+        settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, **low}
+        self.module: nn.Module = deepspeed.initialize(model=module, config=settings, dist_init_required=False)[0]
+
+    @torch.no_grad()
+    def write(self, pieces: Sequence[Piece]) -> None:
+        """Takes weights from pieces that lie as those of a `ZeroEngine` under stage 3: each rank has its own shards."""
+        self.module.optimizer.partition_all_parameters()  # type: ignore[union-attr, operator]
+        for name, _, values in pieces:
+            self._parameters[name].ds_tensor.data[: len(values)].copy_(values)  # type: ignore[attr-defined]
 
 
 class _Whole(nn.Module):

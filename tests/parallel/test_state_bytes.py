@@ -23,7 +23,10 @@ KINDS = {
     # Parameters that are whole on every rank because they are small are nearly all of the embedded model's.
     "full": ("adapter=null", "model.engine=eager", "algorithm.clip=null"),
 }
-CASES = [(kind, dtype, stage) for kind in KINDS for dtype in ("float32", "bfloat16") for stage in range(4)]
+KINDS["sharded"] = (*KINDS["full"], "parallel.frozen=sharded")
+DTYPES = ("float32", "bfloat16")
+CASES = [(kind, dtype, stage) for kind in ("adapters", "full") for dtype in DTYPES for stage in range(4)]
+CASES += [("sharded", dtype, 3) for dtype in DTYPES]
 
 
 def overrides_of(quick: tuple[str, ...], kind: str, dtype: str, stage: int) -> list[str]:

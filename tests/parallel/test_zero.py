@@ -18,7 +18,7 @@ from torch import Tensor
 from dgpo_fast import Trainer, load_recipe
 from dgpo_fast.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from dgpo_fast.errors import UserError
-from dgpo_fast.metrics import read_metrics
+from dgpo_fast.metrics import read_evaluations, read_metrics
 from dgpo_fast.parallel.zero import deepspeed_config
 
 STEPS, SAVED = 5, 3
@@ -83,6 +83,7 @@ def runs(
         plans.append(plan(root / f"offloaded-{stage}", changed))
     gathered = of_kind(overrides, "full", 3, "parallel.rollout=gathered", "model.checkpointing=full")
     plans.append(plan(root / "gathered", gathered))
+    plans.append(plan(root / "sharded", of_kind(overrides, "full", 3, "parallel.frozen=sharded")))
     train_on_ranks(plans, 2)
 
     continued: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
@@ -132,6 +133,14 @@ def test_two_ranks_learn_from_the_same(runs: Path, kind: str, stage: int) -> Non
 def test_layers_gathered_one_by_one_draw_and_learn_the_same(runs: Path, saved: Saved, distance: Distance) -> None:
     """No replica, and blocks that are computed again in the backward pass, from weights gathered again."""
     assert distance(saved(runs / "gathered", "policy"), saved(runs / "full", "policy")) < 1e-5
+
+
+def test_a_base_and_an_old_policy_in_shards_teach_the_same(runs: Path, saved: Saved, distance: Distance) -> None:
+    """Evaluated, clipped and compared with, gathered at every use; the samples are the sharded old policy's, too."""
+    for view in ("policy", "old", "ema"):
+        assert distance(saved(runs / "sharded", view), saved(runs / "full", view)) < 1e-5
+    evaluations = [read_evaluations(runs / name)[-1]["tuned"]["brightness"] for name in ("sharded", "full")]
+    assert evaluations[0] == pytest.approx(evaluations[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", (1, 2, 3))
