@@ -94,6 +94,7 @@ def evaluate_view(
     per_chunk = max(1, config.rollout.images_per_forward // images_per_prompt)
     mine = world.share(len(prompts))
     largest_share = math.ceil(len(prompts) / world.size)
+    along = prompts[mine.start : mine.start + 1]  # of its own: another would bring the text encoders to the device
     scoring = OverlappedScoring(
         scorer, policy.model, images_per_decode=config.rollout.decoded_at_once, max_waiting=MAX_WAITING
     )
@@ -105,7 +106,7 @@ def evaluate_view(
                 chunk = prompts[start : min(start + per_chunk, mine.stop)]
                 # Ranks with nothing left draw along: where weights are gathered to be used, all must use them as often.
                 x0_BCHW = draw_latents(
-                    policy, view, chunk or prompts[:1], config, images_per_prompt=images_per_prompt, first_prompt=start
+                    policy, view, chunk or along, config, images_per_prompt=images_per_prompt, first_prompt=start
                 )
                 if chunk:
                     scoring.add(x0_BCHW, [prompt for prompt in chunk for _ in range(images_per_prompt)])

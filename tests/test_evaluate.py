@@ -152,6 +152,35 @@ def test_uneven_ranks_check_equally_often(
     assert counts == [3, 3]
 
 
+def test_a_rank_that_runs_out_of_prompts_draws_along(
+    policy: AdapterPolicy, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many forwards on every rank, for weights that are gathered to be used; of a prompt that it has encoded."""
+    monkeypatch.setattr(World, "sum", lambda self, tensor: tensor)
+    prompts = load_prompts("shapes:test", key="prompts.test")[:4]
+    encoded: list[list[str]] = []
+    views: list[list[str]] = []
+    scored: list[str] = []
+    encode, velocity, scorer = policy.model.encode, policy.engine.velocity, Scorer(config.rewards)
+
+    def score(images_BCHW: Tensor, prompts: list[str]) -> dict[str, list[float]]:
+        scored.extend(prompts)
+        return {name: [0.0] * len(prompts) for name in ("brightness", "soft")}
+
+    scorer.rewards = dict.fromkeys(scorer.rewards, score)
+    monkeypatch.setattr(policy.model, "encode", lambda given: (encoded[-1].extend(given), encode(given))[1])
+    monkeypatch.setattr(policy.engine, "velocity", lambda *given: (views[-1].append(given[0]), velocity(*given))[1])
+    for rank in range(3):
+        world = World(rank=rank, size=3, device=torch.device("cpu"))
+        encoded.append([])
+        views.append([])
+        evaluate_view(policy, "ref", prompts, config, scorer, world)
+        share = world.share(len(prompts))
+        assert {*encoded[-1]} <= {*prompts[share.start : share.stop], ""}
+    assert views[0] == views[1] == views[2]
+    assert scored == [prompt for prompt in prompts for _ in scorer.rewards], "what was drawn along is not scored"
+
+
 @pytest.mark.parametrize("how", ["nan", "inf", "-inf"])
 def test_an_image_without_a_score_is_left_out(
     how: str, policy: AdapterPolicy, config: Config, monkeypatch: pytest.MonkeyPatch

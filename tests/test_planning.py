@@ -14,7 +14,7 @@ from dgpo_fast import planning, throughput
 from dgpo_fast.config import load_recipe, recipe_names
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.architectures import SD35_MEDIUM
-from dgpo_fast.planning import Plan, evaluations, placement, plan, render
+from dgpo_fast.planning import Plan, evaluations, plan, render
 
 PROMPTS = ["prompts.train=shapes:train", "prompts.test=shapes:test"]
 RANDOM_GENEVAL = ["model.name=random:sd35-medium", *PROMPTS]
@@ -83,14 +83,21 @@ def test_trained_sigmas_are_the_first_of_the_schedule() -> None:
 
 
 @pytest.mark.parametrize(
-    ("micro", "num_ranks", "case", "said"),
-    [(16, 1, "a", "1 in a"), (64, 1, "a", "4 in a"), (4, 1, "c", "cut over 4"), (4, 2, "c", "cut over 2"),
-     (4, 4, "b", "over several ranks"), (16, 8, "a", "1 in a")],
+    ("num_ranks", "micro", "case", "said"),
+    [
+        (1, 16, "a", "1 in a"), (1, 64, "a", "4 in a"), (4, 16, "a", "1 in a"), (1, 4, "c", "cut over 4 micro-steps"),
+        (2, 4, "c", "cut over 2 micro-steps"), (4, 4, "b", "over several ranks"), (8, 8, "b", "over several ranks"),
+    ],
 )  # fmt: skip
-def test_placement(micro: int, num_ranks: int, case: str, said: str) -> None:
-    found = placement(load_recipe("sd35m-geneval", [f"optimizer.images_per_micro_batch={micro}"]), num_ranks)
-    assert found.case == case
-    assert said in found.why
+def test_placement(num_ranks: int, micro: int, case: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the ranks that the launcher started; only what is cut over micro-steps costs another forward."""
+    monkeypatch.setenv("WORLD_SIZE", str(num_ranks))
+    found = planned("sd35m-geneval", *RANDOM_GENEVAL, f"optimizer.images_per_micro_batch={micro}")
+    assert found.placement.case == case
+    assert said in found.placement.why
+    assert f"case ({case}): {found.placement.why}" in shown(found)
+    assert evaluations(found.config)["group weights"] == (4 if case == "c" else 0)
+    assert found.micro_batches == 4 * 128 // (num_ranks * micro)
 
 
 def test_ranks_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,8 +110,11 @@ def test_ranks_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     assert alone.cost.flops == together.cost.flops
     images = [found.cost.memory.resident["latents, texts"] for found in (alone, together)]
     assert images[0] == 4 * images[1]
-    with pytest.raises(UserError, match=r"share of an iteration, 24 images on each of 4 ranks, got 16; .*: 12"):
+    with pytest.raises(UserError, match=r"24 images on each of 4 ranks, got 16; nearest that does: 12"):
         planned("sd35m-geneval", *RANDOM_GENEVAL, "groups.per_iteration=6")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"8 groups of 16 images do not divide among 3 ranks; nearest that do: 9"):
+        planned("sd35m-geneval", *RANDOM_GENEVAL)
 
 
 @pytest.mark.parametrize(("dtype", "bytes_each"), [("bfloat16", 2), ("float32", 4)])

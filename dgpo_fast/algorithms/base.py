@@ -48,11 +48,11 @@ class Algorithm(Protocol[BatchT, WeightsT]):
         ...
 
     def batches(self, scored: ScoredGroups) -> Iterator[Sequence[BatchT]]:
-        """Micro-batches, in rounds: no group reaches beyond its round."""
+        """This rank's micro-batches, in rounds: no group reaches beyond its round, on whatever ranks it lies."""
         ...
 
     def group_weights(self, policy: Policy, batches: Sequence[BatchT]) -> Sequence[WeightsT] | None:
-        """What a round's losses need to know of its whole groups; None where each lies in one micro-batch."""
+        """What a round's losses need to know of its whole groups; None where a micro-step of all ranks holds them."""
         ...
 
     def loss(self, policy: Policy, batch: BatchT, weights: WeightsT | None) -> LossOutput:

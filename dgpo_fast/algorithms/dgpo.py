@@ -48,7 +48,7 @@ class GroupWeights:
     """What a piece of a cut group knows of the whole, and the anchors that went into it, so that they run once."""
 
     score_G: Tensor  # s_G of the whole groups
-    num_pieces: int
+    num_pieces: int  # micro-batches that the groups lie in together, on all ranks
     anchors: Anchors
     policy_M: Tensor  # the policy's errors that made the score, without gradients
 
@@ -75,7 +75,9 @@ class DGPO:
     def prepare(self, policy: Policy) -> str:
         """Makes sure that adapters act, that samples are the policy's, and that equal policies have a ratio of 1."""
         policy.check_trained()
-        self.ratio_errors, line = check_ratio(policy, self.config)
+        found, line = check_ratio(policy, self.config)
+        # Every rank runs the same forwards, though unlike devices may find unlike drifts.
+        self.ratio_errors = "again" if self.world.highest(int(found == "again")) else "training"
         return f"{line}\n{policy.check_sampling()}"
 
     def sampling_view(self, iteration: int) -> View:
@@ -122,7 +124,7 @@ class DGPO:
         ]
 
     def loss(self, policy: Policy, batch: DGPOBatch, weights: GroupWeights | None) -> LossOutput:
-        """softplus(s_G) / beta and the KL term; the gradient of a cut group is its surrogate's, which is the same."""
+        """softplus(s_G) / beta and the KL term; the gradient of groups in pieces is the surrogate's: it is the same."""
         anchors = self._anchors(policy, batch) if weights is None else weights.anchors
         with stage("policy"):
             velocity_MCHW = self._policy_velocity(policy, batch)

@@ -1,11 +1,14 @@
-"""DGPO on the embedded pipeline: its batches, its loss against the written equations, and groups that are cut."""
+"""DGPO on the embedded pipeline: its batches, its loss against the written equations, and groups that are cut.
+
+Ranks are simulated here, one after the other; tests/parallel has real ones.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import pytest
 import torch
@@ -14,12 +17,14 @@ from torch import Tensor
 from dgpo_fast import rng
 from dgpo_fast.algorithms.dgpo import DGPO
 from dgpo_fast.config import Config, load_recipe
+from dgpo_fast.flow.rollout import initial_noise
 from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.engines import View
 from dgpo_fast.ops.group_advantages import group_advantages
 from dgpo_fast.ops.group_preference import group_scores
 from dgpo_fast.ops.velocity_errors import velocity_errors
-from dgpo_fast.parallel.world import World
+from dgpo_fast.parallel.placement import placement_of
+from dgpo_fast.parallel.world import ALONE, World
 from dgpo_fast.records import DGPOBatch, LossOutput, PromptBatch, Rollout, ScoredGroups
 
 MakePolicy = Callable[..., AdapterPolicy]
@@ -89,12 +94,13 @@ def learn(
     config: Config,
     scored: ScoredGroups,
     *,
+    world: World = ALONE,
     ratio_errors: Literal["training", "again"] = "training",
 ) -> tuple[Tensor, dict[str, float]]:
-    """The gradient and the metrics of an iteration, gathered as the trainer gathers them."""
+    """The gradient and the metrics of an iteration on one rank, gathered as the trainer gathers them."""
     assert policy.trainable.grad is not None
     policy.trainable.grad.zero_()
-    algorithm, outputs = DGPO(config), list[LossOutput]()
+    algorithm, outputs = DGPO(config, world), list[LossOutput]()
     algorithm.ratio_errors = ratio_errors
     for batches in algorithm.batches(scored):
         weights = algorithm.group_weights(policy, batches) or [None] * len(batches)
@@ -585,3 +591,161 @@ def test_the_old_policy_follows_the_published_average(make_policy: MakePolicy, s
     torch.testing.assert_close(average, decay * old + (1 - decay) * current, rtol=0, atol=rounding)
     assert torch.equal(policy.views["policy"].master.double(), current)
     assert torch.equal(policy.views["ema"].master.double(), ema)
+
+
+# Groups over ranks
+
+SHARES = [(ranks, micro) for ranks in (1, 2, 3, 4, 6, 12) for micro in (1, 2, 3, 4, 6, 12) if 12 % (ranks * micro) == 0]
+"""Every number of ranks, and of images in a micro-batch, that two groups of six divide among."""
+
+
+def worlds(num_ranks: int) -> list[World]:
+    return [World(rank=rank, size=num_ranks, device=torch.device("cpu")) for rank in range(num_ranks)]
+
+
+def of_rank(prompts: PromptBatch, config: Config, world: World) -> PromptBatch:
+    """What of an iteration lies on one rank."""
+    samples = placement_of(config, world.size).samples(world.rank, total=prompts.num_samples)
+    groups = sorted({sample // prompts.group_size for sample in samples})
+    return replace(
+        prompts, samples=samples, prompts=tuple(prompts.prompts[group] for group in groups),
+        conditioning=prompts.conditioning[torch.tensor(groups)],
+    )  # fmt: skip
+
+
+def scored_of_rank(scored: ScoredGroups, config: Config, world: World) -> ScoredGroups:
+    prompts = of_rank(scored.rollout.prompts, config, world)
+    mine = list(prompts.samples)
+    return replace(
+        scored, rollout=replace(scored.rollout, prompts=prompts, x0_BCHW=scored.rollout.x0_BCHW[mine]),
+        reward_B=scored.reward_B[mine], valid_B=scored.valid_B[mine], advantage_B=scored.advantage_B[mine],
+    )  # fmt: skip
+
+
+class Learnt(NamedTuple):
+    """What ranks learn together."""
+
+    gradient: Tensor
+    metrics: dict[str, float]
+    sums: list[Tensor]  # scores that were summed over the ranks, in order
+    forwards: list[list[tuple[str, int]]]  # of each rank
+
+
+def learn_on_ranks(
+    policy: AdapterPolicy,
+    config: Config,
+    scored: ScoredGroups,
+    num_ranks: int,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    ratio_errors: Literal["training", "again"] = "training",
+) -> Learnt:
+    """Rank after rank, twice: what each gives to a sum is noted, and known when they do it again."""
+    given: dict[int, list[Tensor]] = {rank: [] for rank in range(num_ranks)}
+    with monkeypatch.context() as patch:
+        patch.setattr(World, "sum", lambda world, part: (given[world.rank].append(part), part)[1])
+        for world in worlds(num_ranks):
+            learn(policy, config, scored_of_rank(scored, config, world), world=world, ratio_errors=ratio_errors)
+    sums = [torch.stack(parts).sum(0) for parts in zip(*given.values(), strict=True)]
+    found, forwards = [], []
+    for world in worlds(num_ranks):
+        known = iter(sums)
+        with monkeypatch.context() as patch:
+            patch.setattr(World, "sum", lambda world, part, known=known: next(known))
+            forwards.append(counted(policy, patch))
+            mine = scored_of_rank(scored, config, world)
+            found.append(learn(policy, config, mine, world=world, ratio_errors=ratio_errors))
+        assert next(known, None) is None, "each rank sums as often"
+    names = found[0][1]
+    return Learnt(
+        gradient=torch.stack([gradient for gradient, _ in found]).sum(0),
+        metrics={name: sum(metrics[name] for _, metrics in found) for name in names},
+        sums=sums,
+        forwards=forwards,
+    )
+
+
+def assert_the_same(found: Learnt, gradient: Tensor, metrics: dict[str, float]) -> None:
+    """To the rounding of float32: twelve gradients, summed in another order."""
+    assert (found.gradient - gradient).norm() / gradient.norm() < 12 * EPS
+    for name, value in metrics.items():
+        assert found.metrics[name] == pytest.approx(value, rel=ROUNDING, abs=ROUNDING), name
+
+
+@pytest.mark.parametrize(("num_ranks", "micro"), SHARES)
+def test_ranks_learn_what_one_learns(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch, num_ranks: int, micro: int
+) -> None:
+    """Whole groups, groups over ranks, over micro-steps, over both; two samples have no reward."""
+    undivided, divided = (tiny("algorithm.clip=0.001", size=6, micro=m) for m in (12, micro))
+    policy = make_policy(undivided, spread=SPREAD)
+    scored = scored_groups(policy, undivided, invalid=[2, 9])
+    gradient, metrics = learn(policy, undivided, scored)
+    assert 0 < metrics["clip_fraction"] < 1
+    found = learn_on_ranks(policy, divided, scored, num_ranks, monkeypatch)
+    assert_the_same(found, gradient, metrics)
+
+    placement = placement_of(divided, num_ranks)
+    num_rounds = 12 // (num_ranks * micro) // placement.steps_per_round
+    assert len(found.sums) == (0 if placement.case == "a" else num_rounds)
+    assert all(found.forwards[0] == of_rank for of_rank in found.forwards)
+    assert found.forwards[0].count(("policy", micro)) == 12 // (num_ranks * micro) * (1 + (placement.case == "c"))
+
+
+@pytest.mark.parametrize(("num_ranks", "micro"), [(2, 6), (2, 3), (3, 4), (4, 1)])
+def test_a_group_without_rewards_keeps_its_place_on_every_rank(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch, num_ranks: int, micro: int
+) -> None:
+    """It teaches nothing, whatever its latents are, and no rank runs less for it."""
+    undivided, divided = (tiny(size=6, micro=m) for m in (12, micro))
+    policy = make_policy(undivided, spread=SPREAD)
+    complete = scored_groups(policy, undivided)
+    scored = score(complete.rollout, undivided, invalid=range(6))
+    scored.rollout.x0_BCHW[:6] = torch.nan
+    gradient, metrics = learn(policy, undivided, scored)
+    found = learn_on_ranks(policy, divided, scored, num_ranks, monkeypatch)
+    assert_the_same(found, gradient, metrics)
+    assert gradient.any()
+    assert all(forwards == found.forwards[0] for forwards in found.forwards)
+
+
+@pytest.mark.parametrize(("num_ranks", "micro"), [(2, 6), (2, 3), (2, 2), (3, 4)])
+def test_ranks_that_run_the_policy_once_more_learn_the_same(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch, num_ranks: int, micro: int
+) -> None:
+    undivided, divided = (tiny("algorithm.clip=0.001", size=6, micro=m) for m in (12, micro))
+    policy = make_policy(undivided, spread=SPREAD)
+    scored = scored_groups(policy, undivided, invalid=[2, 9])
+    found = learn_on_ranks(policy, divided, scored, num_ranks, monkeypatch, ratio_errors="again")
+    assert_the_same(found, *learn(policy, undivided, scored))
+
+
+@pytest.mark.parametrize(("num_ranks", "micro"), [(2, 3), (3, 4), (2, 2)])
+def test_scores_that_stay_on_their_ranks_would_be_noticed(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch, num_ranks: int, micro: int
+) -> None:
+    """How far off the gradient is when no rank hears of the others' pieces: what the tests above would see."""
+    undivided, divided = (tiny("algorithm.clip=null", size=6, micro=m) for m in (12, micro))
+    policy = make_policy(undivided, spread=SPREAD)
+    scored = scored_groups(policy, undivided)
+    expected, _ = learn(policy, undivided, scored)
+    monkeypatch.setattr(World, "sum", lambda world, part: part)
+    found = [learn(policy, divided, scored_of_rank(scored, divided, world), world=world) for world in worlds(num_ranks)]
+    gradient = torch.stack([gradient for gradient, _ in found]).sum(0)
+    assert (gradient - expected).norm() / expected.norm() > 1e-3
+
+
+@pytest.mark.parametrize(("num_ranks", "micro"), [(2, 6), (3, 4), (4, 1)])
+def test_rollouts_start_from_the_same_noise_on_any_rank(make_policy: MakePolicy, num_ranks: int, micro: int) -> None:
+    """To the bit, and with the same words; different for every sample."""
+    config = tiny(size=6, micro=micro)
+    policy = make_policy(config)
+    prompts = prompt_batch(policy, config)
+    noise_BCHW = initial_noise(policy, prompts, seed=3)
+    assert torch.cdist(*[noise_BCHW.flatten(1)] * 2).fill_diagonal_(math.inf).min() > 1
+    for world in worlds(num_ranks):
+        mine = of_rank(prompts, config, world)
+        assert torch.equal(initial_noise(policy, mine, seed=3), noise_BCHW[list(mine.samples)])
+        assert mine.prompt_of_sample == tuple(PROMPTS[sample // 6] for sample in mine.samples)
+        text_BND = mine.conditioning[mine.group_B].text_BND
+        assert torch.equal(text_BND, prompts.conditioning[prompts.group_B].text_BND[list(mine.samples)])

@@ -14,6 +14,7 @@ from dgpo_fast.config import Config, load_recipe
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.engines import View
+from dgpo_fast.parallel.world import World
 
 MakePolicy = Callable[..., AdapterPolicy]
 
@@ -101,4 +102,15 @@ def test_an_algorithm_is_prepared_by_the_check(make_policy: MakePolicy, monkeypa
     assert algorithm.ratio_errors == "training"
     drifting(policy, monkeypatch, by=1e-3)
     assert "once more" in algorithm.prepare(policy)
+    assert algorithm.ratio_errors == "again"
+
+
+def test_ranks_run_the_policy_once_more_where_one_of_them_has_to(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This one does not; with weights that are gathered to be used, all would wait for it."""
+    config = tiny()
+    policy, algorithm = make_policy(config), DGPO(config)
+    monkeypatch.setattr(World, "highest", lambda self, value: max(value, 1))
+    algorithm.prepare(policy)
     assert algorithm.ratio_errors == "again"

@@ -7,7 +7,8 @@ PLANS.json is a list of
      "resume": false,           go on from the last checkpoint
      "nan_in_step": null,       the step, counted from 0, in which the gradient of the last rank is not finite
      "failed": null,            a list: rewards are made of the samples' numbers, and these samples have none
-     "perturbed": false}        begin with adapters that are not zero, the same on every rank
+     "perturbed": false,        begin with adapters that are not zero, the same on every rank
+     "unsummed": false}         the algorithm hears of no other rank
 Each rank writes how many forwards it has run to out/forwards-RANK.txt.
 """
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dgpo_fast import Trainer, load_recipe
+from dgpo_fast.parallel.world import ALONE
 from dgpo_fast.records import Rollout
 from dgpo_fast.rewards import Scores
 
@@ -47,6 +49,8 @@ def train(plan: dict[str, Any]) -> None:
 
     if plan.get("perturbed"):
         perturb(trainer)
+    if plan.get("unsummed"):
+        trainer.algorithm.world = ALONE  # type: ignore[attr-defined]
     trainer.learner.backward = spoilt_backward  # type: ignore[method-assign]
     trainer._score = spoilt_score  # type: ignore[method-assign]
     trainer.policy.engine.velocity = counted_velocity  # type: ignore[method-assign]
