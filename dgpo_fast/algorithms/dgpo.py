@@ -94,7 +94,8 @@ class DGPO:
         """A group of samples per prompt, by the deterministic solver, from a noise of its own each."""
         x0_BCHW = sample_latents(
             policy, self.sampling_view(prompts.iteration), self.sampler,
-            initial_noise(policy, prompts, seed=self.config.seed), prompts.conditioning[prompts.group_B], prompts.unconditional if self.config.rollout.guidance > 1 else None,
+            initial_noise(policy, prompts, seed=self.config.seed), prompts.conditioning[prompts.group_B],
+            prompts.unconditional if self.config.rollout.guidance > 1 else None,
             images_per_forward=self.config.rollout.images_per_forward, engine=policy.sampling_engine,
             graphs=self.graphs, check=check,
             deliver=lambda x0_BCHW, samples: deliver(x0_BCHW, prompts.prompt_of_sample[samples]),

@@ -52,8 +52,7 @@ class Traffic:
 
 def ring_share(kind: str, num_ranks: int) -> float:
     """What a rank sends in a ring, in sizes of the whole tensor: a sum goes round twice, as a scatter and a gather."""
-    once = (num_ranks - 1) / num_ranks
-    return {"all_reduce": 2 * once, "barrier": 0.0, "broadcast": 1.0, "reduce": 1.0}.get(kind, once)
+    return (2 if kind == "all_reduce" else 1) * (num_ranks - 1) / num_ranks
 
 
 class CollectiveCounter(TorchDispatchMode):
@@ -72,7 +71,7 @@ class CollectiveCounter(TorchDispatchMode):
         # A GPU's backward pass has a thread of its own, which knows of no stage: what it does is the last stage's that
         # the thread was in which waits for it.
         self._path = current_path() or self._path
-        if func.namespace == "c10d":
+        if func.namespace == "c10d":  # whatever Python called: also what DeepSpeed kept of torch.distributed
             name = func._schema.name.removeprefix("c10d::")
             key = _Key(self._path, KINDS.get(name, name))
             self._number[key] += 1
