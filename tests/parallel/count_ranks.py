@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 count_ranks.py PLANS.json DIR
 
-PLANS.json gives overrides by name; DIR/rank-N.json gets, by name, what rank N took part in during the third iteration
-(DeepSpeed learns in the first two in which order layers ask for their weights), and how many values it trains.
+PLANS.json gives overrides by name; DIR/rank-N.json gets, by name, what rank N took part in during the last of a few
+iterations, and how many values it trains. Then `dgpo-fast profile` measures the plan adapters-1 and writes DIR/profile.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ import torch
 from torch import Tensor
 
 from dgpo_fast import Trainer, load_recipe
+from dgpo_fast.cli import main
 from dgpo_fast.parallel.traffic import CollectiveCounter
 from dgpo_fast.parallel.world import World
 from dgpo_fast.profiling import stage
 
-UNCOUNTED = 2
 TOO_DEEP = 70
 """More backward passes inside backward passes than autograd makes in one thread: 60 (MAX_DEPTH in its engine.h)."""
 
 
 def count(overrides: list[str], out: Path) -> tuple[dict[str, Any], World]:
     trainer = Trainer(load_recipe("tiny-dgpo", overrides), out)
-    for _ in range(UNCOUNTED):
+    # In stage 3 DeepSpeed learns in two iterations in which order layers ask for their weights.
+    for _ in range(2 if trainer.config.parallel.zero_stage == 3 else 0):
         trainer.run_iteration()
     with CollectiveCounter() as counter:
         trainer.run_iteration()
@@ -76,3 +77,6 @@ if __name__ == "__main__":
         found[name], world = count(overrides, directory / name)
     found["another thread"] = count_in_another_thread(world)
     (directory / f"rank-{world.rank}.json").write_text(json.dumps(found))
+    settings = [f"--set={item}" for item in plans["adapters-1"]]
+    profile = ["profile", "tiny-dgpo", "--out", str(directory / "profile"), "--iterations", "1", "--no-trace"]
+    main([*profile, *settings])

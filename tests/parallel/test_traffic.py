@@ -62,10 +62,17 @@ class Counted(NamedTuple):
         return [row for row in self.traffic if f"{row[0]}/".startswith(within) and kind in (None, row[1])]
 
 
+class Results(NamedTuple):
+    counts: dict[str, Any]
+    printed: str
+    """By `dgpo-fast profile`, on all ranks together."""
+    profile: Path
+
+
 @pytest.fixture(scope="module")
 def results(
     tmp_path_factory: pytest.TempPathFactory, quick: tuple[str, ...], child_environment: dict[str, str]
-) -> dict[str, Any]:
+) -> Results:
     root = tmp_path_factory.mktemp("traffic")
     (root / "plans.json").write_text(json.dumps({name: overrides_of(quick, case) for name, case in CASES.items()}))
     process = subprocess.run(
@@ -76,12 +83,13 @@ def results(
     assert process.returncode == 0, process.stderr[-4000:]
     first, second = (json.loads((root / f"rank-{rank}.json").read_text()) for rank in range(2))
     assert first == second, "every rank takes part in the same collectives"
-    return first  # type: ignore[no-any-return]
+    return Results(first, process.stdout, root / "profile")
 
 
 @pytest.fixture
-def counted(results: dict[str, Any]) -> Callable[[str], Counted]:
-    return lambda name: Counted(results[name]["trained"], [tuple(row) for row in results[name]["traffic"]])
+def counted(results: Results) -> Callable[[str], Counted]:
+    counts = results.counts
+    return lambda name: Counted(counts[name]["trained"], [tuple(row) for row in counts[name]["traffic"]])
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "gathered"])
@@ -89,9 +97,7 @@ def test_a_rollout_exchanges_nothing(counted: Callable[[str], Counted], name: st
     assert counted(name).number("rollout/") == 0
 
 
-def test_a_rollout_of_gathered_weights_exchanges_them_at_every_forward(
-    counted: Callable[[str], Counted], quick: tuple[str, ...]
-) -> None:
+def test_a_rollout_of_gathered_weights_exchanges_them_at_every_forward(counted: Callable[[str], Counted]) -> None:
     found = counted("gathered")
     forwards = 3  # a trajectory of rollout.steps, without guidance, of all images at once
     assert found.num_bytes("rollout/", "all_gather") == forwards * 4 * found.trained
@@ -103,28 +109,25 @@ def test_gradients_of_adapters_are_added_up_once(counted: Callable[[str], Counte
     found = counted(f"adapters-{stage}")
     kind = "reduce_scatter" if stage == 3 else "all_reduce"
     assert found.num_bytes("train/backward/") == 0
-    large = [row for row in found.traffic if row[3] > 1000 and row[1] != "all_gather"]
-    assert large == [("train/optimizer", kind, 1, pytest.approx(4 * found.trained, abs=8))]
+    assert found.num_bytes("train/optimizer/", kind) == pytest.approx(4 * found.trained, abs=8)
+    # Beside it the norm, which whoever has all of the gradient need not ask for.
+    assert found.number("train/optimizer/", kind) == (2 if stage in (1, 2) else 1)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("kind", ["full", "low"])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("full", "low"))])
 def test_gradients_of_all_weights_are_added_up_once_or_for_every_micro_batch(
-    counted: Callable[[str], Counted], kind: str, stage: int
+    counted: Callable[[str], Counted], name: str
 ) -> None:
-    if kind == "low" and stage == 0:
-        return
-    found = counted(f"{kind}-{stage}")
-    once, often, gradients = found.num_bytes("train/optimizer/"), found.num_bytes("train/backward/"), 4 * found.trained
+    found, stage = counted(name), CASES[name].stage
+    gradients = 4 * found.trained
     if stage < 2:
-        assert often == 0
+        assert found.num_bytes("train/backward/") == 0
         assert found.num_bytes("train/optimizer/", "all_reduce") == pytest.approx(gradients, abs=8)
     else:
         summed = "all_reduce" if stage == 2 else "reduce_scatter"
         assert found.number("train/backward/", summed) == MICRO_BATCHES
         assert found.num_bytes("train/backward/", summed) == MICRO_BATCHES * gradients
         assert found.num_bytes("train/optimizer/", "all_reduce") <= 16, "the norm, and whether it is finite"
-    assert once <= 2 * gradients + 16
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("groups")])
@@ -169,27 +172,21 @@ def test_what_is_left_is_a_handful(counted: Callable[[str], Counted]) -> None:
     assert (found.number("reward/"), found.number("signals/"), found.number("train/signals/")) == (1, 1, MICRO_BATCHES)
 
 
-def test_collectives_of_another_thread_of_the_backward_pass_count(results: dict[str, Any]) -> None:
-    assert results["another thread"] == {"is_another": True, "traffic": [["backward", "all_reduce", 1, 12]]}
+def test_collectives_of_another_thread_of_the_backward_pass_count(results: Results) -> None:
+    assert results.counts["another thread"] == {"is_another": True, "traffic": [["backward", "all_reduce", 1, 12]]}
 
 
-def test_profile_on_two_ranks(tmp_path: Path, quick: tuple[str, ...], child_environment: dict[str, str]) -> None:
+def test_profile_on_two_ranks(results: Results, counted: Callable[[str], Counted]) -> None:
     """One page and one of each file, whatever the number of ranks."""
-    settings = [f"--set={item}" for item in overrides_of(quick, CASES["adapters-0"])]
-    command = ["profile", "tiny-dgpo", "--out", tmp_path, "--iterations", "1", "--warmup", "0", "--no-trace", *settings]
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dgpo_fast",
-         *command], env={**child_environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-4000:]
-    assert process.stdout.count("Collectives of an optimizer step, 2 ranks") == 1
-    assert process.stdout.count("everything else") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["collectives.csv", "stages.csv"]
-    rows = list(csv.DictReader((tmp_path / "collectives.csv").open()))
-    (gradients,) = (row for row in rows if row["stage"] == "train/optimizer")
-    assert (gradients["collective"], gradients["number"]) == ("all_reduce", "1")
-    assert gradients["bytes"] == gradients["bytes_sent_by_each_rank"] != "0"  # in a ring of two
-    assert len({(row["stage"], row["collective"]) for row in rows}) == len(rows) > 3
+    assert results.printed.count("Collectives of an optimizer step, 2 ranks") == 1
+    assert results.printed.count("everything else") == 1
+    assert sorted(path.name for path in results.profile.iterdir()) == ["collectives.csv", "stages.csv"]
+    rows = list(csv.DictReader((results.profile / "collectives.csv").open()))
+    found = [(row["stage"], row["collective"], int(row["number"]), int(row["bytes"])) for row in rows]
+    assert found == counted("adapters-1").traffic
+    # In a ring of two a sum goes round once, and everything else by half.
+    sent = [round(num_bytes * (1 if kind == "all_reduce" else 0.5)) for _, kind, _, num_bytes in found]
+    assert [int(row["bytes_sent_by_each_rank"]) for row in rows] == sent
 
 
 def test_the_page_has_the_tables_of_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
