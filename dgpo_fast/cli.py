@@ -203,21 +203,23 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
 @app.command()
 def profile(
     recipe: Recipe,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where stages.csv and trace.json go.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where stages.csv, collectives.csv and trace.json go.")],
     iterations: Annotated[int, typer.Option(metavar="N", min=1, help="Iterations to measure.")] = 3,
     warmup: Annotated[int, typer.Option(metavar="N", min=0, help="Iterations before them.")] = 1,
     trace: Annotated[bool, typer.Option(help="Write trace.json; not under Nsight.")] = True,
     overrides: Overrides = None,
     model: Model = None,
 ) -> None:
-    """Measure where the time of an iteration goes."""
+    """Measure where the time of an iteration goes and, with several ranks, what they exchange."""
     config = load_recipe(recipe, [*(overrides or []), *_as_overrides({"model.name": model})])
     _check_writable(out)
     from dgpo_fast.profile_run import nsight_commands, profile_run, render
 
     measured = profile_run(config, out, iterations=iterations, warmup=warmup, trace=trace)
+    if not _is_first_rank():
+        return
     Console().print(render(measured))
-    for path in filter(None, (measured.stages, measured.trace)):
+    for path in measured.files:
         print(path)
     # Not through rich, which would break the lines that are to be copied.
     print("", "With Nsight:", *nsight_commands(out), sep="\n")

@@ -6,6 +6,7 @@ import signal
 from types import FrameType, TracebackType
 
 from dgpo_fast.parallel.world import World
+from dgpo_fast.profiling import stage
 
 
 class Interrupted(Exception):
@@ -40,7 +41,8 @@ class Interruption:
 
     def check(self) -> None:
         """Raises `Interrupted` on every rank once any has received a signal; all must call it at the same places."""
-        code = self.world.highest(self.received or 0)
+        with stage("signals"):
+            code = self.world.highest(self.received or 0)
         if code:
             raise Interrupted(128 + code)
 

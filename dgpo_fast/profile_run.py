@@ -1,4 +1,4 @@
-"""Where the time of an iteration goes: what `dgpo-fast profile` does."""
+"""Where the time of an iteration goes, and what ranks exchange in it: what `dgpo-fast profile` does."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity
 
 from dgpo_fast.config import Config
+from dgpo_fast.parallel.traffic import CollectiveCounter, Traffic
 from dgpo_fast.profiling import BACKGROUND
 from dgpo_fast.trainer import Trainer
 
@@ -45,8 +46,17 @@ class Profile:
     seconds: Mapping[StagePath, float]
     """Per path of stages, those inside included."""
     calls: Mapping[StagePath, int]
-    trace: Path | None
+    num_ranks: int
+    traffic: tuple[Traffic, ...]
+    """Of one more iteration; empty where there is one rank."""
     stages: Path
+    collectives: Path | None
+    trace: Path | None
+
+    @property
+    def files(self) -> list[Path]:
+        """All that was written."""
+        return [path for path in (self.stages, self.collectives, self.trace) if path is not None]
 
     def shares(self) -> dict[str, float]:
         """Share of the wall time by purpose; the last, "everything else", makes them one."""
@@ -60,6 +70,8 @@ class Profile:
 def profile_run(config: Config, out: Path, *, iterations: int, warmup: int, trace: bool) -> Profile:
     """Runs `warmup` iterations, measures `iterations` more, and writes stages.csv to `out`.
 
+    Every rank of a launch calls it; the first writes, and its times are the ones returned. With several ranks one more
+    iteration is run whose collectives are counted, and collectives.csv written: counting slows it.
     With `trace`, one more runs under torch.profiler, apart since that slows it, and is written to trace.json.
     No checkpoints, evaluations or logs are written, and nothing of the training is kept.
     """
@@ -73,18 +85,35 @@ def profile_run(config: Config, out: Path, *, iterations: int, warmup: int, trac
         for _ in range(iterations):
             trainer.run_iteration()
         wall_s = time.perf_counter() - start
+    seconds, calls = dict(trainer.clock.seconds), dict(trainer.clock.calls)
+    world = trainer.world
     profile = Profile(
         iterations=iterations,
         wall_s=wall_s,
-        seconds=dict(trainer.clock.seconds),
-        calls=dict(trainer.clock.calls),
-        trace=out / "trace.json" if trace else None,
+        seconds=seconds,
+        calls=calls,
+        num_ranks=world.size,
+        traffic=_count(trainer) if world.size > 1 else (),
         stages=out / "stages.csv",
+        collectives=out / "collectives.csv" if world.size > 1 else None,
+        trace=out / "trace.json" if trace else None,
     )
-    _write_stages(profile)
-    if profile.trace is not None:
+    if world.is_first:
+        _write_stages(profile)
+        _write_collectives(profile)
+    if profile.trace is not None and world.is_first:
         _trace(trainer, profile.trace)
+    elif profile.trace is not None:
+        trainer.run_iteration()
+    world.wait()
+    world.leave()
     return profile
+
+
+def _count(trainer: Trainer) -> tuple[Traffic, ...]:
+    with CollectiveCounter() as counter:
+        trainer.run_iteration()
+    return tuple(counter.traffic())
 
 
 def _trace(trainer: Trainer, path: Path) -> None:
@@ -103,6 +132,17 @@ def _write_stages(profile: Profile) -> None:
             each_ms = 1000 * seconds / profile.iterations
             calls = profile.calls[path] / profile.iterations
             writer.writerow(["/".join(path), f"{calls:g}", f"{each_ms:.3f}", f"{seconds / profile.wall_s:.4f}"])
+
+
+def _write_collectives(profile: Profile) -> None:
+    if profile.collectives is None:
+        return
+    with profile.collectives.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["stage", "collective", "number", "bytes", "bytes_sent_by_each_rank"])
+        for each in profile.traffic:
+            sent = round(each.sent_bytes(profile.num_ranks))
+            writer.writerow(["/".join(each.stage), each.kind, each.number, each.num_bytes, sent])
 
 
 def render(profile: Profile) -> RenderableType:
@@ -133,7 +173,24 @@ def render(profile: Profile) -> RenderableType:
             f"{1000 * seconds / profile.iterations:.1f}",
             f"{seconds / profile.wall_s:.1%}",
         )
-    return Group(purposes, stages)
+    return Group(purposes, stages, *([_render_traffic(profile)] if profile.traffic else []))
+
+
+def _render_traffic(profile: Profile) -> Table:
+    table = Table(title=f"Collectives of an optimizer step, {profile.num_ranks} ranks", title_justify="left")
+    table.add_column("stage")
+    table.add_column("collective")
+    for column in ("number", "MB", "sent by each rank, MB"):
+        table.add_column(column, justify="right")
+    for each in profile.traffic:
+        sent = each.sent_bytes(profile.num_ranks)
+        name = "/".join(each.stage)
+        table.add_row(name, each.kind, str(each.number), f"{each.num_bytes / 1e6:.3f}", f"{sent / 1e6:.3f}")
+    table.add_section()
+    number = sum(each.number for each in profile.traffic)
+    sent = sum(each.sent_bytes(profile.num_ranks) for each in profile.traffic)
+    table.add_row("optimizer step", "", str(number), "", f"{sent / 1e6:.3f}")
+    return table
 
 
 def nsight_commands(out: Path) -> list[str]:

@@ -49,6 +49,11 @@ def use_clock(clock: StageClock) -> None:
     _clock = clock
 
 
+def current_path() -> tuple[str, ...]:
+    """The stages that this thread is in, the outermost first."""
+    return _path.get()
+
+
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """A named stretch of work: an NVTX range, counted on the clock in use."""

@@ -100,10 +100,14 @@ class Trainer:
     def run_iteration(self) -> StepReport:
         """One iteration: sample groups, score them, learn from them. `step` is one higher afterwards."""
         start, before = time.perf_counter(), dict(self.clock.seconds)
-        check, at_once = self.interruption.check, self.config.rollout.decoded_at_once
-        with OverlappedScoring(self.scorer, self.policy.model, images_per_decode=at_once) as scoring, stage("rollout"):
-            rollout = self.algorithm.rollout(self.policy, self._next_prompts(), deliver=scoring.add, check=check)
-            check()
+        self.policy.make_ready(self.algorithm.sampling_view(self.step))
+        # Several ranks agree on a signal by a collective, which would make each forward wait for the slowest.
+        check = self.interruption.check if self.world.size == 1 else lambda: None
+        at_once = self.config.rollout.decoded_at_once
+        with OverlappedScoring(self.scorer, self.policy.model, images_per_decode=at_once) as scoring:
+            with stage("rollout"):
+                rollout = self.algorithm.rollout(self.policy, self._next_prompts(), deliver=scoring.add, check=check)
+            self.interruption.check()
         with stage("reward"):
             scored, reward_metrics = self._score(rollout, scoring.scores())
         with stage("train"):

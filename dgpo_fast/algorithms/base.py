@@ -7,6 +7,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from dgpo_fast.models.engines import View
 from dgpo_fast.models.policy import Policy
 from dgpo_fast.records import LossOutput, PromptBatch, Rollout, ScoredGroups
 
@@ -15,7 +16,7 @@ WeightsT = TypeVar("WeightsT")
 
 
 class Algorithm(Protocol[BatchT, WeightsT]):
-    """`prepare` before the first iteration, then five methods, called in this order every iteration."""
+    """`prepare` before the first iteration, then six methods, called in this order every iteration."""
 
     def prepare(self, policy: Policy) -> str:
         """Makes sure that the policy can be trained by this algorithm; lines for the person who watches.
@@ -23,6 +24,10 @@ class Algorithm(Protocol[BatchT, WeightsT]):
         Raises:
             UserError: it cannot.
         """
+        ...
+
+    def sampling_view(self, iteration: int) -> View:
+        """What an iteration's rollout draws through."""
         ...
 
     def rollout(

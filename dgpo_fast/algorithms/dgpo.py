@@ -80,6 +80,9 @@ class DGPO:
         self.ratio_errors = "again" if self.world.highest(int(found == "again")) else "training"
         return f"{line}\n{policy.check_sampling()}"
 
+    def sampling_view(self, iteration: int) -> View:
+        return "policy" if iteration < self.config.rollout.switch_step else "old"
+
     def rollout(
         self,
         policy: Policy,
@@ -89,10 +92,10 @@ class DGPO:
         check: Callable[[], None] = lambda: None,
     ) -> Rollout:
         """A group of samples per prompt, by the deterministic solver, from a noise of its own each."""
-        view: View = "policy" if prompts.iteration < self.config.rollout.switch_step else "old"
         x0_BCHW = sample_latents(
-            policy, view, self.sampler, initial_noise(policy, prompts, seed=self.config.seed),
-            prompts.conditioning[prompts.group_B], prompts.unconditional if self.config.rollout.guidance > 1 else None,
+            policy, self.sampling_view(prompts.iteration), self.sampler,
+            initial_noise(policy, prompts, seed=self.config.seed), prompts.conditioning[prompts.group_B],
+            prompts.unconditional if self.config.rollout.guidance > 1 else None,
             images_per_forward=self.config.rollout.images_per_forward, engine=policy.sampling_engine,
             graphs=self.graphs, check=check,
             deliver=lambda x0_BCHW, samples: deliver(x0_BCHW, prompts.prompt_of_sample[samples]),
@@ -165,7 +168,8 @@ class DGPO:
         """Scores of pieces summed over the ranks that a group may lie on, and how many pieces these have together."""
         if self.placement.case == "a":
             return score_G, num_pieces
-        return self.world.sum(score_G), num_pieces * self.world.size
+        with stage("group sums"):
+            return self.world.sum(score_G), num_pieces * self.world.size
 
     def _policy_velocity(self, policy: Policy, batch: DGPOBatch) -> Tensor:
         return policy.velocity("policy", batch.x_t_MCHW, batch.timestep_M, batch.conditioning)[0]

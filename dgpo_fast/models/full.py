@@ -130,6 +130,9 @@ class FullPolicy(Policy):
         """To be called once masters, or pieces of averages, have changed."""
         self._replica.forget(*views)
 
+    def make_ready(self, view: View) -> None:
+        self._sampling_module(view)
+
     def averages(self) -> dict[Average, Held]:
         return self._averages
 

@@ -62,6 +62,12 @@ class Policy(ABC):
     def refresh(self, *views: View) -> None:
         """To be called where masters of `views` were written: the layers see them."""
 
+    def make_ready(self, view: View) -> None:
+        """To be called on every rank before samples are drawn through `view`, so that drawing exchanges nothing.
+
+        Not where layers gather weights as they compute: those exchange them all the same.
+        """
+
     @abstractmethod
     def averages(self) -> dict[Average, Held]:
         """What this rank holds, in float32, of each average. Who writes to one calls `refresh` afterwards."""

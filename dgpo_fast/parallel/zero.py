@@ -172,7 +172,8 @@ class FlatZeroEngine:
         self.shapes: Shapes = weights.shapes
         self._whole = _Whole(weights.master)
         self._zero = ZeroEngine(self._whole, config, world)
-        self._assembly = Assembly(self._zero.masters(), world)
+        # Else DeepSpeed's parameter is whole already, on every rank and in float32.
+        self._assembly = Assembly(self._zero.masters(), world) if config.parallel.zero_stage == 3 else None
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -200,7 +201,10 @@ class FlatZeroEngine:
 
     def _take_over(self) -> None:
         """The weights that are computed with become those that DeepSpeed holds."""
-        self._assembly.write(self._zero.masters().pieces, {"flat": self._weights.master})
+        if self._assembly is not None:
+            self._assembly.write(self._zero.masters().pieces, {"flat": self._weights.master})
+        else:
+            self._weights.master.copy_(self._whole.flat.detach())
         self._weights.refresh()
 
     def _by_parameter(self, held: Held) -> Held:
