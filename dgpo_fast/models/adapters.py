@@ -78,6 +78,9 @@ class AdapterPolicy(Policy):
             for view in get_args(Average)
         }
 
+    def make_ready(self, view: View) -> None:
+        """Nothing: every view's adapters are there."""
+
     def take_ema(self, read: ReadPieces) -> None:
         read(self.averages()["ema"].pieces, self.trained.shapes)
         self.refresh("ema")

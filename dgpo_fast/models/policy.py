@@ -62,6 +62,7 @@ class Policy(ABC):
     def refresh(self, *views: View) -> None:
         """To be called where masters of `views` were written: the layers see them."""
 
+    @abstractmethod
     def make_ready(self, view: View) -> None:
         """To be called on every rank before samples are drawn through `view`, so that drawing exchanges nothing.
 

@@ -62,7 +62,7 @@ class CollectiveCounter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._number: Counter[_Key] = Counter()
         self._bytes: Counter[_Key] = Counter()
         self._path: tuple[str, ...] = ()
