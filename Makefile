@@ -4,7 +4,10 @@
 #   PYTHON=python3  the interpreter that makes it, 3.11 or newer
 #   TORCH_INDEX=    where torch comes from, for example https://download.pytorch.org/whl/cpu for the build without CUDA
 
+#   WORKERS=2       processes that share the tests; a file's are one process's. Some start up to four ranks of their own.
+
 VENV ?= .venv
+WORKERS ?= 2
 PYTHON ?= python3
 TORCH_INDEX ?=
 TORCH := $(shell grep '^torch==' constraints-cuda.txt)
@@ -70,11 +73,11 @@ report-native:
 
 test: setup
 	@echo 'test: the whole suite; at most 20 minutes on two CPU cores.'
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile
 
 test-full: setup
 	@echo 'test-full: the suite and its slow sweeps.'
-	$(PY) -m pytest -q -m ''
+	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile -m ''
 
 demo: setup
 	@if test -e $(DEMO) && ! test -e $(DEMO)/config.yaml; then \

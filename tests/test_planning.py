@@ -96,7 +96,7 @@ def test_placement(num_ranks: int, micro: int, case: str, said: str, monkeypatch
     assert found.placement.case == case
     assert said in found.placement.why
     assert f"case ({case}): {found.placement.why}" in shown(found)
-    assert evaluations(found.config)["group weights"] == (4 if case == "c" else 0)
+    assert evaluations(found.config, found.num_ranks)["group weights"] == (4 if case == "c" else 0)
     assert found.micro_batches == 4 * 128 // (num_ranks * micro)
 
 
