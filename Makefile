@@ -3,7 +3,6 @@
 #   VENV=.venv      the virtual environment to make; an empty VENV= installs into the active one and leaves its torch alone
 #   PYTHON=python3  the interpreter that makes it, 3.11 or newer
 #   TORCH_INDEX=    where torch comes from, for example https://download.pytorch.org/whl/cpu for the build without CUDA
-
 #   WORKERS=2       processes that share the tests; a file's are one process's. Some start up to four ranks of their own.
 
 VENV ?= .venv
