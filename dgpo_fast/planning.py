@@ -149,7 +149,7 @@ def evaluations(config: Config, num_ranks: int = 1) -> dict[str, int]:
     }
 
 
-def cost(config: Config, source: ModelSource, shape: TransformerShape, vae: VAEShape, *, num_ranks: int) -> Cost:
+def cost(config: Config, source: ModelSource, shape: TransformerShape, vae: VAEShape, *, num_ranks: int = 1) -> Cost:
     """Parameters, FLOPs and memory of a run with a model of this shape."""
     memory = partial(
         predict_memory,

@@ -69,9 +69,14 @@ def test_what_is_there_all_the_time(
 def test_the_peak(
     measured: dict[str, dict[str, int]], quick: tuple[str, ...], kind: str, dtype: str, stage: int
 ) -> None:
-    """Within an eighth: buffers that hold the whole of this small model come and go as DeepSpeed's hooks happen to."""
+    """Within an eighth, as buffers that hold the whole of this small model come and go; under stage 3 within a quarter.
+
+    There the same run's peak differs from one time to the next by an eighth: by the layers that DeepSpeed has gathered
+    ahead.
+    """
     expected = predicted(quick, kind, dtype, stage).peak_bytes
-    assert expected == pytest.approx(measured[f"{kind}-{dtype}-{stage}"]["peak"], rel=0.125)
+    rel = 0.25 if stage == 3 else 0.125
+    assert expected == pytest.approx(measured[f"{kind}-{dtype}-{stage}"]["peak"], rel=rel)
 
 
 def test_large_is_plannable_on_eight_cards_of_80_gb() -> None:
