@@ -24,9 +24,10 @@ from dgpo_fast.models.sd3 import StableDiffusion3
 from dgpo_fast.parallel.world import World
 from dgpo_fast.records import Conditioning
 
+# None before a softmax: of nearly uniform attention, bfloat16 gradients of queries and keys are mostly rounding.
 LAYERS = (
-    "pos_embed.proj.weight", "context_embedder.weight", "transformer_blocks.0.attn2.to_q.weight",
-    "transformer_blocks.1.norm1.linear.weight", "transformer_blocks.1.attn.norm_q.weight",
+    "pos_embed.proj.weight", "context_embedder.weight", "transformer_blocks.0.attn2.to_v.weight",
+    "transformer_blocks.1.norm1.linear.weight", "transformer_blocks.1.attn.add_v_proj.bias",
     "transformer_blocks.2.ff_context.net.0.proj.weight", "transformer_blocks.3.attn.to_out.0.bias", "proj_out.weight",
 )  # fmt: skip
 
