@@ -41,8 +41,9 @@ def test_the_step_is_that_of_whole_weights(out: Path) -> None:
             assert moved.shape == weight.shape
             assert expected.norm() > 0, name
             # Masters are float32: what a small step adds to a weight is rounded at the weight's size. Of a bfloat16
-            # gradient 2^-9 is rounded off at every product on its way, and DeepSpeed has products of its own.
-            rounding = 2**-24 * weight.float().norm() + 2**-6 * expected.norm()
+            # gradient 2^-9 is rounded off at every product on its way, some percent in all, and DeepSpeed has products
+            # of its own. A piece in a wrong place would be wrong by the whole of it.
+            rounding = 2**-24 * weight.float().norm() + 0.1 * expected.norm()
             assert (moved - expected).norm() < rounding, name
 
 
