@@ -64,7 +64,9 @@ class Step:
     has_old: bool = True
     """Whether errors of the old policy are asked for."""
     gathered_forwards: int = 0
-    """Forwards of a rollout under `parallel.rollout: gathered`; 0 with a replica."""
+    """Forwards of a rollout that gathers weights, as under `parallel.rollout: gathered`; 0 with a whole replica."""
+    is_frozen_sharded: bool = False
+    """Whether the base and the old policy are, too (`parallel.frozen: sharded`); a rollout's replica then is."""
 
 
 def exchanges(step: Step) -> Iterator[Exchange]:
@@ -103,7 +105,11 @@ def _full(step: Step) -> Iterator[Exchange]:
             yield Exchange("weights, rollout", "all_gather", step.gathered_forwards, weights, ahead)
         else:
             yield Exchange("replica", "all_gather", 1, weights, 1)
-    if step.has_old:
+        if step.is_frozen_sharded:
+            yield Exchange("base, forward", "all_gather", step.micro_batches, weights, ahead)
+    if step.has_old and step.is_frozen_sharded:
+        yield Exchange("old policy, forward", "all_gather", step.micro_batches, weights, ahead)
+    elif step.has_old:
         yield Exchange("old policy", "all_gather", 1, weights, 1)
 
 

@@ -275,7 +275,7 @@ class ParallelConfig(Section):
     frozen: Literal["replicas", "sharded"] = "replicas"
     """Under stage 3, keep the base and the old policy of full fine-tuning whole on every rank, or shard them, too."""
     deepspeed: dict[str, Any] = {}
-    """More of DeepSpeed's configuration, as it documents it."""
+    """More of DeepSpeed's configuration, as it documents it; what the recipe decides by another key is refused."""
 
     @model_validator(mode="after")
     def _offload_has_a_stage(self) -> ParallelConfig:
@@ -285,6 +285,8 @@ class ParallelConfig(Section):
             raise ValueError(f"parallel.offload_weights needs parallel.zero_stage 3, got {self.zero_stage}")
         if self.frozen == "sharded" and self.zero_stage != 3:
             raise ValueError(f"parallel.frozen sharded needs parallel.zero_stage 3, got {self.zero_stage}")
+        if self.rollout == "gathered" and self.zero_stage != 3:
+            raise ValueError(f"parallel.rollout gathered needs parallel.zero_stage 3, got {self.zero_stage}")
         if self.offload_weights == "nvme" and self.nvme_path is None:
             raise ValueError("parallel.nvme_path, a directory, is required for parallel.offload_weights nvme")
         if self.deepspeed and self.zero_stage == 0:
@@ -327,6 +329,10 @@ class Config(Section):
             raise ValueError("adapter: null trains every weight, which model.engine fused cannot: use compile or eager")
         if self.adapter is None and self.parallel.zero_stage == 3 and self.model.engine != "eager":
             raise ValueError(f"parallel.zero_stage 3 shards the layers: model.engine eager, got {self.model.engine}")
+        for key in ("rollout", "frozen", "offload_weights"):
+            value, default = getattr(self.parallel, key), ParallelConfig.model_fields[key].default
+            if self.adapter is not None and value != default:
+                raise ValueError(f"parallel.{key} {value} is for full fine-tuning (adapter: null): adapters stay whole")
         return self
 
     @model_validator(mode="after")
@@ -358,7 +364,7 @@ def check_ranks(config: Config, num_ranks: int) -> None:
     """Makes sure that an iteration divides among the ranks, and a rank's share of it into micro-batches.
 
     Raises:
-        UserError: it does not; the nearest value that does is named.
+        UserError: it does not; the nearest value that does is named. Or there are fewer held-out prompts than ranks.
     """
     groups, size, micro = config.groups.per_iteration, config.groups.size, config.optimizer.images_per_micro_batch
     if groups * size % num_ranks:
@@ -372,6 +378,11 @@ def check_ranks(config: Config, num_ranks: int) -> None:
         raise UserError(
             f"optimizer.images_per_micro_batch must divide a rank's share of an iteration, {share} images on each of "
             f"{num_ranks} ranks, got {micro}; nearest that does: {_nearest_divisor(share, micro)}"
+        )
+    if config.evaluation.num_prompts < num_ranks:
+        raise UserError(
+            f"evaluation.num_prompts must be at least the number of ranks, {num_ranks}, since each draws some; "
+            f"got {config.evaluation.num_prompts}"
         )
 
 

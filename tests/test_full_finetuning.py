@@ -159,12 +159,20 @@ def test_the_command_prints_where(straight_run: Path, tmp_path: Path, capsys: py
         ),
         ("parallel.offload_optimizer=cpu", "parallel.offload_optimizer needs parallel.zero_stage 1, 2 or 3, got 0"),
         ("parallel.offload_weights=cpu", "parallel.offload_weights needs parallel.zero_stage 3, got 0"),
+        ("parallel.rollout=gathered", "parallel.rollout gathered needs parallel.zero_stage 3, got 0"),
+        ("parallel.frozen=sharded", "parallel.frozen sharded needs parallel.zero_stage 3, got 0"),
         ("parallel.deepspeed={a: 1}", "parallel.deepspeed needs parallel.zero_stage 1, 2 or 3"),
     ],
 )
 def test_what_does_not_go_together(quick: tuple[str, ...], change: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         load_recipe("tiny-dgpo", [*quick, *SETTINGS, change])
+
+
+@pytest.mark.parametrize("change", ["rollout=gathered", "frozen=sharded", "offload_weights=cpu"])
+def test_adapters_stay_whole(quick: tuple[str, ...], change: str) -> None:
+    with pytest.raises(UserError, match=f"parallel.{change.replace('=', ' ')} is for full fine-tuning"):
+        load_recipe("tiny-dgpo", [*quick, "parallel.zero_stage=3", f"parallel.{change}"])
 
 
 def test_what_a_run_keeps_of_it(run: Path) -> None:

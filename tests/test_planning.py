@@ -13,7 +13,7 @@ from rich.console import Console
 from dgpo_fast import planning, throughput
 from dgpo_fast.config import load_recipe, recipe_names
 from dgpo_fast.errors import UserError
-from dgpo_fast.models.architectures import SD35_MEDIUM
+from dgpo_fast.models.architectures import SD35_LARGE, SD35_MEDIUM
 from dgpo_fast.planning import Plan, evaluations, plan, render
 
 PROMPTS = ["prompts.train=shapes:train", "prompts.test=shapes:test"]
@@ -336,3 +336,19 @@ def test_everything_of_the_plan_is_shown(overrides: list[str]) -> None:
         assert part in text
     assert ("every 20 steps" if config.evaluation.every else "at start and end") in text
     assert ("group weights" in text) == (config.optimizer.images_per_micro_batch < 8)
+
+
+def test_what_is_offloaded_is_counted_where_it_goes() -> None:
+    """Weights that stage 3 shards go to the host, or to a disk, and then need no memory of either."""
+    large = ["model.name=random:sd35-large", *PROMPTS, "rewards.terms=[{name: shapes}]"]
+
+    def needed(*overrides: str) -> tuple[float, float]:
+        cost = plan(load_recipe("sd35l-geneval-full", [*large, *overrides]), num_ranks=8).cost
+        assert cost is not None
+        return sum(cost.memory.resident.values()), sum(cost.memory.host.values())
+
+    here, at_host = needed()
+    shard = 2 * SD35_LARGE.parameters / 8
+    assert at_host == 0
+    assert needed("parallel.offload_weights=cpu") == pytest.approx((here - shard, shard))
+    assert needed("parallel.offload_weights=nvme", "parallel.nvme_path=/disk") == pytest.approx((here - shard, 0))

@@ -125,3 +125,9 @@ def test_micro_batches_must_divide_a_ranks_share(quick: tuple[str, ...]) -> None
     refusal = r"images_per_micro_batch must divide .* share .*, 4 images on each of 2 ranks, got 8; .*: 4"
     with pytest.raises(UserError, match=refusal):
         check_ranks(load_recipe("tiny-dgpo", [*quick, "optimizer.images_per_micro_batch=8"]), 2)
+
+
+def test_every_rank_draws_a_held_out_prompt(quick: tuple[str, ...]) -> None:
+    changes = ["groups.per_iteration=4", "evaluation.num_prompts=3"]
+    with pytest.raises(UserError, match=r"evaluation\.num_prompts must be at least the number of ranks, 4, .* got 3"):
+        check_ranks(load_recipe("tiny-dgpo", [*quick, *changes]), 4)

@@ -42,7 +42,7 @@ class Replica:
     """A transformer that shows the weights of one view at a time."""
 
     def __init__(self, transformer: SD3Transformer2DModel) -> None:
-        self.transformer: nn.Module = transformer.requires_grad_(False)
+        self.transformer: nn.Module = transformer
         self.shown: View | None = None
         self._parameters = dict(transformer.named_parameters())
         self._sharded: Sharded | None = None
@@ -88,8 +88,11 @@ class FullPolicy(Policy):
                 transformer.enable_gradient_checkpointing()
             if model.config.engine == "compile":
                 compile_blocks(transformer)
-        self.trained = transformers[0].requires_grad_(True)
-        self._reference: nn.Module = transformers[1].requires_grad_(False)
+            # Of all three: torch chooses a product's kernel by whether its weight requires gradients, and does so where
+            # none are recorded, too (`should_fold` in ATen's LinearAlgebra.cpp). Equal weights are to give equal bits.
+            transformer.requires_grad_(True)
+        self.trained = transformers[0]
+        self._reference: nn.Module = transformers[1]
         self._replica = Replica(transformers[2])
         self._module: nn.Module = self.trained
         self._samples_from_replica = False

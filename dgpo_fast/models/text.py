@@ -23,6 +23,7 @@ from diffusers import StableDiffusion3Pipeline
 from torch import nn
 
 from dgpo_fast.models.prompt_cache import PromptCache
+from dgpo_fast.parallel.products import usual_products
 from dgpo_fast.records import Conditioning
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -106,7 +107,7 @@ class TextEncoders:
     def _encode(self, prompts: Sequence[str]) -> dict[str, Conditioning]:
         encoders = [encoder for name in ENCODERS if (encoder := getattr(self._pipeline, name)) is not None]
         encoded = {}
-        with moved_to(self._device, encoders), torch.no_grad():
+        with moved_to(self._device, encoders), torch.no_grad(), usual_products():
             for prompt in prompts:
                 encoded[prompt] = self._encode_one(prompt)
                 self._remember(prompt, encoded[prompt])

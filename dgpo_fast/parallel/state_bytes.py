@@ -5,7 +5,7 @@ Every count is compared with live memory on two ranks in tests/parallel/test_sta
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dgpo_fast.config import Config
 
@@ -39,13 +39,15 @@ def state_bytes(config: Config, *, trained: float, value: int, stage: int, num_r
     """
     of_kind = _adapters if config.adapter is not None else _full
     found = of_kind(config, trained, value, stage, num_ranks)
-    if config.parallel.offload_optimizer == "none" or stage == 0:
-        return found
-    sharded = {name: found.resident[name] for name in (_STATES, _SHARDED_GRADIENTS) if name in found.resident}
-    kept = {name: size for name, size in found.resident.items() if name not in sharded}
-    # Gradients are in float32 there, whatever they were added up in.
-    host = {**sharded, _SHARDED_GRADIENTS: 4 * trained / num_ranks}
-    return StateBytes(resident=kept, backward=found.backward, step=found.step, host=host)
+    resident, host = dict(found.resident), {}
+    if config.parallel.offload_optimizer != "none" and stage > 0:
+        host = {name: resident.pop(name) for name in (_STATES, _SHARDED_GRADIENTS) if name in resident}
+        host[_SHARDED_GRADIENTS] = 4 * trained / num_ranks  # in float32 there, whatever they were added up in
+    if config.parallel.offload_weights != "none" and _SHARDED_WEIGHTS in resident:
+        weights = resident.pop(_SHARDED_WEIGHTS)
+        if config.parallel.offload_weights == "cpu":
+            host[_SHARDED_WEIGHTS] = weights
+    return replace(found, resident=resident, host=host)
 
 
 def ranks_of_frozen(config: Config, *, stage: int, num_ranks: int) -> int:
@@ -55,6 +57,7 @@ def ranks_of_frozen(config: Config, *, stage: int, num_ranks: int) -> int:
 
 
 _STATES, _SHARDED_GRADIENTS = "masters, AdamW, averages", "this rank's gradients"
+_SHARDED_WEIGHTS = "trained transformer, sharded"
 
 
 def _adapters(config: Config, trained: float, value: int, stage: int, num_ranks: int) -> StateBytes:
@@ -84,7 +87,7 @@ def _full(config: Config, trained: float, value: int, stage: int, num_ranks: int
         return StateBytes(resident=resident, backward=0.0, step=0.0)
     resident[_STATES] = SHARDED * trained / num_ranks
     if stage == 3:
-        resident["trained transformer, sharded"] = value * trained / num_ranks
+        resident[_SHARDED_WEIGHTS] = value * trained / num_ranks
         resident[_SHARDED_GRADIENTS] = summed * trained / num_ranks
         resident["bucket of gradients"] = summed * bucket
         # What layers have gathered, and gradients of a bucket as they come and as they are summed.

@@ -18,12 +18,44 @@ import torch
 from torch import Tensor, nn
 
 from dgpo_fast.config import Config
-from dgpo_fast.errors import UserError
+from dgpo_fast.errors import UserError, suggest
 from dgpo_fast.parallel.assembly import Assembly
 from dgpo_fast.parallel.engine import MOMENTS, StepOutcome, adamw, zero_state
 from dgpo_fast.parallel.state_bytes import REDUCE_BUCKET
 from dgpo_fast.parallel.weights import Held, Piece, Shapes, TrainedWeights, cut
 from dgpo_fast.parallel.world import World
+
+DECIDED_BY = {
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.decay_steps and optimizer.warmup_steps",
+    "bf16": "model.dtype",
+    "bfloat16": "model.dtype",
+    "fp16": "model.dtype",
+    "amp": "model.dtype",
+    "torch_autocast": "model.dtype",
+    "data_types": "parallel.gradients",
+    "communication_data_type": "parallel.gradients",
+    "zero_optimization.stage": "parallel.zero_stage",
+    "zero_optimization.offload_optimizer.device": "parallel.offload_optimizer",
+    "zero_optimization.offload_param.device": "parallel.offload_weights",
+    "zero_optimization.offload_param.nvme_path": "parallel.nvme_path",
+    "zero_optimization.cpu_offload": "parallel.offload_optimizer",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "train_batch_size": "optimizer.images_per_micro_batch",
+    "train_micro_batch_size_per_gpu": "optimizer.images_per_micro_batch",
+    "gradient_accumulation_steps": "optimizer.images_per_micro_batch",
+    "managed_gradient_accumulation": "optimizer.images_per_micro_batch",
+}
+"""What of DeepSpeed's configuration the recipe decides, and by which of its keys."""
+
+PASSED_ON = (
+    "zero_optimization", "aio", "comms_logger", "compile", "csv_monitor", "comet", "disable_allgather",
+    "disable_python_gc", "dump_state", "flops_profiler", "gradient_predivide_factor", "memory_breakdown",
+    "prescale_gradients", "sparse_gradients", "steps_per_print", "tensorboard", "timers", "wall_clock_breakdown",
+    "wandb",
+)  # fmt: skip
+"""Sections and values at the top of DeepSpeed's configuration that a step has a use for. It would take any other name
+for nothing; what is inside of these it checks itself."""
 
 
 class _Place(NamedTuple):
@@ -58,12 +90,13 @@ class ZeroEngine:
                     model=module, optimizer=adamw(list(named.values()), config.optimizer), config=settings,
                     dist_init_required=False,
                 )  # fmt: skip
-        except (ValueError, AssertionError, TypeError) as error:
+        except (ValueError, AssertionError, TypeError, deepspeed.DeepSpeedConfigError) as error:
             raise UserError(f"parallel.deepspeed: {' '.join(str(error).split())}") from error
         self._optimizer = self._engine.optimizer
         self._flats: list[Tensor] = self._flat_masters()
         self._states = [zero_state(self._optimizer.optimizer, flat) for flat in self._flats]
         self._places = [*self._find_places(named)]
+        self._check_places(named)
 
     @property
     def module(self) -> nn.Module:
@@ -77,7 +110,12 @@ class ZeroEngine:
     def step(self, lr: float) -> StepOutcome:
         self._optimizer.param_groups[0]["lr"] = lr
         self._engine.step()
-        return StepOutcome(float(self._engine.get_global_grad_norm()), bool(self._engine.was_step_applied()))
+        is_made = bool(self._engine.was_step_applied())
+        if not is_made and self._stage < 3:
+            # Of a step that it skips, stages 1 and 2 keep the gradient where the optimizer is offloaded (0.19.8).
+            kept = getattr(self._optimizer, "averaged_gradients", {})
+            kept.update(dict.fromkeys(kept))
+        return StepOutcome(float(self._engine.get_global_grad_norm()), is_made)
 
     def masters(self) -> Held:
         return self._held(self._flats)
@@ -124,13 +162,34 @@ class ZeroEngine:
                 inside, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
                 yield _Place(name, whole.start, 0, inside.start, inside.numel)
 
+    def _check_places(self, named: Mapping[str, nn.Parameter]) -> None:
+        """Makes sure that pieces are found where DeepSpeed has them, whatever it was told.
+
+        Raises:
+            UserError: they hold other values than the parameters.
+        """
+        is_right = True
+        for name, start, values in self.masters().pieces:
+            if self._stage < 3:
+                mine = named[name].detach().view(-1)[start : start + len(values)]
+            elif (shard := named[name].ds_tensor).status.name == "AVAILABLE":  # type: ignore[attr-defined]
+                mine = shard.detach()[: len(values)]
+            else:
+                continue  # on a disk
+            is_right &= torch.equal(values.to(mine), mine)
+        if not is_right:
+            raise UserError(
+                "parallel.deepspeed: it makes DeepSpeed keep weights in an order that checkpoints and averages do not "
+                "know, as zero_optimization.round_robin_gradients does"
+            )
+
 
 class ShardedModule:
     """A module without gradients whose weights DeepSpeed shards, and gathers layer by layer as it computes."""
 
     def __init__(self, module: nn.Module, world: World) -> None:
         deepspeed = _import_deepspeed(world)
-        self._parameters = dict(module.named_parameters())
+        self._parameters = dict(module.requires_grad_(False).named_parameters())
         zero = {
             "stage": 3,
             # Nothing stays whole behind its use: what is written to the shards would not be seen.
@@ -228,6 +287,8 @@ def deepspeed_config(config: Config, *, is_low: bool, num_values: int) -> dict[s
         zero["offload_optimizer"] = {"device": parallel.offload_optimizer, "pin_memory": torch.cuda.is_available()}
     if parallel.offload_weights != "none":
         zero["offload_param"] = {"device": parallel.offload_weights, "pin_memory": torch.cuda.is_available()}
+        if parallel.offload_weights == "nvme":
+            zero["offload_param"]["nvme_path"] = parallel.nvme_path
     ours: dict[str, Any] = {
         # One micro-batch in its counts, whatever ours are: `step` says when a step is made.
         "train_micro_batch_size_per_gpu": 1,
@@ -241,21 +302,30 @@ def deepspeed_config(config: Config, *, is_low: bool, num_values: int) -> dict[s
         ours["bf16"] = {"enabled": True, "check_grad_overflow": True}
         ours["data_types"] = {"grad_accum_dtype": {"float32": "fp32", "bfloat16": "bf16"}[parallel.gradients]}
         ours["communication_data_type"] = ours["data_types"]["grad_accum_dtype"]
-    merged = _merged(ours, parallel.deepspeed, key="parallel.deepspeed")
+    _refuse_decided(parallel.deepspeed)
+    merged = _merged(ours, parallel.deepspeed)
     # Buffers of DeepSpeed's default, 5e8 values, are larger than some models.
     merged["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCE_BUCKET, num_values))
     return merged
 
 
-def _merged(ours: dict[str, Any], theirs: Mapping[str, Any], *, key: str) -> dict[str, Any]:
+def _refuse_decided(theirs: Mapping[str, Any], prefix: str = "") -> None:
+    """Makes sure that nothing is given that the recipe decides, or that nobody would read."""
+    for name, value in theirs.items():
+        key = f"{prefix}{name}"
+        if key in DECIDED_BY:
+            raise UserError(f"parallel.deepspeed.{key}: the recipe decides this by {DECIDED_BY[key]}")
+        if not prefix and name not in PASSED_ON:
+            raise UserError(f"parallel.deepspeed: unknown key {name!r}{suggest(name, PASSED_ON)}")
+        if isinstance(value, Mapping):
+            _refuse_decided(value, f"{key}.")
+
+
+def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(ours)
     for name, value in theirs.items():
-        if isinstance(value, Mapping) and isinstance(ours.get(name), dict):
-            merged[name] = _merged(ours[name], value, key=f"{key}.{name}")
-        elif name in ours and ours[name] != value:
-            raise UserError(f"{key}.{name}: {value!r} was given, but the recipe makes it {ours[name]!r}")
-        else:
-            merged[name] = value
+        is_section = isinstance(value, Mapping) and isinstance(ours.get(name), dict)
+        merged[name] = _merged(ours[name], value) if is_section else value
     return merged
 
 

@@ -82,6 +82,20 @@ def rows(conditioning: Conditioning, prompts: list[str]) -> Conditioning:
 # The same bits
 
 
+def test_a_product_replaced_for_sharded_layers_does_not_reach_the_text(
+    counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed's stage 3 replaces torch's in the process; embeddings, which are kept on disk, must not tell."""
+    expected = counted.text().encode(PROMPTS)
+
+    def replaced(*arguments: object) -> Tensor:
+        raise AssertionError("this product is for the transformer")
+
+    monkeypatch.setattr(torch.nn.functional, "linear", replaced)
+    assert_same(counted.text().encode(PROMPTS), expected)
+    assert torch.nn.functional.linear is replaced
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_cold_warm_and_from_disk_are_the_same_bits_in_every_order(dtype: str) -> None:
     config = load_recipe("tiny-dgpo", [f"model.dtype={dtype}"]).model

@@ -3,7 +3,10 @@
     torchrun --nproc-per-node 2 measure_ranks.py PLANS.json RESULTS.json
 
 PLANS.json gives overrides by name; RESULTS.json gets, by name, the first rank's live bytes after an iteration, and the
-most that lived during the next.
+most that lived during a later one.
+
+The threads that exchange for the ranks let go of what they sent some time after, on a busy machine much later. So live
+bytes are counted after a pause, and of several iterations the lowest peak is taken: what came late only adds to it.
 """
 
 from __future__ import annotations
@@ -11,11 +14,16 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 from dgpo_fast import Trainer, load_recipe
+
+PAUSE_S = 0.5
+ITERATIONS = 3
+"""Of which one has the lowest peak."""
 
 
 def live_storages() -> dict[int, int]:
@@ -29,8 +37,10 @@ def live_storages() -> dict[int, int]:
     return found
 
 
-def most_allocated(profiler: torch.profiler.profile) -> int:
-    """The highest sum of what was allocated and freed since the profile began."""
+def most_added(trainer: Trainer) -> int:
+    """The highest sum of what an iteration allocated and freed so far."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer.run_iteration()
     assert profiler.profiler is not None
     events = profiler.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
@@ -45,11 +55,10 @@ def measure(overrides: list[str], out: Path) -> dict[str, int]:
     before = live_storages()
     trainer = Trainer(load_recipe("tiny-dgpo", overrides), out)
     trainer.run_iteration()
+    time.sleep(PAUSE_S)
     now = live_storages()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trainer.run_iteration()
     resident = sum(num_bytes for address, num_bytes in now.items() if address not in before)
-    return {"resident": resident, "peak": resident + most_allocated(profiler)}
+    return {"resident": resident, "peak": resident + min(most_added(trainer) for _ in range(ITERATIONS))}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("adapters", "full")
 STAGES = (0, 1, 2, 3)
 MICRO_BATCHES = 2
+ROLLOUT_FORWARDS = 3
+"""A trajectory of rollout.steps, without guidance, of all images at once."""
+GATHERED = ("gathered", "sharded")
+"""Cases whose rollout gathers weights."""
 
 COMMON = (
     "model.resolution=24", "evaluation.every=0", "algorithm.train_timesteps=2", "adapter.rank=16",
@@ -38,6 +42,7 @@ CASES = {
     **{f"{kind}-{stage}": Case(kind == "full", stage) for kind in KINDS for stage in STAGES},
     **{f"low-{stage}": Case(True, stage, LOW) for stage in (1, 2, 3)},
     "gathered": Case(True, 3, ("parallel.rollout=gathered",)),
+    "sharded": Case(True, 3, ("parallel.frozen=sharded",)),
     "groups over ranks": Case(False, 0, ("optimizer.images_per_micro_batch=2",)),
     "groups over rounds": Case(False, 0, ("optimizer.images_per_micro_batch=1",)),
 }
@@ -92,16 +97,24 @@ def counted(results: Results) -> Callable[[str], Counted]:
     return lambda name: Counted(counts[name]["trained"], [tuple(row) for row in counts[name]["traffic"]])
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "gathered"])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in GATHERED])
 def test_a_rollout_exchanges_nothing(counted: Callable[[str], Counted], name: str) -> None:
     assert counted(name).number("rollout/") == 0
 
 
-def test_a_rollout_of_gathered_weights_exchanges_them_at_every_forward(counted: Callable[[str], Counted]) -> None:
-    found = counted("gathered")
-    forwards = 3  # a trajectory of rollout.steps, without guidance, of all images at once
-    assert found.num_bytes("rollout/", "all_gather") == forwards * 4 * found.trained
+@pytest.mark.parametrize("name", GATHERED)
+def test_a_rollout_of_gathered_weights_exchanges_them_at_every_forward(
+    counted: Callable[[str], Counted], name: str
+) -> None:
+    found = counted(name)
+    assert found.num_bytes("rollout/", "all_gather") == ROLLOUT_FORWARDS * 4 * found.trained
     assert found.number("replica/") == 0
+
+
+def test_a_base_and_an_old_policy_in_shards_are_gathered_at_every_forward(counted: Callable[[str], Counted]) -> None:
+    found = counted("sharded")
+    for view in ("reference", "old"):
+        assert found.num_bytes(f"train/{view}/", "all_gather") == MICRO_BATCHES * 4 * found.trained
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -142,7 +155,7 @@ def test_bytes_are_those_of_the_formula(
     step = Step(
         stage=case.stage, is_full=case.is_full, trained=found.trained, micro_batches=MICRO_BATCHES,
         value=2 if case.more == LOW else 4, gradient=4, has_old=case.more != LOW,
-        gathered_forwards=3 if name == "gathered" else 0,
+        gathered_forwards=ROLLOUT_FORWARDS if name in GATHERED else 0, is_frozen_sharded=name == "sharded",
     )  # fmt: skip
     expected: Counter[str] = Counter()
     for each in exchanges(step):
