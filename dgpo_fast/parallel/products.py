@@ -1,8 +1,8 @@
 """torch's own linear product, for what is not sharded.
 
-Under stage 3 DeepSpeed replaces `torch.nn.functional.linear` in the whole process, so that no gathered weight is kept for
-the backward pass. Its product rounds bfloat16 otherwise. What transformers compute must all be made by one of the two,
-or equal policies would differ; what text encoders compute must not depend on how the transformer is sharded.
+Under stage 3 DeepSpeed replaces `torch.nn.functional.linear` in the whole process, so that no gathered weight is kept
+for the backward pass. Its product rounds bfloat16 otherwise. What transformers compute must all be made by one of the
+two, or equal policies would differ; what text encoders compute must not depend on how the transformer is sharded.
 """
 
 from __future__ import annotations

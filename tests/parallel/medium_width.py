@@ -36,8 +36,9 @@ def main(out: Path) -> None:
     config = load_recipe(
         "tiny-dgpo",
         ["adapter=null", "model.engine=eager", "model.dtype=bfloat16", "model.resolution=64", "parallel.zero_stage=3",
-         "parallel.gradients=bfloat16", "parallel.frozen=sharded", "optimizer.eps=1.0", "optimizer.lr=1.0", "optimizer.weight_decay=0",
-         "optimizer.warmup_steps=0", "optimizer.max_grad_norm=1e9", "optimizer.decay_steps=null"],
+         "parallel.gradients=bfloat16", "parallel.frozen=sharded", "optimizer.eps=1.0", "optimizer.lr=1.0",
+         "optimizer.weight_decay=0", "optimizer.warmup_steps=0", "optimizer.max_grad_norm=1e9",
+         "optimizer.decay_steps=null"],
     )  # fmt: skip
     world = World.from_environment(config)
     shape = replace(SD35_MEDIUM, layers=4, dual_attention_layers=(0, 1))

@@ -127,11 +127,14 @@ def test_weights_of_two_ranks_are_those_of_one(
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_learn_from_the_same(runs: Path, kind: str, stage: int) -> None:
+    """Of equal weights, to rounding. Later 1e-5 may lie between them, and group scores are `beta`, a hundred, times
+    differences of errors that are about one: 1e-3."""
     one, two = read_metrics(runs / kind), read_metrics(runs / f"{kind}-{stage}")
     assert len(one) == len(two) == STEPS
     for mine, other in zip(two, one, strict=True):
+        rel = 1e-4 if mine["step"] == 1 else 1e-3
         for key in ("reward_mean", "reward_std", "loss", "dgpo_loss", "grad_norm", "group_weight_mean"):
-            assert mine[key] == pytest.approx(other[key], rel=1e-4), (mine["step"], key)
+            assert mine[key] == pytest.approx(other[key], rel=rel), (mine["step"], key)
 
 
 def test_layers_gathered_one_by_one_draw_and_learn_the_same(runs: Path, saved: Saved, distance: Distance) -> None:
