@@ -15,16 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from dgpo_fast.algorithm_config import ALGORITHM_NAMES, AlgorithmConfig, DGPOConfig
 from dgpo_fast.errors import UserError, suggest
+from dgpo_fast.sections import Count, NonNegative, Positive, Section, Sigma
 
 RECIPES = Path(__file__).parent / "recipes"
-
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Sigma = Annotated[float, Field(ge=0, le=1)]
 
 PUBLISHED_TARGETS = (
     "attn.to_q",
@@ -36,10 +33,6 @@ PUBLISHED_TARGETS = (
     "attn.add_v_proj",
     "attn.to_add_out",
 )
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -148,24 +141,6 @@ class AdvantageConfig(Section):
     """Added to the standard deviation, which is 0 where all of a group score the same."""
 
 
-class DGPOConfig(Section):
-    """Direct Group Preference Optimization (arXiv 2510.08425, eq. 17) with clipping and a KL term."""
-
-    name: Literal["dgpo"] = "dgpo"
-    beta: Positive = 100.0
-    kl_coef: NonNegative = 0.02
-    kl_cfg: Annotated[float, Field(ge=1)] = 1.0
-    """Guidance scale of the reference's velocity, in the KL term and in the group score."""
-    clip: Positive | None = 1e-2
-    """Range of the likelihood ratio to the old policy outside which a sample gives no gradient; null does not clip."""
-    reference: Literal["base", "old"] = "base"
-    """Whose errors the group score compares with."""
-    trunc: Annotated[int, Field(ge=0)] = 4
-    """Training sigmas are drawn from the first trunc + 1 points of the rollout's schedule."""
-    train_timesteps: Count = 4
-    """Sigmas drawn per iteration, without replacement, the same for every group."""
-
-
 class OldPolicyConfig(Section):
     """The moving average of the policy that clips, and later samples: decay = min(max_decay, rate * step)."""
 
@@ -195,6 +170,8 @@ class OptimizerConfig(Section):
     max_skipped: Annotated[int, Field(ge=0)] = 2
     """Steps in a row that may be left out because their gradient is not finite; with one more, the run stops."""
     images_per_micro_batch: Count = 16
+    steps_per_iteration: Count = 1
+    """Steps that an iteration's groups are shared out to, one after the other."""
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -301,7 +278,7 @@ class Config(Section):
     description: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     steps: Count = 1000
-    """Optimizer steps; one iteration of sampling each."""
+    """Optimizer steps; an iteration of sampling is followed by `optimizer.steps_per_iteration` of them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     device_memory_gb: Positive | None = None
     """Memory of the card that the recipe is for, in GB: `--dry-run` warns where the run would not fit. It also does for
@@ -312,7 +289,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     groups: GroupsConfig = GroupsConfig()
     advantages: AdvantageConfig = AdvantageConfig()
-    algorithm: DGPOConfig = DGPOConfig()
+    algorithm: Annotated[AlgorithmConfig, Field(discriminator="name")] = DGPOConfig()
     old_policy: OldPolicyConfig = OldPolicyConfig()
     evaluation_ema: EvaluationEmaConfig = EvaluationEmaConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -337,15 +314,20 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
-        trained, points = self.algorithm.trunc + 1, self.rollout.steps
-        if trained > points:
+        self.algorithm.check_points(self.rollout.steps)
+        if self.algorithm.name == "flow_grpo" and self.model.drawn_with != "same":
             raise ValueError(
-                f"algorithm.trunc must be below rollout.steps ({points}), got {trained - 1}: it indexes their sigmas"
+                f"algorithm flow_grpo learns from densities of what it drew: model.sampling same, got "
+                f"{self.model.drawn_with}"
             )
-        if self.algorithm.train_timesteps > trained:
+        if self.algorithm.name == "flow_grpo" and self.rollout.guidance_interval is not None:
             raise ValueError(
-                f"algorithm.train_timesteps must be at most algorithm.trunc + 1 = {trained}, "
-                f"got {self.algorithm.train_timesteps}: they are drawn without replacement"
+                "algorithm flow_grpo guides at all noise levels or at none: rollout.guidance_interval null"
+            )
+        if self.algorithm.name == "awm" and self.optimizer.steps_per_iteration > 1:
+            raise ValueError(
+                "algorithm awm is on-policy: optimizer.steps_per_iteration must be 1, got "
+                f"{self.optimizer.steps_per_iteration}"
             )
         micro, images = self.optimizer.images_per_micro_batch, self.images_per_iteration
         if images % micro:
@@ -353,6 +335,14 @@ class Config(Section):
                 f"optimizer.images_per_micro_batch must divide the {images} images of an iteration (groups.size x "
                 f"groups.per_iteration), got {micro}; nearest that does: {_nearest_divisor(images, micro)}"
             )
+        updates = self.optimizer.steps_per_iteration
+        if self.groups.per_iteration % updates:
+            raise ValueError(
+                f"optimizer.steps_per_iteration must divide groups.per_iteration, {self.groups.per_iteration}, got "
+                f"{updates}: each step learns from its own groups"
+            )
+        if self.steps % updates:
+            raise ValueError(f"steps must be a multiple of optimizer.steps_per_iteration, {updates}, got {self.steps}")
         return self
 
     @property
@@ -366,12 +356,17 @@ def check_ranks(config: Config, num_ranks: int) -> None:
     Raises:
         UserError: it does not; the nearest value that does is named. Or there are fewer held-out prompts than ranks.
     """
-    groups, size, micro = config.groups.per_iteration, config.groups.size, config.optimizer.images_per_micro_batch
+    updates, size, micro = (
+        config.optimizer.steps_per_iteration,
+        config.groups.size,
+        config.optimizer.images_per_micro_batch,
+    )
+    groups = config.groups.per_iteration // updates
     if groups * size % num_ranks:
-        least = num_ranks // math.gcd(num_ranks, size)  # groups whose images divide among the ranks
+        least = updates * num_ranks // math.gcd(num_ranks, size)  # groups whose images divide among the ranks
         raise UserError(
             f"groups.per_iteration: {groups} groups of {size} images do not divide among {num_ranks} ranks; "
-            f"nearest that do: {max(1, round(groups / least)) * least}"
+            f"nearest that do: {max(1, round(config.groups.per_iteration / least)) * least}"
         )
     share = groups * size // num_ranks
     if share % micro:
@@ -438,9 +433,11 @@ def refuse_used(out: Path) -> None:
 
 def parse_config(data: Mapping[str, Any], *, source: str) -> Config:
     """The validated configuration of plain data; `source` names it in errors."""
+    algorithm = data.get("algorithm", {})
+    named = {"algorithm": {"name": DGPOConfig().name, **algorithm}} if isinstance(algorithm, Mapping) else {}
     try:
         # Strict JSON validation: "3" and 1.5 are no int, true is no float; but a list is a tuple and 1 is a float.
-        return Config.model_validate_json(json.dumps(data), strict=True)
+        return Config.model_validate_json(json.dumps({**data, **named}), strict=True)
     except ValidationError as error:
         raise UserError(f"{source}: {_explain(error)}") from None
 
@@ -507,6 +504,8 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        if both and key == "algorithm" and "name" in value:  # another method has other settings
+            both = value["name"] == merged[key].get("name", DGPOConfig().name)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
 
@@ -529,9 +528,15 @@ def _apply(data: dict[str, Any], override: str) -> None:
 def _explain(error: ValidationError) -> str:
     """The first thing wrong, in one line."""
     first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
+    # Of an error in `algorithm` the second part is the method's name, which is no key.
+    location = [str(part) for part in first["loc"]]
+    where = [part for place, part in enumerate(location) if (place, location[0]) != (1, "algorithm")]
+    key = ".".join(where)
+    if first["type"] == "union_tag_invalid":
+        given = str(first["ctx"]["tag"])
+        return f"algorithm.name: no method {given!r}{suggest(given, ALGORITHM_NAMES)} of {', '.join(ALGORITHM_NAMES)}"
     if first["type"] == "extra_forbidden":
-        *sections, name = (str(part) for part in first["loc"])
+        *sections, name = location
         return f"unknown key {key!r}{suggest(name, _keys_of(sections))}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
@@ -543,7 +548,10 @@ def _explain(error: ValidationError) -> str:
 
 def _keys_of(sections: Sequence[str]) -> list[str]:
     model: type[BaseModel] = Config
-    for section in sections:
+    for place, section in enumerate(sections):
+        if (place, sections[0]) == (1, "algorithm"):
+            model = next(each for each in get_args(AlgorithmConfig) if each.model_fields["name"].default == section)
+            continue
         annotation = model.model_fields[section].annotation if section in model.model_fields else None
         candidates = (annotation, *get_args(annotation))  # a section, or one that may be null
         sections_there = [each for each in candidates if isinstance(each, type) and issubclass(each, BaseModel)]

@@ -218,8 +218,8 @@ def _image_bytes(config: Config, shape: TransformerShape, tokens: Tokens) -> flo
     """Training on one image: the policy, or the reference before it, without gradients and perhaps guided."""
     model = config.model
     reference = forward_bytes(shape, tokens, model) + modulation_bytes(shape, model)
-    per_velocity = 2 if config.algorithm.kl_cfg > 1 else 1
-    return max(training_bytes(shape, tokens, model, config.adapter), per_velocity * reference)
+    trained, compared = config.algorithm.velocities_at_once(is_guided=config.rollout.guidance > 1)
+    return max(trained * training_bytes(shape, tokens, model, config.adapter), compared * reference)
 
 
 def forward_bytes(shape: TransformerShape, tokens: Tokens, model: ModelConfig) -> float:

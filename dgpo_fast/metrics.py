@@ -28,7 +28,7 @@ EVALUATIONS = "evaluations.jsonl"
 
 SECTIONS = {
     "reward": ("reward_mean", "reward_std", "zero_std_groups", "clamped_advantages", "failed_samples"),
-    "loss": ("loss", "dgpo_loss", "surrogate_loss", "kl", "clip_fraction", "group_weight_mean"),
+    "loss": ("loss", "dgpo_loss", "surrogate_loss", "policy_loss", "kl", "clip_fraction", "group_weight_mean"),
     "optimizer": ("grad_norm", "lr", "skipped_steps"),
     "speed": ("images_seen", "wall_s", "rollout_s", "reward_s", "train_s", "images_per_s", "peak_memory_gb"),
 }
@@ -66,7 +66,8 @@ class MetricsLog:
         values = dataclasses.asdict(report)
         self._metrics.write(json.dumps(values) + "\n")
         self._metrics.flush()
-        self._plot({f"{name}/{key}": values[key] for name, keys in SECTIONS.items() for key in keys}, report.step)
+        shown = {f"{name}/{key}": values[key] for name, keys in SECTIONS.items() for key in keys}
+        self._plot({tag: value for tag, value in shown.items() if value is not None}, report.step)
 
     def write_evaluation(
         self,

@@ -33,7 +33,7 @@ class Stage:
     """A stage of an iteration: model evaluations per image, and FLOPs of the iteration over all ranks."""
 
     name: str
-    evaluations: int
+    evaluations: float
     flops: float
 
 
@@ -115,8 +115,8 @@ def plan(config: Config, *, num_ranks: int | None = None) -> Plan:
         num_ranks=num_ranks,
         model=model,
         placement=placement(config, num_ranks),
-        micro_batches=images_per_rank // config.optimizer.images_per_micro_batch * config.algorithm.train_timesteps,
-        sigmas=tuple(sigmas[: config.algorithm.trunc + 1].tolist()),
+        micro_batches=images_per_rank // config.optimizer.images_per_micro_batch * config.algorithm.passes,
+        sigmas=tuple(sigmas[point] for point in config.algorithm.trained_points),
         cost=costs,
         throughputs=tuple(expected_throughputs(config, num_ranks=num_ranks)),
         warnings=(*too_much, *model_warnings, *_missing_rewards(config), *_missing_prompts(config)),
@@ -134,19 +134,15 @@ def placement(config: Config, num_ranks: int) -> Placement:
     return Placement(case=found.case, why=why[found.case])
 
 
-def evaluations(config: Config, num_ranks: int = 1) -> dict[str, int]:
+def evaluations(config: Config, num_ranks: int = 1) -> dict[str, float]:
     """Transformer forwards per image of each stage; a guided velocity takes two. A backward follows the policy's."""
-    algorithm, (_, table) = config.algorithm, trajectory_of(config.rollout)
-    uses_base = algorithm.reference == "base" or algorithm.kl_coef > 0
-    uses_old = algorithm.reference == "old" or algorithm.clip is not None
-    trained = algorithm.train_timesteps
-    return {
-        "rollout": len(table.is_guided) + int(table.is_guided.sum()),
-        "reference": trained * _per_velocity(algorithm.kl_cfg) * uses_base,
-        "old policy": trained * uses_old,
-        "group weights": trained * (placement(config, num_ranks).case == "c"),
-        "policy": trained,
-    }
+    _, table = trajectory_of(config.rollout)
+    trained = config.algorithm.forwards(
+        velocities=2 if config.rollout.guidance > 1 else 1,
+        is_cut=placement(config, num_ranks).case == "c",
+        group_size=config.groups.size,
+    )
+    return {"rollout": len(table.is_guided) + int(table.is_guided.sum()), **trained}
 
 
 def cost(config: Config, source: ModelSource, shape: TransformerShape, vae: VAEShape, *, num_ranks: int = 1) -> Cost:
@@ -200,10 +196,6 @@ def _stages(
 def _has_real_text_encoders(source: ModelSource, shape: TransformerShape) -> bool:
     """Those of random and of small models are too small to count."""
     return source.kind != "random" and shape.joint_attention_dim == 4096
-
-
-def _per_velocity(guidance: float) -> int:
-    return 2 if guidance > 1 else 1
 
 
 def _describe_model(source: ModelSource, config: Config) -> tuple[str, list[str]]:
@@ -290,7 +282,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "groups", f"case ({plan.placement.case}): {plan.placement.why}"
     yield "backwards", f"{plan.micro_batches} of {config.optimizer.images_per_micro_batch} images, on each rank"
     sigmas = " ".join(f"{sigma:.4f}" for sigma in plan.sigmas)
-    yield "sigmas", f"{config.algorithm.train_timesteps} trained in an iteration, out of {sigmas}"
+    yield "sigmas", f"{config.algorithm.passes} trained in an iteration, out of {sigmas}"
     when = f"every {evaluation.every} steps" if evaluation.every else "at start and end"
     drawn = f"{evaluation.num_prompts} x {evaluation.images_per_prompt} images of {evaluation.steps} solver steps"
     yield "evaluation", f"{drawn} {when}, not in the figures below"
@@ -314,7 +306,7 @@ def _stage_table(cost: Cost) -> Table:
         table.add_column(column, justify="left" if column == "stage" else "right")
     for stage in cost.stages:
         if stage.flops:
-            forwards = str(stage.evaluations) if stage.evaluations else ""
+            forwards = f"{stage.evaluations:g}" if stage.evaluations else ""
             table.add_row(stage.name, forwards, _scaled(stage.flops, "FLOP"), f"{stage.flops / cost.flops:.1%}")
     table.add_section()
     table.add_row("all (policy with backward)", "", _scaled(cost.flops, "FLOP"), "")

@@ -1,6 +1,6 @@
 """The frozen records that pass between the rooms of one iteration, in order.
 
-    PromptBatch -> Rollout -> ScoredGroups -> DGPOBatch -> LossOutput -> StepReport
+    PromptBatch -> Rollout -> ScoredGroups -> NoisedBatch | TrajectoryBatch -> LossOutput -> StepReport
 
 Shapes: B samples of this rank, ordered by group; G groups; M samples of a micro-batch; C H W latents; N text
 tokens, D their width. Example: 8 groups of 16 images at 512 px give B = 128 and latents [128, 16, 64, 64].
@@ -68,12 +68,22 @@ class PromptBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """The steps of a stochastic rollout that are trained: S of them."""
+
+    first: int  # step of the rollout that the first of these is
+    x_SBCHW: Tensor  # float32, [S + 1, ...]: latents before each step, and behind the last
+    log_prob_SB: Tensor  # float32: log-densities of what the steps drew
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """Sampled latents. Their images are scored as they come and not kept."""
 
     prompts: PromptBatch
     x0_BCHW: Tensor  # float32
     sigmas: NDArray[np.float64]  # [steps + 1], the schedule the rollout followed
+    trajectory: Trajectory | None = None  # what nobody trains along is not kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,27 +93,42 @@ class ScoredGroups:
     rollout: Rollout
     reward_B: Tensor  # float32; NaN where the reward failed
     valid_B: Tensor  # bool; False keeps a sample's place in every batch, with weight zero
-    num_valid: int  # over all ranks
+    num_valid: tuple[int, ...]  # over all ranks, of the groups of each optimizer step; at least 1
     group_size_G: Tensor  # float32, valid samples of every group of the iteration, on whatever ranks; at least 1
     advantage_B: Tensor  # float32; 0 where not valid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DGPOBatch:
+class NoisedBatch:
     """One micro-batch at one training sigma: whole groups, or pieces of some."""
 
     x_t_MCHW: Tensor  # float32
     x0_MCHW: Tensor  # float32; 0 where not valid
-    streams_G4: Tensor  # int64, words of the stream of each group's noise: v* = noise - x_0 is made where it is used
+    streams_G4: Tensor  # int64, words of the stream of each noise: v* = noise - x_0 is made where it is used
     timestep_M: Tensor  # float32, what the model is told: 1000 sigma
     conditioning: Conditioning  # a row per sample
     unconditional: Conditioning | None
     advantage_M: Tensor  # float32
     valid_M: Tensor  # bool
-    group_M: Tensor  # int64, numbered from 0 within the round of micro-batches
+    group_M: Tensor  # int64, whose noise each sample has, numbered from 0 within the round of micro-batches
     group_size_G: Tensor  # float32, valid samples of each group of the round
-    group_share: float  # weight of one group in the loss: 1 / (groups of all ranks x training sigmas)
-    sample_share: float  # weight of one sample in the KL term: 1 / (samples of all ranks x training sigmas)
+    group_share: float  # weight of one group in the loss: 1 / (groups of the step, on all ranks, x training sigmas)
+    sample_share: float  # weight of one sample: 1 / (valid samples of the step, on all ranks, x training sigmas)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoryBatch:
+    """One micro-batch at one step of a stochastic rollout."""
+
+    x_MCHW: Tensor  # float32, before the step
+    x_next_MCHW: Tensor  # float32, what it drew
+    old_log_prob_M: Tensor  # float32, as it was drawn
+    step: int  # of the rollout
+    conditioning: Conditioning  # a row per sample
+    unconditional: Conditioning | None
+    advantage_M: Tensor  # float32
+    valid_M: Tensor  # bool
+    sample_share: float  # weight of one sample: 1 / (valid samples of the step, on all ranks, x trained steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,11 +157,7 @@ class StepReport:
     clamped_advantages: int
     failed_samples: int
     loss: float
-    dgpo_loss: float
-    surrogate_loss: float
     kl: float
-    clip_fraction: float
-    group_weight_mean: float
     grad_norm: float
     lr: float
     skipped_steps: int
@@ -145,3 +166,9 @@ class StepReport:
     train_s: float
     images_per_s: float
     peak_memory_gb: float
+    # What only some methods have; null in the others' lines.
+    dgpo_loss: float | None = None
+    surrogate_loss: float | None = None
+    policy_loss: float | None = None
+    clip_fraction: float | None = None
+    group_weight_mean: float | None = None

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from dgpo_fast.algorithms import find_algorithm
 from dgpo_fast.algorithms.base import Algorithm
-from dgpo_fast.algorithms.dgpo import DGPO
 from dgpo_fast.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, rotate
 from dgpo_fast.config import Config, check_ranks, refuse_used
 from dgpo_fast.environment import peak_memory_gb
@@ -31,6 +31,9 @@ from dgpo_fast.prompts import PromptSampler, load_prompts
 from dgpo_fast.records import LossOutput, PromptBatch, Rollout, ScoredGroups, StepReport
 from dgpo_fast.rewards import OverlappedScoring, Scorer, Scores
 from dgpo_fast.run_directory import RunDirectory, refuse_conflicts
+
+
+TIMES = ("rollout", "reward", "train")
 
 
 class Trainer:
@@ -62,7 +65,8 @@ class Trainer:
         self.clock = StageClock(synchronize=self.world.wait_for_device)
         use_clock(self.clock)
         self.interruption = Interruption(self.world)
-        self.algorithm: Algorithm = DGPO(config, self.world)  # type: ignore[type-arg]
+        self.updates = config.optimizer.steps_per_iteration
+        self.algorithm: Algorithm = find_algorithm(config, self.world)  # type: ignore[type-arg]
         with stage("loading"):
             self.learner = Learner(config, self.world)
             self.policy = self.learner.policy
@@ -87,7 +91,8 @@ class Trainer:
             try:
                 self._look_up_from_work(run)
                 while self.step < self.config.steps:
-                    run.log_step(self.run_iteration())
+                    for report in self.run_iteration():
+                        run.log_step(report)
                     self._look_up_from_work(run)
             except Interrupted as interrupted:
                 status = interrupted.status
@@ -97,40 +102,54 @@ class Trainer:
         if status:
             raise SystemExit(status)
 
-    def run_iteration(self) -> StepReport:
-        """One iteration: sample groups, score them, learn from them. `step` is one higher afterwards."""
+    def run_iteration(self) -> list[StepReport]:
+        """One iteration: sample groups, score them, learn from them, in one optimizer step or some.
+
+        A report for each of these; what they have in common, such as the time of the rollout, they share alike.
+        """
         start, before = time.perf_counter(), dict(self.clock.seconds)
-        self.policy.make_ready(self.algorithm.sampling_view(self.step))
+        view = self.algorithm.sampling_view(self.step)
+        self.policy.make_ready(view)
         # Several ranks agree on a signal by a collective, which would make each forward wait for the slowest.
         check = self.interruption.check if self.world.size == 1 else lambda: None
         at_once = self.config.rollout.decoded_at_once
         with OverlappedScoring(self.scorer, self.policy.model, images_per_decode=at_once) as scoring:
             with stage("rollout"):
-                rollout = self.algorithm.rollout(self.policy, self._next_prompts(), deliver=scoring.add, check=check)
+                rollout = self.algorithm.rollout(
+                    self.policy, view, self._next_prompts(), deliver=scoring.add, check=check
+                )  # fmt: skip
             self.interruption.check()
         with stage("reward"):
             scored, reward_metrics = self._score(rollout, scoring.scores())
         with stage("train"):
-            train_metrics = self._learn(scored)
-        elapsed = time.perf_counter() - start
+            of_steps = [self._learn(scored, update) for update in range(self.updates)]
+        elapsed, updates = time.perf_counter() - start, self.updates
+        seconds = {f"{name}_s": self.clock.seconds[name,] - before.get((name,), 0.0) for name in TIMES}
+        images, first, wall_s = self.config.images_per_iteration, self.step - updates, self.wall_s
         self.wall_s += elapsed
-        spent = {name: self.clock.seconds[name,] - before.get((name,), 0.0) for name in ("rollout", "reward", "train")}
-        images = self.config.images_per_iteration
-        return StepReport(
-            step=self.step, iteration=self.step - 1, images_seen=self.step * images, wall_s=self.wall_s,
-            **reward_metrics, **train_metrics, rollout_s=spent["rollout"], reward_s=spent["reward"],
-            train_s=spent["train"], images_per_s=images / elapsed, peak_memory_gb=peak_memory_gb(self.world.device),
-        )  # fmt: skip
+        return [
+            StepReport(
+                step=step, iteration=(step - 1) // updates, images_seen=step * images // updates,
+                wall_s=wall_s + elapsed * (step - first) / updates, **reward_metrics, **train_metrics,
+                **{name: value / updates for name, value in seconds.items()}, images_per_s=images / elapsed,
+                peak_memory_gb=peak_memory_gb(self.world.device),
+            )
+            for step, train_metrics in enumerate(of_steps, start=first + 1)
+        ]  # fmt: skip
+
+    @property
+    def iteration(self) -> int:
+        return self.step // self.updates
 
     def _next_prompts(self) -> PromptBatch:
         """This rank's share of the iteration."""
         samples, size = self.samples_of_ranks[self.world.rank], self.config.groups.size
         groups = sorted({sample // size for sample in samples})
-        drawn = self.prompts.draw(self.step)
+        drawn = self.prompts.draw(self.iteration)
         prompts = tuple(drawn[group] for group in groups)
-        soon = self.prompts.upcoming(self.step + 1, self.config.steps, groups)
+        soon = self.prompts.upcoming(self.iteration + 1, self.config.steps // self.updates, groups)
         return PromptBatch(
-            iteration=self.step, samples=samples, group_size=size, prompts=prompts,
+            iteration=self.iteration, samples=samples, group_size=size, prompts=prompts,
             conditioning=self.policy.model.encode(prompts, soon=soon), unconditional=self.unconditional,
         )  # fmt: skip
 
@@ -142,14 +161,15 @@ class Trainer:
         place_B = torch.tensor(self.samples_of_ranks, device=of_ranks.device)
         reward_B = torch.empty_like(of_ranks).index_copy(0, place_B.flatten(), of_ranks)
         valid_B = reward_B.isfinite()
-        if not (num_valid := int(valid_B.sum())):
+        if not valid_B.any():
             raise UserError("rewards: no image of the iteration has a valid reward")
         advantages = group_advantages(
             reward_B, valid_B, group_size=prompts.group_size, std=rule.std, epsilon=rule.epsilon, clamp=rule.clamp
         )
         mine, counted = place_B[self.world.rank], reward_B[valid_B]
         scored = ScoredGroups(
-            rollout=rollout, reward_B=reward_B[mine], valid_B=valid_B[mine], num_valid=num_valid,
+            rollout=rollout, reward_B=reward_B[mine], valid_B=valid_B[mine],
+            num_valid=tuple(valid_B.view(self.updates, -1).sum(1).clamp(min=1).tolist()),
             group_size_G=valid_B.view(-1, prompts.group_size).sum(1).clamp(min=1).float(),
             advantage_B=advantages.advantage_B[mine],
         )  # fmt: skip
@@ -158,19 +178,20 @@ class Trainer:
             "reward_std": counted.std(correction=0).item(),
             "zero_std_groups": int((advantages.std_G == 0).sum()),
             "clamped_advantages": int(advantages.clamped_B.sum()),
-            "failed_samples": len(valid_B) - num_valid,
+            "failed_samples": int((~valid_B).sum()),
         }
 
-    def _learn(self, scored: ScoredGroups) -> dict[str, Any]:
-        """The gradient of all micro-batches on all ranks, then one optimizer step."""
+    def _learn(self, scored: ScoredGroups, update: int) -> dict[str, Any]:
+        """The gradient of all micro-batches of a step on all ranks, then the step: number `update` of the iteration."""
         outputs: list[LossOutput] = []
-        for batches in self.algorithm.batches(scored):
+        for batches in self.algorithm.batches(scored, update=update):
             weights = self.algorithm.group_weights(self.policy, batches) or [None] * len(batches)
             for batch, weight in zip(batches, weights, strict=True):
                 outputs.append(self.algorithm.loss(self.policy, batch, weight))
                 with stage("backward"):
                     self.learner.backward(outputs[-1].loss)
-            self.interruption.check()
+            if update == 0:  # behind a step the iteration is finished first: runs go on between iterations alone
+                self.interruption.check()
         with stage("optimizer"):
             step_metrics = self.learner.step(self.step, after_step=self.algorithm.after_step)
         self.step += 1
@@ -183,7 +204,7 @@ class Trainer:
         config, ends = self.config, (0, self.config.steps)
 
         def is_due(every: int) -> bool:
-            return self.step in ends or (every > 0 and self.step % every == 0)
+            return self.step in ends or (every > 0 and self.step % every < self.updates)
 
         if self.step > 0 and (is_due(config.checkpoints.every) or is_due(config.evaluation.every)):
             self._save_checkpoint()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol, TypeVar
 
-from torch import Tensor
-
+from dgpo_fast.algorithms.sampling import Check, Deliver
 from dgpo_fast.models.engines import View
 from dgpo_fast.models.policy import Policy
 from dgpo_fast.records import LossOutput, PromptBatch, Rollout, ScoredGroups
@@ -26,17 +25,12 @@ class Algorithm(Protocol[BatchT, WeightsT]):
         """
         ...
 
-    def sampling_view(self, iteration: int) -> View:
-        """What an iteration's rollout draws through."""
+    def sampling_view(self, step: int) -> View:
+        """What the rollout before this optimizer step draws through."""
         ...
 
     def rollout(
-        self,
-        policy: Policy,
-        prompts: PromptBatch,
-        *,
-        deliver: Callable[[Tensor, Sequence[str]], None] = ...,
-        check: Callable[[], None] = ...,
+        self, policy: Policy, view: View, prompts: PromptBatch, *, deliver: Deliver = ..., check: Check = ...
     ) -> Rollout:
         """Clean latents of every prompt's group.
 
@@ -47,12 +41,13 @@ class Algorithm(Protocol[BatchT, WeightsT]):
         """
         ...
 
-    def batches(self, scored: ScoredGroups) -> Iterator[Sequence[BatchT]]:
-        """This rank's micro-batches, in rounds: no group reaches beyond its round, on whatever ranks it lies."""
+    def batches(self, scored: ScoredGroups, *, update: int = 0) -> Iterator[Sequence[BatchT]]:
+        """This rank's micro-batches for one of the iteration's optimizer steps, in rounds: no group that has to be seen
+        whole reaches beyond its round, on whatever ranks it lies."""
         ...
 
     def group_weights(self, policy: Policy, batches: Sequence[BatchT]) -> Sequence[WeightsT] | None:
-        """What a round's losses need to know of its whole groups; None where a micro-step of all ranks holds them."""
+        """What a round's losses need to know of its whole groups; None where each loss sees all that it needs."""
         ...
 
     def loss(self, policy: Policy, batch: BatchT, weights: WeightsT | None) -> LossOutput:
@@ -62,3 +57,7 @@ class Algorithm(Protocol[BatchT, WeightsT]):
     def after_step(self, policy: Policy, step: int) -> None:
         """Follows the optimizer's step number `step`, counted from 0."""
         ...
+
+
+def nobody(*arguments: object) -> None:
+    """Takes what nobody asked for: the default of `deliver` and `check`."""

@@ -12,18 +12,19 @@ Shape letters: B samples of this rank, M of a micro-batch, G groups of a round, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
 
+from dgpo_fast.algorithm_config import DGPOConfig
+from dgpo_fast.algorithms.base import nobody
 from dgpo_fast.algorithms.noised import NoisedBatches
 from dgpo_fast.algorithms.ratio import check_ratio
+from dgpo_fast.algorithms.sampling import Check, Deliver, GroupSampler
 from dgpo_fast.config import Config
-from dgpo_fast.flow.cuda_graphs import CudaGraphs
-from dgpo_fast.flow.rollout import Sampler, initial_noise, sample_latents
 from dgpo_fast.models.engines import View
 from dgpo_fast.models.policy import Policy
 from dgpo_fast.ops.group_preference import group_preference, group_scores
@@ -31,7 +32,7 @@ from dgpo_fast.ops.velocity_errors import VelocityErrors, velocity_errors
 from dgpo_fast.parallel.placement import placement_of
 from dgpo_fast.parallel.world import ALONE, World
 from dgpo_fast.profiling import stage
-from dgpo_fast.records import DGPOBatch, LossOutput, PromptBatch, Rollout, ScoredGroups
+from dgpo_fast.records import NoisedBatch, LossOutput, PromptBatch, Rollout, ScoredGroups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,50 +65,38 @@ class _Groups(TypedDict):
 
 class DGPO:
     def __init__(self, config: Config, world: World = ALONE) -> None:
-        self.config, self.world = config, world
+        assert isinstance(config.algorithm, DGPOConfig)
+        self.config, self.settings, self.world = config, config.algorithm, world
         self.placement = placement_of(config, world.size)
-        self.settings = config.algorithm
-        self.sampler = Sampler.from_config(config.rollout)
-        self.noised = NoisedBatches(config, self.sampler, self.placement, rank=world.rank)
-        self.graphs = CudaGraphs() if config.rollout.cuda_graphs else None
+        self.groups = GroupSampler(config)
+        self.noised = NoisedBatches(
+            config, self.groups.sampler, self.placement, rank=world.rank, guides_reference=self.settings.kl_cfg > 1
+        )
         self.ratio_errors: Literal["training", "again"] = "training"
 
     def prepare(self, policy: Policy) -> str:
         """Makes sure that adapters act, that samples are the policy's, and that equal policies have a ratio of 1."""
         policy.check_trained()
-        found, line = check_ratio(policy, self.config)
+        found, line = check_ratio(policy, self.config, clip=self.settings.clip)
         # Every rank runs the same forwards, though unlike devices may find unlike drifts.
         self.ratio_errors = "again" if self.world.highest(int(found == "again")) else "training"
         return f"{line}\n{policy.check_sampling()}"
 
-    def sampling_view(self, iteration: int) -> View:
-        return "policy" if iteration < self.config.rollout.switch_step else "old"
+    def sampling_view(self, step: int) -> View:
+        return self.groups.view(step)
 
     def rollout(
-        self,
-        policy: Policy,
-        prompts: PromptBatch,
-        *,
-        deliver: Callable[[Tensor, Sequence[str]], None] = lambda x0_BCHW, prompts: None,
-        check: Callable[[], None] = lambda: None,
+        self, policy: Policy, view: View, prompts: PromptBatch, *, deliver: Deliver = nobody, check: Check = nobody
     ) -> Rollout:
         """A group of samples per prompt, by the deterministic solver, from a noise of its own each."""
-        x0_BCHW = sample_latents(
-            policy, self.sampling_view(prompts.iteration), self.sampler,
-            initial_noise(policy, prompts, seed=self.config.seed), prompts.conditioning[prompts.group_B],
-            prompts.unconditional if self.config.rollout.guidance > 1 else None,
-            images_per_forward=self.config.rollout.images_per_forward, engine=policy.sampling_engine,
-            graphs=self.graphs, check=check,
-            deliver=lambda x0_BCHW, samples: deliver(x0_BCHW, prompts.prompt_of_sample[samples]),
-        )  # fmt: skip
-        return Rollout(prompts=prompts, x0_BCHW=x0_BCHW, sigmas=self.sampler.sigmas)
+        return self.groups.draw(policy, view, prompts, deliver=deliver, check=check)
 
-    def batches(self, scored: ScoredGroups) -> Iterator[list[DGPOBatch]]:
+    def batches(self, scored: ScoredGroups, *, update: int = 0) -> Iterator[list[NoisedBatch]]:
         """Rounds of noised micro-batches at each training sigma, each of which closes its groups."""
-        return self.noised.rounds(scored)
+        return self.noised.rounds(scored, update=update)
 
     @torch.no_grad()
-    def group_weights(self, policy: Policy, batches: Sequence[DGPOBatch]) -> list[GroupWeights] | None:
+    def group_weights(self, policy: Policy, batches: Sequence[NoisedBatch]) -> list[GroupWeights] | None:
         """s_G of groups that are cut over the round's micro-steps, from a first pass without gradients."""
         if len(batches) == 1 and self.ratio_errors == "training":
             return None
@@ -124,7 +113,7 @@ class DGPO:
             for anchor, policy_M in zip(anchors, policy_errors, strict=True)
         ]
 
-    def loss(self, policy: Policy, batch: DGPOBatch, weights: GroupWeights | None) -> LossOutput:
+    def loss(self, policy: Policy, batch: NoisedBatch, weights: GroupWeights | None) -> LossOutput:
         """softplus(s_G) / beta and the KL term; the gradient of groups in pieces is the surrogate's: it is the same."""
         anchors = self._anchors(policy, batch) if weights is None else weights.anchors
         with stage("policy"):
@@ -171,11 +160,11 @@ class DGPO:
         with stage("group sums"):
             return self.world.sum(score_G), num_pieces * self.world.size
 
-    def _policy_velocity(self, policy: Policy, batch: DGPOBatch) -> Tensor:
+    def _policy_velocity(self, policy: Policy, batch: NoisedBatch) -> Tensor:
         return policy.velocity("policy", batch.x_t_MCHW, batch.timestep_M, batch.conditioning)[0]
 
     @torch.no_grad()
-    def _anchors(self, policy: Policy, batch: DGPOBatch) -> Anchors:
+    def _anchors(self, policy: Policy, batch: NoisedBatch) -> Anchors:
         """Reference and old velocities, each in the policy's own batch shape: kernels, and so bits, depend on it."""
         of_old, old, reference, unconditional = self.settings.reference == "old", None, None, None
         inputs = (batch.x_t_MCHW, batch.timestep_M, batch.conditioning)
@@ -187,7 +176,7 @@ class DGPO:
                 old = policy.velocity("old", *inputs)[0]
         return Anchors(old_MCHW=old, reference_MCHW=reference, unconditional_MCHW=unconditional)
 
-    def _errors(self, velocity_MCHW: Tensor, anchors: Anchors, batch: DGPOBatch) -> VelocityErrors:
+    def _errors(self, velocity_MCHW: Tensor, anchors: Anchors, batch: NoisedBatch) -> VelocityErrors:
         return velocity_errors(
             velocity_MCHW, x0=batch.x0_MCHW, streams=batch.streams_G4, group_M=batch.group_M, old=anchors.old_MCHW,
             reference=anchors.reference_MCHW, unconditional=anchors.unconditional_MCHW, guidance=self.settings.kl_cfg,
@@ -198,13 +187,13 @@ class DGPO:
         assert error_M is not None
         return error_M
 
-    def _groups(self, batch: DGPOBatch) -> _Groups:
+    def _groups(self, batch: NoisedBatch) -> _Groups:
         return {
             "advantage_M": batch.advantage_M, "group_M": batch.group_M, "size_G": batch.group_size_G,
             "beta": self.settings.beta,
         }  # fmt: skip
 
-    def _kl(self, errors: VelocityErrors, batch: DGPOBatch) -> Tensor:
+    def _kl(self, errors: VelocityErrors, batch: NoisedBatch) -> Tensor:
         """Sum over valid samples of the mean squared distance to the reference's velocity."""
         if errors.distance_M is None:
             return errors.policy_M.new_zeros(())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,73 +14,84 @@ from dgpo_fast.config import Config
 from dgpo_fast.flow.rollout import Sampler, model_timesteps
 from dgpo_fast.ops.flow_interpolate import flow_interpolate
 from dgpo_fast.parallel.placement import Placement
-from dgpo_fast.records import DGPOBatch, ScoredGroups
+from dgpo_fast.records import NoisedBatch, PromptBatch, ScoredGroups
 
 
 class NoisedBatches:
-    """Draws sigmas and noise: the same sigmas for every group, and the same noise for the samples of one.
+    """Draws sigmas and noise: the same sigmas for every group, and a noise for each group, or for each sample.
 
-    Both are named by the iteration, the group and the sigma, so any number of ranks draws the same.
+    Both are named by the iteration, the group, the sigma and perhaps the sample, so any number of ranks draws the same.
+
+    Args:
+        rank: this one.
+        guides_reference: whether batches carry the empty prompt.
+        noise: what has a noise of its own.
+        points: which points of the schedule an iteration trains at; None for `train_timesteps` of `trained_points`,
+            without replacement.
     """
 
-    def __init__(self, config: Config, sampler: Sampler, placement: Placement, *, rank: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        sampler: Sampler,
+        placement: Placement,
+        *,
+        rank: int,
+        guides_reference: bool = False,
+        noise: Literal["group", "sample"] = "group",
+        points: Callable[[int], list[int]] | None = None,
+    ) -> None:
         self.config, self.sampler, self.placement, self.rank = config, sampler, placement, rank
+        self._guides_reference, self._noise, self._points = guides_reference, noise, points or self._chosen_points
 
-    def rounds(self, scored: ScoredGroups) -> Iterator[list[DGPOBatch]]:
-        """This rank's micro-batches, in rounds that close their groups, at one training sigma after the other."""
-        prompts, placement, device = scored.rollout.prompts, self.placement, scored.rollout.x0_BCHW.device
-        num_steps = prompts.num_samples // placement.micro
-        row_B = prompts.group_B
-        group_B = torch.tensor(prompts.group_ids, device=device)[row_B]
-        for timestep_index in self._training_timesteps(prompts.iteration):
-            streams_G4 = self._noise_streams(prompts.iteration, timestep_index).to(device)
-            for first in range(0, num_steps, placement.steps_per_round):
+    def rounds(self, scored: ScoredGroups, *, update: int = 0) -> Iterator[list[NoisedBatch]]:
+        """This rank's micro-batches of an optimizer step, in rounds that close their groups, sigma after sigma."""
+        prompts, placement = scored.rollout.prompts, self.placement
+        num_steps = prompts.num_samples // placement.micro // self.config.optimizer.steps_per_iteration
+        for point in self._points(prompts.iteration):
+            streams = self._noise_streams(prompts, point).to(scored.reward_B.device)
+            for first in range(update * num_steps, (update + 1) * num_steps, placement.steps_per_round):
                 steps = range(first, first + placement.steps_per_round)
                 groups = placement.groups(steps, rank=self.rank)
-                yield [
-                    self._batch(
-                        scored, timestep_index, mine, row_M=row_B[mine], group_M=group_B[mine] - groups.start,
-                        streams_G4=streams_G4[groups.start : groups.stop],
-                        group_size_G=scored.group_size_G[groups.start : groups.stop],
-                    )
-                    for mine in (slice(step * placement.micro, (step + 1) * placement.micro) for step in steps)
-                ]  # fmt: skip
+                yield [self._batch(scored, update, point, step, groups, streams) for step in steps]
 
     def _batch(
-        self,
-        scored: ScoredGroups,
-        timestep_index: int,
-        mine: slice,
-        *,
-        row_M: Tensor,
-        group_M: Tensor,
-        streams_G4: Tensor,
-        group_size_G: Tensor,
-    ) -> DGPOBatch:
-        prompts, (sigma, timestep) = scored.rollout.prompts, self._training_sigma(timestep_index)
-        algorithm, valid_M = self.config.algorithm, scored.valid_B[mine]
+        self, scored: ScoredGroups, update: int, point: int, step: int, groups: range, streams: Tensor
+    ) -> NoisedBatch:
+        """The micro-batch of a micro-step of this rank's, in the round of which these are the groups."""
+        prompts, (sigma, timestep) = scored.rollout.prompts, self._training_sigma(point)
+        config, micro, device = self.config, self.placement.micro, scored.reward_B.device
+        mine = slice(step * micro, (step + 1) * micro)
+        row_M, valid_M = prompts.group_B[mine], scored.valid_B[mine]
+        if self._noise == "group":
+            group_M = torch.tensor(prompts.group_ids, device=device)[row_M] - groups.start
+            streams_G4 = streams[groups.start : groups.stop]
+        else:
+            group_M, streams_G4 = torch.arange(micro, device=device), streams[mine]
         # What could not be scored may not be finite either, and then a weight of zero would not keep it out.
         x0_MCHW = scored.rollout.x0_BCHW[mine].where(valid_M[:, None, None, None], 0.0)
         sigma_M = x0_MCHW.new_full(valid_M.shape, sigma, dtype=torch.float64)
         noisy = flow_interpolate(x0_MCHW, sigma_M, streams=streams_G4, group_B=group_M, with_target=False)
-        return DGPOBatch(
+        groups_of_step = config.groups.per_iteration // config.optimizer.steps_per_iteration
+        return NoisedBatch(
             x_t_MCHW=noisy.x_t,
             x0_MCHW=x0_MCHW,
             streams_G4=streams_G4,
             timestep_M=x0_MCHW.new_full(valid_M.shape, timestep),
             conditioning=prompts.conditioning[row_M],
-            unconditional=prompts.unconditional if algorithm.kl_cfg > 1 else None,
+            unconditional=prompts.unconditional if self._guides_reference else None,
             advantage_M=scored.advantage_B[mine],
             valid_M=valid_M,
             group_M=group_M,
-            group_size_G=group_size_G,
-            group_share=1 / (self.config.groups.per_iteration * algorithm.train_timesteps),
-            sample_share=1 / (scored.num_valid * algorithm.train_timesteps),
+            group_size_G=scored.group_size_G[groups.start : groups.stop],
+            group_share=1 / (groups_of_step * config.algorithm.passes),
+            sample_share=1 / (scored.num_valid[update] * config.algorithm.passes),
         )
 
-    def _training_timesteps(self, iteration: int) -> list[int]:
+    def _chosen_points(self, iteration: int) -> list[int]:
         name = rng.stream(self.config.seed, stage="timesteps", iteration=iteration)
-        return rng.choice(name, self.config.algorithm.trunc + 1, k=self.config.algorithm.train_timesteps)
+        points = self.config.algorithm.trained_points
+        return [points[place] for place in rng.choice(name, len(points), k=self.config.algorithm.passes)]
 
     def _training_sigma(self, index: int) -> tuple[float, float]:
         """The training sigma and what the model is told, of a point of the schedule."""
@@ -86,11 +99,15 @@ class NoisedBatches:
         exact = self.config.rollout.timesteps == "float"
         return (float(self.sampler.sigmas[index]) if exact else timesteps[index] / 1000), timesteps[index]
 
-    def _noise_streams(self, iteration: int, timestep_index: int) -> Tensor:
-        """The words of each group's stream of training noise, int64 [G, 4]: operators draw it where they use it."""
-        seed, num_groups = self.config.seed, self.config.groups.per_iteration
-        names = [
-            rng.stream(seed, stage="training noise", iteration=iteration, group=group, timestep=timestep_index)
-            for group in range(num_groups)
-        ]
-        return torch.tensor(names)
+    def _noise_streams(self, prompts: PromptBatch, point: int) -> Tensor:
+        """The words of streams of training noise, int64 [..., 4]: operators draw it where they use it.
+
+        Those of all groups of the iteration, or those of this rank's samples.
+        """
+        name = partial(
+            rng.stream, self.config.seed, stage="training noise", iteration=prompts.iteration, timestep=point
+        )
+        if self._noise == "group":
+            return torch.tensor([name(group=group) for group in range(self.config.groups.per_iteration)])
+        numbers = (divmod(number, prompts.group_size) for number in prompts.samples)
+        return torch.tensor([name(group=group, sample=sample) for group, sample in numbers])

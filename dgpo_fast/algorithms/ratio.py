@@ -29,13 +29,16 @@ class RatioCheck(NamedTuple):
     """For the person who watches."""
 
 
-def check_ratio(policy: Policy, config: Config) -> RatioCheck:
+def check_ratio(policy: Policy, config: Config, *, clip: float | None) -> RatioCheck:
     """Runs one micro-batch through policy and old policy with equal weights.
+
+    Args:
+        clip: range of the ratio outside which a sample is clipped; None where none is.
 
     Raises:
         UserError: their ratio differs from 1 by more than the clip can bear, also without gradients.
     """
-    clip, engine = config.algorithm.clip, config.model.engine
+    engine = config.model.engine
     if clip is None:
         return RatioCheck(errors="training", line="nothing is clipped, so the likelihood ratio is not asked for")
     drift = _drift(policy, config, with_gradients=True)

@@ -1,0 +1,201 @@
+"""The settings of each method of learning, and what it asks of the model. No torch here: plans are made of this, too."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field
+
+from dgpo_fast.sections import Count, Index, NonNegative, Positive, Section
+
+
+class Method(Section):
+    """What is asked of every method's settings."""
+
+    @property
+    @abstractmethod
+    def trained_points(self) -> range:
+        """The points of the rollout's schedule whose noise levels training draws from."""
+
+    @property
+    @abstractmethod
+    def passes(self) -> int:
+        """Backward passes of a sample in an iteration."""
+
+    @abstractmethod
+    def forwards(self, *, velocities: int, is_cut: bool, group_size: int) -> Mapping[str, float]:
+        """Transformer forwards of an image in training, by stage.
+
+        Args:
+            velocities: that a guided velocity takes: 2, or 1 without guidance.
+            is_cut: whether groups are cut over micro-steps.
+        """
+
+    def velocities_at_once(self, *, is_guided: bool) -> tuple[int, int]:
+        """Of a sample, in one forward of the policy and of the reference; `is_guided`: whether its rollout is."""
+        return 1, 1
+
+    def check_points(self, steps: int) -> None:
+        """Makes sure that a schedule of so many steps has the trained points.
+
+        Raises:
+            ValueError: it has not.
+        """
+        if self.trained_points.stop > steps:
+            raise ValueError(
+                f"algorithm.trunc must be below rollout.steps ({steps}), got {self.trained_points.stop - 1}: it indexes "
+                "their sigmas"
+            )
+
+
+class _Noised(Method):
+    """A method that learns in the forward process, at noise levels of the rollout's schedule."""
+
+    trunc: Index = 4
+    """Training sigmas are drawn from the first trunc + 1 points of the rollout's schedule."""
+    train_timesteps: Count = 4
+    """Sigmas drawn per iteration, without replacement, the same for every group."""
+
+    @property
+    def trained_points(self) -> range:
+        return range(self.trunc + 1)
+
+    @property
+    def passes(self) -> int:
+        return self.train_timesteps
+
+    def check_points(self, steps: int) -> None:
+        super().check_points(steps)
+        points = len(self.trained_points)
+        if self.train_timesteps > points:
+            raise ValueError(
+                f"algorithm.train_timesteps must be at most algorithm.trunc + 1 = {points}, "
+                f"got {self.train_timesteps}: they are drawn without replacement"
+            )
+
+
+class DGPOConfig(_Noised):
+    """Direct Group Preference Optimization (arXiv 2510.08425, eq. 17) with clipping and a KL term."""
+
+    name: Literal["dgpo"] = "dgpo"
+    beta: Positive = 100.0
+    kl_coef: NonNegative = 0.02
+    kl_cfg: Annotated[float, Field(ge=1)] = 1.0
+    """Guidance scale of the reference's velocity, in the KL term and in the group score."""
+    clip: Positive | None = 1e-2
+    """Range of the likelihood ratio to the old policy outside which a sample gives no gradient; null does not clip."""
+    reference: Literal["base", "old"] = "base"
+    """Whose errors the group score compares with."""
+
+    def velocities_at_once(self, *, is_guided: bool) -> tuple[int, int]:
+        return 1, 2 if self.kl_cfg > 1 else 1
+
+    def forwards(self, *, velocities: int, is_cut: bool, group_size: int) -> Mapping[str, float]:
+        uses_base = self.reference == "base" or self.kl_coef > 0
+        uses_old = self.reference == "old" or self.clip is not None
+        return {
+            "reference": self.passes * (2 if self.kl_cfg > 1 else 1) * uses_base,
+            "old policy": self.passes * uses_old,
+            "group weights": self.passes * is_cut,
+            "policy": self.passes,
+        }
+
+
+class FlowGRPOConfig(Method):
+    """Flow-GRPO (arXiv 2505.05470): policy gradients along the trajectory of a stochastic sampler."""
+
+    name: Literal["flow_grpo"] = "flow_grpo"
+    noise_level: Positive = 0.7
+    clip: Positive = 1e-4
+    """Range of the likelihood ratio to the policy that drew, outside which a sample gives no gradient."""
+    kl_coef: NonNegative = 0.04
+    trained_steps: Count = 9
+    """Steps of the rollout that are trained, from the first on; with a window, from among which it is drawn."""
+    window: Count | None = None
+    """Flow-GRPO-Fast: steps that are stochastic and trained, one after the other, from a start that every iteration
+    draws; the others follow the ODE. null makes every step stochastic and trains `trained_steps` of them."""
+
+    @property
+    def trained_points(self) -> range:
+        return range(self.trained_steps)
+
+    @property
+    def passes(self) -> int:
+        return self.window or self.trained_steps
+
+    def velocities_at_once(self, *, is_guided: bool) -> tuple[int, int]:
+        return (2, 2) if is_guided else (1, 1)
+
+    def forwards(self, *, velocities: int, is_cut: bool, group_size: int) -> Mapping[str, float]:
+        each = self.passes * velocities
+        return {"reference": each * (self.kl_coef > 0), "policy": each}
+
+    def check_points(self, steps: int) -> None:
+        if self.trained_steps > steps:
+            raise ValueError(
+                f"algorithm.trained_steps must be at most rollout.steps ({steps}), got {self.trained_steps}"
+            )
+        if self.window is not None and self.window > self.trained_steps:
+            raise ValueError(
+                f"algorithm.window must be at most algorithm.trained_steps ({self.trained_steps}), got {self.window}"
+            )
+
+
+class DiffusionNFTConfig(_Noised):
+    """DiffusionNFT (arXiv 2509.16117): a flow-matching loss of an implicit positive and an implicit negative policy."""
+
+    name: Literal["diffusion_nft"] = "diffusion_nft"
+    trunc: Index = 8
+    train_timesteps: Count = 9
+    beta: Positive = 1.0
+    """How far the implicit policies are from the old one, in distances between policy and old policy."""
+    kl_coef: NonNegative = 1e-4
+
+    def forwards(self, *, velocities: int, is_cut: bool, group_size: int) -> Mapping[str, float]:
+        return {"reference": self.passes * (self.kl_coef > 0), "old policy": self.passes, "policy": self.passes}
+
+
+class AWMConfig(_Noised):
+    """Advantage Weighted Matching (arXiv 2509.25050): policy gradients of the negative denoising error."""
+
+    name: Literal["awm"] = "awm"
+    first: Index = 1
+    """The first point of the rollout's schedule that training draws from; `trunc` is the last."""
+    trunc: Index = 11
+    train_timesteps: Count = 6
+    """Sigmas of an iteration: one from each of as many stretches of the points, the same for every sample."""
+    power: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Of the denoising error, in what stands for a log-likelihood: -sigma error^power / power; 1 is the error itself."""
+    kl_coef: NonNegative = 0.001
+    old_coef: NonNegative = 1.0
+    """Of the squared distance to the old policy's velocity."""
+
+    @property
+    def trained_points(self) -> range:
+        return range(self.first, self.trunc + 1)
+
+    def forwards(self, *, velocities: int, is_cut: bool, group_size: int) -> Mapping[str, float]:
+        return {
+            "reference": self.passes * (self.kl_coef > 0),
+            "old policy": self.passes * (self.old_coef > 0),
+            "policy": self.passes,
+        }
+
+
+class DiffusionDPOConfig(_Noised):
+    """Diffusion-DPO (arXiv 2311.12908), online: of every group the best sample against the worst."""
+
+    name: Literal["diffusion_dpo"] = "diffusion_dpo"
+    beta: Positive = 100.0
+    refresh_every: Count | None = None
+    """Steps after which the reference becomes the policy of that moment; null keeps the base."""
+
+    def forwards(self, *, velocities: int, is_cut: bool, group_size: int) -> Mapping[str, float]:
+        pairs = self.passes * 2 / group_size
+        return {"reference": pairs, "policy": pairs}
+
+
+AlgorithmConfig = DGPOConfig | FlowGRPOConfig | DiffusionNFTConfig | AWMConfig | DiffusionDPOConfig
+ALGORITHM_NAMES: tuple[str, ...] = tuple(each.model_fields["name"].default for each in get_args(AlgorithmConfig))

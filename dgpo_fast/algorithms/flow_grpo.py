@@ -1,0 +1,205 @@
+"""Flow-GRPO (Liu et al., arXiv 2505.05470) and, with a window, Flow-GRPO-Fast: policy gradients along a trajectory.
+
+    sample every group with an SDE that has the ODE's marginals; keep x, x_next and log p of each step      rollout
+    score them, normalise rewards to advantages A                                                       (the trainer)
+    a micro-batch for each trained step                                                                      batches
+    ratio = p_theta(x_next | x) / p_old(x_next | x)                                                             loss
+    minimise max(-A ratio, -A clamp(ratio, 1 +- clip)) + kl_coef |mean_theta - mean_ref|^2 / (2 s^2)             loss
+
+Two departures from the code its authors published: it shuffles the samples before it shares them out to the optimizer
+steps of an iteration, here each step has whole groups; and it guides in the model's precision, here it is float32. As
+there, the velocity without the prompt gets no gradient.
+
+Shape letters: B samples of this rank, M of a micro-batch, S trained steps, C H W latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dgpo_fast import rng
+from dgpo_fast.algorithm_config import FlowGRPOConfig
+from dgpo_fast.algorithms.base import nobody
+from dgpo_fast.algorithms.sampling import Check, Deliver
+from dgpo_fast.config import Config
+from dgpo_fast.flow.rollout import initial_noise
+from dgpo_fast.flow.sde import SDESampler
+from dgpo_fast.models.engines import View
+from dgpo_fast.models.policy import Evaluation, Policy
+from dgpo_fast.ops.sde_step import SDEStep
+from dgpo_fast.parallel.world import ALONE, World
+from dgpo_fast.profiling import stage
+from dgpo_fast.records import Conditioning, LossOutput, PromptBatch, Rollout, ScoredGroups, Trajectory, TrajectoryBatch
+
+
+class FlowGRPO:
+    def __init__(self, config: Config, world: World = ALONE) -> None:
+        assert isinstance(config.algorithm, FlowGRPOConfig)
+        self.config, self.settings = config, config.algorithm
+        self.sampler = SDESampler.from_config(config.rollout, noise_level=self.settings.noise_level)
+
+    def prepare(self, policy: Policy) -> str:
+        """Makes sure that adapters act, and says by how much the ratio of a policy to itself misses 1."""
+        policy.check_trained()
+        drift, clip = self.drift(policy), self.settings.clip
+        found = "is exactly 1" if drift == 0 else f"misses 1 by {drift:.1e}, where algorithm.clip is {clip:g}"
+        return f"engine {self.config.model.engine}: the likelihood ratio of a policy that has not changed {found}"
+
+    def sampling_view(self, step: int) -> View:
+        return "policy"
+
+    def rollout(
+        self, policy: Policy, view: View, prompts: PromptBatch, *, deliver: Deliver = nobody, check: Check = nobody
+    ) -> Rollout:
+        """A group of samples per prompt by the stochastic sampler, and what its trained steps drew."""
+        per_forward, trained = self.config.rollout.images_per_forward, self._trained_steps(prompts.iteration)
+        is_window = self.settings.window is not None
+        sampler = SDESampler.from_config(
+            self.config.rollout, noise_level=self.settings.noise_level, window=trained if is_window else None
+        )
+        noise_BCHW, drawn, trajectories = initial_noise(policy, prompts, seed=self.config.seed), [], []
+        for start in range(0, prompts.num_samples, per_forward):
+            check()
+            samples = slice(start, start + per_forward)
+            conditioning = prompts.conditioning[prompts.group_B[samples]]
+            evaluations = self._condition(policy, sampler.timesteps, conditioning, prompts.unconditional)
+            x0_BCHW, trajectory = sampler.sample(
+                lambda x, number: self._guided(policy, view, x, evaluations[number]),  # noqa: B023
+                noise_BCHW[samples],
+                lambda number: self._streams(prompts, samples, number),  # noqa: B023
+                kept=trained,
+            )
+            drawn.append(x0_BCHW)
+            trajectories.append(trajectory)
+            deliver(x0_BCHW, prompts.prompt_of_sample[samples])
+        trajectory = Trajectory(
+            first=trained.start,
+            x_SBCHW=torch.cat([each.x_SBCHW for each in trajectories], dim=1),
+            log_prob_SB=torch.cat([each.log_prob_SB for each in trajectories], dim=1),
+        )
+        return Rollout(prompts=prompts, x0_BCHW=torch.cat(drawn), sigmas=self.sampler.sigmas, trajectory=trajectory)
+
+    def batches(self, scored: ScoredGroups, *, update: int = 0) -> Iterator[list[TrajectoryBatch]]:
+        """Micro-batches of one step each, one to a round: no loss asks for whole groups."""
+        prompts, trajectory = scored.rollout.prompts, scored.rollout.trajectory
+        assert trajectory is not None
+        optimizer, num_steps = self.config.optimizer, len(trajectory.log_prob_SB)
+        of_update = prompts.num_samples // optimizer.steps_per_iteration
+        for start in range(update * of_update, (update + 1) * of_update, optimizer.images_per_micro_batch):
+            mine = slice(start, start + optimizer.images_per_micro_batch)
+            valid_M = scored.valid_B[mine]
+            # What could not be scored may not be finite either, and then a weight of zero would not keep it out.
+            x_SMCHW = trajectory.x_SBCHW[:, mine].where(valid_M[:, None, None, None], 0.0)
+            for place in range(num_steps):
+                yield [TrajectoryBatch(
+                    x_MCHW=x_SMCHW[place], x_next_MCHW=x_SMCHW[place + 1],
+                    old_log_prob_M=trajectory.log_prob_SB[place, mine], step=trajectory.first + place,
+                    conditioning=prompts.conditioning[prompts.group_B[mine]], unconditional=prompts.unconditional,
+                    advantage_M=scored.advantage_B[mine], valid_M=valid_M,
+                    sample_share=1 / (scored.num_valid[update] * num_steps),
+                )]  # fmt: skip
+
+    def group_weights(self, policy: Policy, batches: object) -> None:
+        """Nothing: a sample's loss needs its advantage alone."""
+
+    def loss(self, policy: Policy, batch: TrajectoryBatch, weights: None) -> LossOutput:
+        """The clipped surrogate of the policy's gradient, and the KL divergence of two Gaussians of equal variance."""
+        with stage("policy"):
+            taken = self._step(policy, "policy", batch)
+        share_M, clip, advantage_M = batch.sample_share * batch.valid_M, self.settings.clip, batch.advantage_M
+        # Not the ratio is made 1 but its logarithm 0: the gradient of what is masked would be NaN otherwise.
+        ratio_M = (taken.log_prob_B - batch.old_log_prob_M).where(batch.valid_M, 0.0).exp()
+        surrogate_M = torch.maximum(-advantage_M * ratio_M, -advantage_M * ratio_M.clamp(1 - clip, 1 + clip))
+        policy_loss = (share_M * surrogate_M).sum()
+        kl = torch.zeros_like(policy_loss)
+        if self.settings.kl_coef > 0:
+            with stage("reference"), torch.no_grad():
+                reference = self._step(policy, "ref", batch)
+            distance_M = (taken.mean - reference.mean).square().flatten(1).mean(1)
+            kl = (share_M * distance_M).sum() / (2 * self.sampler.squared_noise(batch.step))
+        loss = policy_loss + self.settings.kl_coef * kl
+        metrics = {
+            "loss": loss, "policy_loss": policy_loss, "kl": kl,
+            "clip_fraction": (share_M * ((ratio_M - 1).abs() > clip)).sum(),
+        }  # fmt: skip
+        return LossOutput(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
+
+    def after_step(self, policy: Policy, step: int) -> None:
+        """Nothing: the next rollout is the policy's own."""
+
+    def drift(self, policy: Policy) -> float:
+        """The largest |ratio - 1| of a micro-batch drawn and trained on by the same weights, in the recipe's shapes."""
+        drawn_at_once, trained_at_once = (
+            self.config.rollout.images_per_forward, self.config.optimizer.images_per_micro_batch
+        )  # fmt: skip
+        number, model = self.settings.passes // 2, policy.model
+        generator = torch.Generator().manual_seed(0)
+        x_BCHW = torch.randn(
+            max(drawn_at_once, trained_at_once), *model.latent_shape, generator=generator
+        ).to(model.device)  # fmt: skip
+        streams = [rng.stream(0, stage="drift", sample=sample) for sample in range(len(x_BCHW))]
+        empty, timesteps = model.encode([""]), self.sampler.timesteps[number : number + 1]
+
+        def velocity(x: Tensor) -> Tensor:
+            rows = empty[torch.zeros(len(x), dtype=torch.int64, device=model.device)]
+            return self._guided(policy, "policy", x, self._condition(policy, timesteps, rows, empty)[0])
+
+        with policy.equal_weights("policy"):
+            x, kept = x_BCHW[:drawn_at_once], min(drawn_at_once, trained_at_once)
+            with torch.no_grad():
+                drawn = self.sampler.step(number, x, velocity(x), streams=streams[:drawn_at_once])
+            x, x_next = (tensor[:kept] for tensor in (x, drawn.x_next))
+            trained = self.sampler.step(number, x, velocity(x).detach(), x_next=x_next)
+        return float((torch.exp(trained.log_prob_B - drawn.log_prob_B[:kept]) - 1).abs().max())
+
+    def _trained_steps(self, iteration: int) -> range:
+        """The first steps, or a window among them that begins where this iteration draws it."""
+        trained, window = self.settings.trained_steps, self.settings.window
+        if window is None:
+            return range(trained)
+        name = rng.stream(self.config.seed, stage="window", iteration=iteration)
+        (first,) = rng.choice(name, trained - window + 1, k=1)
+        return range(first, first + window)
+
+    def _streams(self, prompts: PromptBatch, samples: slice, number: int) -> list[rng.Stream]:
+        """What each sample's step is drawn from: named by iteration, group, sample and step."""
+        numbers = (divmod(sample, prompts.group_size) for sample in prompts.samples[samples])
+        return [
+            rng.stream(
+                self.config.seed, stage="sde", iteration=prompts.iteration, group=group, sample=sample, timestep=number
+            )
+            for group, sample in numbers
+        ]
+
+    def _step(self, policy: Policy, view: View, batch: TrajectoryBatch) -> SDEStep:
+        """The step that the batch drew, as `view` sees it."""
+        timesteps = self.sampler.timesteps[batch.step : batch.step + 1]
+        (evaluation,) = self._condition(policy, timesteps, batch.conditioning, batch.unconditional)
+        velocity_MCHW = self._guided(policy, view, batch.x_MCHW, evaluation)
+        return self.sampler.step(batch.step, batch.x_MCHW, velocity_MCHW, x_next=batch.x_next_MCHW, with_mean=True)
+
+    def _condition(
+        self,
+        policy: Policy,
+        timesteps: tuple[float, ...],
+        conditioning: Conditioning,
+        unconditional: Conditioning | None,
+    ) -> list[Evaluation]:
+        timestep_E = torch.tensor(timesteps, device=policy.model.device)
+        timestep_EB = timestep_E[:, None].expand(-1, len(conditioning.text_BND))
+        return policy.condition(timestep_EB, conditioning, unconditional if self._is_guided else None)
+
+    @property
+    def _is_guided(self) -> bool:
+        return self.config.rollout.guidance > 1
+
+    def _guided(self, policy: Policy, view: View, x_BCHW: Tensor, evaluation: Evaluation) -> Tensor:
+        """The velocity, float32, guided where the recipe guides."""
+        v_cond, v_uncond = policy.velocity_at(view, x_BCHW, evaluation)
+        if v_uncond is None:
+            return v_cond.float()
+        v_uncond = v_uncond.detach().float()
+        return v_uncond + self.config.rollout.guidance * (v_cond.float() - v_uncond)
