@@ -1,4 +1,4 @@
-"""The settings of each method of learning, and what it asks of the model. No torch here: plans are made of this, too."""
+"""The settings of each method of learning, and what it asks of the model. No torch: plans are made of this, too."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Method(Section):
         """
         if self.trained_points.stop > steps:
             raise ValueError(
-                f"algorithm.trunc must be below rollout.steps ({steps}), got {self.trained_points.stop - 1}: it indexes "
-                "their sigmas"
+                f"algorithm.trunc must be below rollout.steps ({steps}), got {self.trained_points.stop - 1}: "
+                "it indexes their sigmas"
             )
 
 
@@ -167,7 +167,7 @@ class AWMConfig(_Noised):
     train_timesteps: Count = 6
     """Sigmas of an iteration: one from each of as many stretches of the points, the same for every sample."""
     power: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """Of the denoising error, in what stands for a log-likelihood: -sigma error^power / power; 1 is the error itself."""
+    """Of the denoising error, in what stands for a log-likelihood: -sigma error^power / power; 1 is the error alone."""
     kl_coef: NonNegative = 0.001
     old_coef: NonNegative = 1.0
     """Of the squared distance to the old policy's velocity."""

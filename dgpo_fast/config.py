@@ -251,7 +251,7 @@ class ParallelConfig(Section):
     """Under stage 3, draw with a replica of the policy, made anew each step, or gather weights layer by layer."""
     frozen: Literal["replicas", "sharded"] = "replicas"
     """Under stage 3, keep the base and the old policy of full fine-tuning whole on every rank, or shard them, too."""
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
     """More of DeepSpeed's configuration, as it documents it; what the recipe decides by another key is refused."""
 
     @model_validator(mode="after")

@@ -32,7 +32,6 @@ from dgpo_fast.records import LossOutput, PromptBatch, Rollout, ScoredGroups, St
 from dgpo_fast.rewards import OverlappedScoring, Scorer, Scores
 from dgpo_fast.run_directory import RunDirectory, refuse_conflicts
 
-
 TIMES = ("rollout", "reward", "train")
 
 
@@ -124,14 +123,15 @@ class Trainer:
         with stage("train"):
             of_steps = [self._learn(scored, update) for update in range(self.updates)]
         elapsed, updates = time.perf_counter() - start, self.updates
-        seconds = {f"{name}_s": self.clock.seconds[name,] - before.get((name,), 0.0) for name in TIMES}
+        spent = {name: self.clock.seconds[name,] - before.get((name,), 0.0) for name in TIMES}
         images, first, wall_s = self.config.images_per_iteration, self.step - updates, self.wall_s
         self.wall_s += elapsed
         return [
             StepReport(
                 step=step, iteration=(step - 1) // updates, images_seen=step * images // updates,
                 wall_s=wall_s + elapsed * (step - first) / updates, **reward_metrics, **train_metrics,
-                **{name: value / updates for name, value in seconds.items()}, images_per_s=images / elapsed,
+                rollout_s=spent["rollout"] / updates, reward_s=spent["reward"] / updates,
+                train_s=spent["train"] / updates, images_per_s=images / elapsed,
                 peak_memory_gb=peak_memory_gb(self.world.device),
             )
             for step, train_metrics in enumerate(of_steps, start=first + 1)

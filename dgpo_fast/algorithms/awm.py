@@ -8,8 +8,8 @@
     old <- average of old and policy                                                              after_step
 
 Where an iteration makes one optimizer step, as the published recipes do, p_before is p and the ratio exactly 1: what is
-clipped at 1 +- 1 there is never clipped. The published code samples with a multistep SDE solver whose noise is off; here
-it is the solver of the recipe.
+clipped at 1 +- 1 there is never clipped. The published code samples with a multistep SDE solver whose noise is off;
+here it is the solver of the recipe.
 
 Shape letters: M samples of a micro-batch, C H W latents.
 """
@@ -74,13 +74,17 @@ class AWM:
         ratio_M = (log_likelihood_M - log_likelihood_M.detach()).exp()
         share_M, advantage_M = batch.sample_share * batch.valid_M, batch.advantage_M / self.config.advantages.clamp
         policy_loss = -(share_M * advantage_M * ratio_M).sum()
-        loss, metrics = policy_loss, {"policy_loss": policy_loss, "kl": torch.zeros_like(policy_loss)}
-        for view, name, coefficient in (("ref", "kl", self.settings.kl_coef), ("old", "", self.settings.old_coef)):
-            if coefficient > 0:
-                distance = (share_M * mean_square(velocity_MCHW - velocity_of(policy, view, batch))).sum()  # type: ignore[arg-type]
-                loss = loss + coefficient * distance
-                metrics |= {name: distance} if name else {}
-        metrics["loss"] = loss
+        coefficients: dict[View, float] = {"ref": self.settings.kl_coef, "old": self.settings.old_coef}
+        distances = {
+            view: (share_M * mean_square(velocity_MCHW - velocity_of(policy, view, batch))).sum()
+            for view, coefficient in coefficients.items()
+            if coefficient > 0
+        }
+        loss = policy_loss
+        for view, distance in distances.items():
+            loss = loss + coefficients[view] * distance
+        kl = distances.get("ref", torch.zeros_like(policy_loss))
+        metrics = {"loss": loss, "policy_loss": policy_loss, "kl": kl}
         return LossOutput(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
 
     def after_step(self, policy: Policy, step: int) -> None:
@@ -102,4 +106,5 @@ class AWM:
 
 def matching_likelihood(error_M: Tensor, sigma_M: Tensor, *, power: float) -> Tensor:
     """What stands for log p of each sample: -sigma ((d + tiny)^power - tiny^power) / power, float64."""
-    return -sigma_M.double() * ((error_M.double() + TINY).pow(power) - TINY**power) / power
+    least: float = TINY**power
+    return -sigma_M.double() * ((error_M.double() + TINY).pow(power) - least) / power

@@ -32,7 +32,7 @@ from dgpo_fast.ops.velocity_errors import VelocityErrors, velocity_errors
 from dgpo_fast.parallel.placement import placement_of
 from dgpo_fast.parallel.world import ALONE, World
 from dgpo_fast.profiling import stage
-from dgpo_fast.records import NoisedBatch, LossOutput, PromptBatch, Rollout, ScoredGroups
+from dgpo_fast.records import LossOutput, NoisedBatch, PromptBatch, Rollout, ScoredGroups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

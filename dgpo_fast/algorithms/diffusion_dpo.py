@@ -7,8 +7,8 @@
     perhaps, now and then, the reference becomes the policy                                         after_step
 
 That is DGPO's score of a group of two with advantages 1 and -1, and is computed by the same operators. Sigmas are drawn
-from a logit-normal distribution and shifted as the rollout's are, each pair's for itself, as in the code that the authors of Flow-GRPO
-published. It leaves pairs of equal rewards out; here they keep their place with weight zero.
+from a logit-normal distribution and shifted as the rollout's are, each pair's for itself, as in the code that the
+authors of Flow-GRPO published. It leaves pairs of equal rewards out; here they keep their place with weight zero.
 
 Shape letters: M samples of a micro-batch, P pairs, C H W latents.
 """
@@ -47,8 +47,8 @@ class DiffusionDPO:
         placement = placement_of(config, world.size)
         if world.size > 1 and placement.case != "a":
             raise UserError(
-                "algorithm diffusion_dpo pairs samples of a group: optimizer.images_per_micro_batch must hold whole groups "
-                f"of {placement.group_size} on several ranks, got {placement.micro}"
+                "algorithm diffusion_dpo pairs samples of a group: optimizer.images_per_micro_batch must hold whole "
+                f"groups of {placement.group_size} on several ranks, got {placement.micro}"
             )
         if placement.micro % 2:
             raise UserError(
