@@ -150,10 +150,7 @@ def work(runs: list[Run], results: Path, *, most: int) -> None:
 def read(path: Path) -> list[Point]:
     """The points of a result."""
     with path.open(encoding="utf-8") as file:
-        return [
-            Point(**{name: KINDS[name](value) for name, value in row.items()})
-            for row in csv.DictReader(file)
-        ]
+        return [Point(**{name: KINDS[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
 
 
 def status(runs: list[Run], results: Path) -> Iterator[str]:

@@ -101,3 +101,12 @@ def sweep(budget_s: float) -> list[Run]:
         for name, method in METHODS.items()
     )
     return [run for turn in zip(*of_methods, strict=True) for run in turn]
+
+
+def finals(settings: Mapping[str, tuple[str, ...]], budget_s: float, *, seeds: Sequence[int] = (0, 1, 2)) -> list[Run]:
+    """Every method with the setting chosen for it, from every seed; methods take turns."""
+    return [
+        Run(method=name, setting=setting, seed=seed, budget_s=budget_s)
+        for seed in seeds
+        for name, setting in settings.items()
+    ]

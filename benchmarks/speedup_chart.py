@@ -1,0 +1,75 @@
+"""A picture of scores over seconds, images or FLOPs, with a curve for each run and a colour for each method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from dgpo_fast.charts import value_axis
+
+COLORS = ("#1f5fa8", "#6aa7e8", "#c4622d", "#e9a06f", "#4f8f5b", "#8c6bb1", "#8a8a8a")
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 420, 56, 220, 16, 48
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    title: str
+    places: tuple[float, ...]
+    values: tuple[float, ...]
+
+
+def draw(curves: Sequence[Curve], *, across: str) -> str:
+    """An SVG; values are shares."""
+    x_axis = value_axis(0.0, max(curve.places[-1] for curve in curves))
+    y_axis = value_axis(
+        min(min(curve.values) for curve in curves), max(max(curve.values) for curve in curves)
+    )  # fmt: skip
+    titles = list(dict.fromkeys(curve.title for curve in curves))
+    color_of = dict(zip(titles, COLORS, strict=False))
+
+    def x(value: float) -> float:
+        return LEFT + x_axis.percent(value) / 100 * (WIDTH - LEFT - RIGHT)
+
+    def y(value: float) -> float:
+        return HEIGHT - BOTTOM - y_axis.percent(value) / 100 * (HEIGHT - TOP - BOTTOM)
+
+    rows = Markup().join(
+        Markup(
+            '<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
+            '<text x="{label}" y="{below:.1f}" text-anchor="end">{value:.0%}</text>'
+        ).format(left=LEFT, right=WIDTH - RIGHT, y=y(tick), label=LEFT - 8, below=y(tick) + 4, value=tick)
+        for tick in y_axis.ticks
+    )
+    columns = Markup().join(
+        Markup('<text x="{x:.1f}" y="{y}" text-anchor="middle">{value:.4g}</text>').format(
+            x=x(tick), y=HEIGHT - BOTTOM + 20, value=tick
+        )
+        for tick in x_axis.ticks
+    )
+    lines = Markup().join(
+        Markup('<polyline fill="none" stroke="{color}" stroke-width="2" points="{points}"/>').format(
+            color=color_of[curve.title],
+            points=" ".join(
+                f"{x(place):.1f},{y(value):.1f}" for place, value in zip(curve.places, curve.values, strict=True)
+            ),
+        )
+        for curve in curves
+    )
+    side = WIDTH - RIGHT + 16
+    legend = Markup().join(
+        Markup('<rect x="{x}" y="{y}" width="18" height="4" fill="{color}"/>').format(
+            x=side, y=TOP + 20 * place + 5, color=color_of[title]
+        )
+        + Markup('<text x="{x}" y="{y}">{title}</text>').format(x=side + 26, y=TOP + 20 * place + 11, title=title)
+        for place, title in enumerate(titles)
+    )
+    return Markup(
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        'font-size="13" fill="#222"><rect width="100%" height="100%" fill="#fff"/>{rows}{columns}{lines}{legend}'
+        '<text x="{middle}" y="{bottom}" text-anchor="middle">{across}</text></svg>\n'
+    ).format(
+        width=WIDTH, height=HEIGHT, rows=rows, columns=columns, lines=lines, legend=legend,
+        middle=LEFT + (WIDTH - LEFT - RIGHT) / 2, bottom=HEIGHT - 8, across=across,
+    )  # fmt: skip

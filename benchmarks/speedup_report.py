@@ -1,0 +1,202 @@
+"""What the runs of benchmarks/speedup.py say: the tables of docs/benchmarks.md and the pictures beside it.
+
+    python -m benchmarks.speedup_report [--write]
+
+Nothing is extrapolated: a run that did not reach a target within its budget is "> budget", and what is divided by it is
+a bound. Numbers are of evaluations, so a time is that of the first evaluation at or above the target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from benchmarks.speedup import RESULTS, Point, read
+from benchmarks.speedup_chart import Curve, draw
+from benchmarks.speedup_runs import METHODS, Run, finals, sweep
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE = DOCS / "benchmarks.md"
+TARGETS = (0.65, 0.70, 0.75, 0.80, 0.85)
+OURS = "dgpo"
+SWEEP_S, FINAL_S = 600.0, 2400.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    run: Run
+    points: Sequence[Point]
+
+    def first(self, target: float) -> Point | None:
+        """The first evaluation at or above the target; None where there is none."""
+        return next((point for point in self.points if point.strict >= target), None)
+
+    @property
+    def mean_strict(self) -> float:
+        """Over the seconds of the budget, by trapezoids: by this settings are compared."""
+        area = sum(
+            (after.core_s - before.core_s) * (after.strict + before.strict) / 2
+            for before, after in zip(self.points, self.points[1:], strict=False)
+        )
+        return area / (self.points[-1].core_s - self.points[0].core_s)
+
+
+def results(runs: Sequence[Run], directory: Path) -> dict[str, list[Result]]:
+    """What is there of the runs, by method."""
+    found: dict[str, list[Result]] = {name: [] for name in METHODS}
+    for run in runs:
+        if (path := directory / f"{run.name}.csv").exists():
+            found[run.method].append(Result(run=run, points=read(path)))
+    return found
+
+
+def best(swept: Sequence[Result]) -> Result:
+    return max(swept, key=lambda result: result.mean_strict)
+
+
+def seconds_to(target: float, of_seeds: Sequence[Result]) -> str:
+    """The median of the seeds and their range, or that it took longer than the budget."""
+    found = sorted(point.core_s if (point := result.first(target)) else math.inf for result in of_seeds)
+    middle = median(found)
+    budget = f"> {of_seeds[0].run.budget_s:.0f}"
+    shown = [budget if math.isinf(value) else f"{value:.0f}" for value in (middle, found[0], found[-1])]
+    return shown[0] if len(found) == 1 else f"{shown[0]} ({shown[1]} to {shown[2]})"
+
+
+def table_of_targets(chosen: Mapping[str, Sequence[Result]]) -> str:
+    heads = " | ".join(f"{target:.0%}" for target in TARGETS)
+    lines = [f"| | runs | {heads} | at the end |", "|---|---|" + "---|" * (len(TARGETS) + 1)]
+    for name, of_seeds in chosen.items():
+        if of_seeds:
+            cells = " | ".join(seconds_to(target, of_seeds) for target in TARGETS)
+            end = median(result.points[-1].strict for result in of_seeds)
+            lines.append(f"| {METHODS[name].title} | {len(of_seeds)} | {cells} | {end:.1%} |")
+    return "\n".join(lines)
+
+
+def table_of_factors(chosen: Mapping[str, Sequence[Result]], target: float) -> str:
+    """How much longer than DGPO a method takes to the target: iterations x work of one x seconds of the work."""
+    lines = [
+        f"| to {target:.0%}, times DGPO's | time | iterations | FLOPs of an iteration | seconds of a FLOP |",
+        "|---|---|---|---|---|",
+    ]
+    ours = _typical(chosen[OURS], target)
+    for name, of_seeds in chosen.items():
+        if name == OURS or not of_seeds or ours is None:
+            continue
+        theirs = _typical(of_seeds, target)
+        reached = theirs or min((result.points[-1] for result in of_seeds), key=lambda point: point.core_s)
+        more = "" if theirs else "> "
+        time, iterations = reached.core_s / ours.core_s, reached.iteration / ours.iteration
+        work = (reached.flops / reached.iteration) / (ours.flops / ours.iteration)
+        engine = (reached.core_s / reached.flops) / (ours.core_s / ours.flops)
+        lines.append(
+            f"| {METHODS[name].title} | {more}{time:.1f} | {more}{iterations:.1f} | {work:.2f} | {engine:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _typical(of_seeds: Sequence[Result], target: float) -> Point | None:
+    """Where the median seed reached the target; None where it did not."""
+    reached = sorted((point for result in of_seeds if (point := result.first(target))), key=lambda point: point.core_s)
+    middle = (len(of_seeds) - 1) // 2
+    return reached[middle] if middle < len(reached) else None
+
+
+def table_of_quality(chosen: Mapping[str, Sequence[Result]], target: float) -> str:
+    """What else has changed where the target is reached."""
+    lines = ["| | strict | soft | distance to rendered images | diversity of a group |", "|---|---|---|---|---|"]
+    base = next(result.points[0] for of_seeds in chosen.values() for result in of_seeds)
+    rows = [("base", base)]
+    rows += [
+        (METHODS[name].title, point) for name, seeds in chosen.items() if seeds and (point := _typical(seeds, target))
+    ]
+    for title, point in rows:
+        lines.append(
+            f"| {title} | {point.strict:.1%} | {point.soft:.3f} | {point.distance:.5f} | {point.diversity:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def table_of_sweep(swept: Mapping[str, Sequence[Result]]) -> str:
+    lines = ["| | settings tried | best | strict, mean over the run | the worst's |", "|---|---|---|---|---|"]
+    for name, found in swept.items():
+        if found:
+            chosen, worst = best(found), min(result.mean_strict for result in found)
+            setting = ", ".join(f"`{item.removeprefix('algorithm.')}`" for item in chosen.run.setting)
+            number = f"{len(found)} of {len(METHODS[name].settings())}"
+            lines.append(f"| {METHODS[name].title} | {number} | {setting} | {chosen.mean_strict:.1%} | {worst:.1%} |")
+    return "\n".join(lines)
+
+
+def tables(directory: Path = RESULTS) -> dict[str, str]:
+    """The tables of the page, by name."""
+    swept = results(sweep(SWEEP_S), directory)
+    chosen = _chosen(swept, directory)
+    target = _common_target(chosen)
+    return {
+        "targets": table_of_targets(chosen),
+        "factors": table_of_factors(chosen, target),
+        "quality": table_of_quality(chosen, target),
+        "sweep": table_of_sweep(swept),
+    }
+
+
+def _chosen(swept: Mapping[str, Sequence[Result]], directory: Path) -> dict[str, list[Result]]:
+    """The runs that a method is shown by: its best setting's from every seed, or, until there are any, the sweep's."""
+    settings = {name: best(found).run.setting for name, found in swept.items() if found}
+    seeds = results(finals(settings, FINAL_S), directory)
+    return {name: seeds[name] or [best(found)] for name, found in swept.items() if found}
+
+
+def _common_target(chosen: Mapping[str, Sequence[Result]]) -> float:
+    """The highest target that DGPO's median seed reaches."""
+    reached = [target for target in TARGETS if _typical(chosen[OURS], target) is not None]
+    return reached[-1] if reached else TARGETS[0]
+
+
+def picture(directory: Path = RESULTS, *, against: str = "core_s") -> str:
+    """Strict scores over seconds, images or FLOPs, of the runs that methods are shown by."""
+    swept = results(sweep(SWEEP_S), directory)
+    return draw(
+        [
+            Curve(
+                title=METHODS[name].title,
+                places=tuple(float(getattr(point, against)) for point in result.points),
+                values=tuple(point.strict for point in result.points),
+            )
+            for name, of_seeds in _chosen(swept, directory).items()
+            for result in of_seeds
+        ],
+        across={"core_s": "seconds of training, one core", "images": "images", "flops": "FLOPs"}[against],
+    )
+
+
+def filled(page: str) -> str:
+    """`page` with every table between its marks, `<!-- table NAME -->` and `<!-- end -->`, made anew."""
+    for name, table in tables().items():
+        before, start, rest = page.partition(f"<!-- table {name} -->\n")
+        _, end, after = rest.partition("\n<!-- end -->")
+        assert start and end, name
+        page = before + start + table + end + after
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put tables and pictures into docs/")
+    if parser.parse_args().write:
+        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        for against in ("core_s", "images", "flops"):
+            (DOCS / f"speedup-{against}.svg").write_text(picture(against=against), encoding="utf-8")
+        return
+    for name, table in tables().items():
+        print(f"{name}\n{table}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""The speedup benchmark: what is measured of images, the queue of runs, and what the tables make of results."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import speedup, speedup_report  # noqa: E402
+from benchmarks.held_out import diversity, held_out, patch_distance  # noqa: E402
+from benchmarks.speedup import Point  # noqa: E402
+from benchmarks.speedup_runs import METHODS, Run, finals, sweep  # noqa: E402
+from dgpo_fast.config import load_recipe, resume_conflicts  # noqa: E402
+from dgpo_fast.shapes.captions import parse_caption  # noqa: E402
+from dgpo_fast.shapes.render import render  # noqa: E402
+
+PROMPTS = ["two red circles", "a blue square left of a green triangle"]
+
+
+def rendered(seed: int, per_prompt: int) -> torch.Tensor:
+    generator = np.random.default_rng(seed)
+    captions = [parse_caption(prompt) for prompt in PROMPTS for _ in range(per_prompt)]
+    return torch.from_numpy(np.stack([render(caption, generator) for caption in captions]))
+
+
+def point(core_s: float, strict: float, **more: Any) -> Point:
+    iteration = more.pop("iteration", int(core_s))
+    values = {
+        "core_s": core_s, "wall_s": core_s, "step": iteration, "iteration": iteration, "images": 128 * iteration,
+        "flops": 1e9 * iteration, "reward": 0.5, "strict": strict, "soft": strict, "distance": 0.01, "diversity": 0.2,
+    }  # fmt: skip
+    return Point(**{**values, **more})
+
+
+def result(method: str, *points: Point) -> speedup_report.Result:
+    run = Run(method=method, setting=METHODS[method].settings()[0], seed=0, budget_s=100.0)
+    return speedup_report.Result(run=run, points=points)
+
+
+# What is measured of images
+
+
+def test_rendered_images_are_right_and_near_each_other() -> None:
+    images, others = rendered(1, 8), rendered(2, 8)
+    found = held_out(images, PROMPTS, per_prompt=8)
+    assert found.strict == found.soft == 1.0
+    noisy = (others + 0.1 * torch.randn(others.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    assert patch_distance(images, images) == 0.0
+    assert 3 * patch_distance(images, others) < patch_distance(images, noisy)
+
+
+def test_the_distance_of_two_colours_is_that_of_their_projections() -> None:
+    """Patches of one value each: a projected difference is the mean of |sum of a direction's values| times it."""
+    low, high = torch.zeros(1, 3, 18, 18), torch.full((1, 3, 18, 18), 0.5)
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(3 * 81, 128, generator=generator)
+    expected = 0.5 * (directions / directions.norm(dim=0)).sum(0).abs().mean()
+    assert patch_distance(low, high) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_diversity_is_the_mean_over_pairs_of_a_prompt() -> None:
+    images = torch.zeros(2, 3, 3, 4, 4)
+    images[0, 1], images[0, 2] = 0.3, 0.6  # distances 0.3, 0.6, 0.3; the other prompt's are 0
+    assert diversity(images) == pytest.approx((0.4 + 0.0) / 2, rel=1e-5)
+
+
+# The queue
+
+
+def test_methods_are_tuned_alike() -> None:
+    runs = sweep(600)
+    assert {len(method.settings()) for method in METHODS.values()} == {8}
+    assert len({run.name for run in runs}) == len(runs) == 8 * len(METHODS)
+    assert [run.method for run in runs[: len(METHODS)]] == list(METHODS), "they take turns"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_settings_are_of_the_method_and_leave_groups_and_evaluation_alone(name: str) -> None:
+    ours = load_recipe("tiny-dgpo")
+    for run in sweep(600):
+        if run.method == name:
+            config = load_recipe(METHODS[name].recipe, run.overrides)
+            differ = {key.partition(":")[0].partition(".")[0] for key in resume_conflicts(ours, config)}
+            assert differ <= {"name", "description", "model", "rollout", "algorithm", "old_policy", "optimizer"}
+            assert (config.groups, config.rewards, config.adapter) == (ours.groups, ours.rewards, ours.adapter)
+            assert (config.rollout.guidance, config.rollout.steps) == (ours.rollout.guidance, ours.rollout.steps)
+
+
+def test_the_queue_leaves_what_is_done_or_worked_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, started = sweep(5)[:4], []
+
+    def started_instead(command: list[str], **options: Any) -> None:
+        started.append(command[4])
+        (tmp_path / f"{command[4]}.csv").write_text("")
+
+    monkeypatch.setattr(speedup.subprocess, "run", started_instead)
+    (tmp_path / f"{runs[0].name}.csv").write_text("")
+    (tmp_path / f".{runs[1].name}.lock").write_text(str(os.getpid()))
+    (tmp_path / f".{runs[2].name}.lock").write_text("999999999")  # of a process that is gone
+    speedup.work(runs, tmp_path, most=1)
+    assert started == [runs[2].name]
+    speedup.work(runs, tmp_path, most=-1)
+    assert started == [runs[2].name, runs[3].name]
+    assert [path.name for path in tmp_path.glob(".*.lock")] == [f".{runs[1].name}.lock"]
+
+
+def test_a_run_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [point(0.0, 0.5), point(61.25, 0.75)]
+    monkeypatch.setattr(speedup, "train", lambda run: iter(points))
+    run = sweep(600)[0]
+    speedup.measure(run, tmp_path)
+    assert speedup.read(tmp_path / f"{run.name}.csv") == points
+    assert [path.name for path in tmp_path.iterdir()] == [f"{run.name}.csv"]
+
+
+@pytest.mark.slow
+def test_a_run_trains(tmp_path: Path) -> None:
+    run = Run(method="dgpo", setting=METHODS["dgpo"].settings()[0], seed=0, budget_s=1.0)
+    first, last = speedup.train(run)
+    assert (first.step, first.core_s) == (0, 0.0)
+    assert last.step == last.iteration > 0
+    assert last.core_s >= 1.0
+    assert last.flops > 0
+
+
+# What tables make of results
+
+
+def test_a_setting_is_chosen_by_its_mean_over_time() -> None:
+    early = result("dgpo", point(0, 0.5), point(50, 0.9), point(100, 0.9))
+    late = result("dgpo", point(0, 0.5), point(50, 0.5), point(100, 1.0))
+    assert early.mean_strict == pytest.approx((0.7 + 0.9) / 2)
+    assert late.mean_strict == pytest.approx((0.5 + 0.75) / 2)
+    assert speedup_report.best([late, early]) is early
+
+
+def test_what_is_not_reached_is_longer_than_its_budget() -> None:
+    """Medians and ranges count it so; nothing is extrapolated."""
+    quick = result("dgpo", point(0, 0.5), point(40, 0.8))
+    slow = result("dgpo", point(0, 0.5), point(90, 0.8))
+    never = result("dgpo", point(0, 0.5), point(100, 0.7))
+    assert speedup_report.seconds_to(0.8, [quick]) == "40"
+    assert speedup_report.seconds_to(0.8, [quick, never, slow]) == "90 (40 to > 100)"
+    assert speedup_report.seconds_to(0.8, [never, never, slow]) == "> 100 (90 to > 100)"
+    assert never.first(0.8) is None
+    assert quick.first(inf) is None
+
+
+def test_factors_multiply_to_the_time() -> None:
+    ours = result("dgpo", point(0, 0.5), point(20, 0.8, iteration=10, flops=10e9))
+    theirs = result("awm", point(0, 0.5), point(90, 0.8, iteration=15, flops=30e9))
+    table = speedup_report.table_of_factors({"dgpo": [ours], "awm": [theirs]}, 0.8)
+    time, iterations, work, engine = (float(cell) for cell in table.splitlines()[-1].split("|")[2:6])
+    assert (time, iterations, work, engine) == (4.5, 1.5, 2.0, 1.5)
+    assert time == iterations * work * engine
+
+
+def test_a_factor_of_a_run_that_was_stopped_is_a_bound() -> None:
+    ours = result("dgpo", point(0, 0.5), point(20, 0.8))
+    theirs = result("awm", point(0, 0.5), point(100, 0.7))
+    row = speedup_report.table_of_factors({"dgpo": [ours], "awm": [theirs]}, 0.8).splitlines()[-1]
+    assert row.startswith("| AWM | > 5.0 | > 5.0 | 1.00 | 1.00 |")
+
+
+def test_final_runs_are_of_every_seed() -> None:
+    settings = {name: method.settings()[0] for name, method in METHODS.items()}
+    runs = finals(settings, 2400)
+    assert len({run.name for run in runs}) == len(runs) == 3 * len(METHODS)
+    assert {run.seed for run in runs[: len(METHODS)]} == {0}
+
+
+def test_the_fields_of_a_point_are_read_as_they_are() -> None:
+    assert set(speedup.KINDS) == set(asdict(point(0, 0)))
