@@ -110,7 +110,8 @@ class Engine:
         return Answer(sampled, found)
 
     def rollout(self) -> object:
-        return self._algorithm.rollout(self.policy, self._prompts(num_sampled(self._config)))
+        view = self._algorithm.sampling_view(0)
+        return self._algorithm.rollout(self.policy, view, self._prompts(num_sampled(self._config)))
 
     def micro_step(self) -> Tensor:
         batches = next(iter(self._algorithm.batches(self._scored())))
@@ -148,11 +149,11 @@ class Engine:
         micro = self._config.optimizer.images_per_micro_batch
         names = [rng.stream(0, stage="benchmark", sample=sample) for sample in range(micro)]
         x0_BCHW = rng.normal(names, self.policy.model.latent_shape, device=self._device)
-        rollout = Rollout(prompts=self._prompts(micro), x0_BCHW=x0_BCHW, sigmas=self._algorithm.sampler.sigmas)
+        rollout = Rollout(prompts=self._prompts(micro), x0_BCHW=x0_BCHW, sigmas=self._algorithm.groups.sampler.sigmas)
         advantage_B = _alternating(micro, self._device)
         return ScoredGroups(
             rollout=rollout, reward_B=advantage_B, valid_B=torch.ones_like(advantage_B, dtype=torch.bool),
-            num_valid=self._config.images_per_iteration, advantage_B=advantage_B,
+            num_valid=(self._config.images_per_iteration,), advantage_B=advantage_B,
             group_size_G=advantage_B.new_full((self._config.groups.per_iteration,), self._config.groups.size),
         )  # fmt: skip
 

@@ -66,7 +66,7 @@ def measure(options: argparse.Namespace, stage: int) -> None:
             for _ in range(options.steps):
                 trainer.world.wait_for_device()
                 start = time.perf_counter()
-                report = trainer.run_iteration()
+                *_, report = trainer.run_iteration()
                 trainer.world.wait_for_device()
                 seconds.append(time.perf_counter() - start)
             rest = sorted(seconds[1:])[len(seconds[1:]) // 2]

@@ -68,10 +68,11 @@ class _Noised(Method):
 
     def check_points(self, steps: int) -> None:
         super().check_points(steps)
-        points = len(self.trained_points)
-        if self.train_timesteps > points:
+        points = self.trained_points
+        if self.train_timesteps > len(points):
+            number = "algorithm.trunc + 1" if points.start == 0 else "algorithm.trunc - algorithm.first + 1"
             raise ValueError(
-                f"algorithm.train_timesteps must be at most algorithm.trunc + 1 = {points}, "
+                f"algorithm.train_timesteps must be at most {number} = {len(points)}, "
                 f"got {self.train_timesteps}: they are drawn without replacement"
             )
 

@@ -324,16 +324,15 @@ class Config(Section):
             raise ValueError(
                 "algorithm flow_grpo guides at all noise levels or at none: rollout.guidance_interval null"
             )
+        if self.algorithm.name == "flow_grpo" and self.rollout.schedule != "flow_match":
+            raise ValueError(
+                "algorithm flow_grpo: rollout.schedule must be flow_match, which begins at sigma = 1 exactly, got "
+                f"{self.rollout.schedule}: the noise of a first step just below 1 has no bound"
+            )
         if self.algorithm.name == "awm" and self.optimizer.steps_per_iteration > 1:
             raise ValueError(
                 "algorithm awm is on-policy: optimizer.steps_per_iteration must be 1, got "
                 f"{self.optimizer.steps_per_iteration}"
-            )
-        micro, images = self.optimizer.images_per_micro_batch, self.images_per_iteration
-        if images % micro:
-            raise ValueError(
-                f"optimizer.images_per_micro_batch must divide the {images} images of an iteration (groups.size x "
-                f"groups.per_iteration), got {micro}; nearest that does: {_nearest_divisor(images, micro)}"
             )
         updates = self.optimizer.steps_per_iteration
         if self.groups.per_iteration % updates:
@@ -343,6 +342,13 @@ class Config(Section):
             )
         if self.steps % updates:
             raise ValueError(f"steps must be a multiple of optimizer.steps_per_iteration, {updates}, got {self.steps}")
+        micro, images = self.optimizer.images_per_micro_batch, self.images_per_iteration // updates
+        if images % micro:
+            of_what, divisor = _learned_from(updates)
+            raise ValueError(
+                f"optimizer.images_per_micro_batch must divide the {images} images of {of_what} (groups.size x "
+                f"groups.per_iteration{divisor}), got {micro}; nearest that does: {_nearest_divisor(images, micro)}"
+            )
         return self
 
     @property
@@ -370,8 +376,9 @@ def check_ranks(config: Config, num_ranks: int) -> None:
         )
     share = groups * size // num_ranks
     if share % micro:
+        of_what, _ = _learned_from(updates)
         raise UserError(
-            f"optimizer.images_per_micro_batch must divide a rank's share of an iteration, {share} images on each of "
+            f"optimizer.images_per_micro_batch must divide a rank's share of {of_what}, {share} images on each of "
             f"{num_ranks} ranks, got {micro}; nearest that does: {_nearest_divisor(share, micro)}"
         )
     if config.evaluation.num_prompts < num_ranks:
@@ -379,6 +386,11 @@ def check_ranks(config: Config, num_ranks: int) -> None:
             f"evaluation.num_prompts must be at least the number of ranks, {num_ranks}, since each draws some; "
             f"got {config.evaluation.num_prompts}"
         )
+
+
+def _learned_from(updates: int) -> tuple[str, str]:
+    """What a gradient is of, where an iteration makes so many steps, and what its images are divided by."""
+    return ("an iteration", "") if updates == 1 else ("an optimizer step", " / optimizer.steps_per_iteration")
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:
@@ -534,7 +546,8 @@ def _explain(error: ValidationError) -> str:
     key = ".".join(where)
     if first["type"] == "union_tag_invalid":
         given = str(first["ctx"]["tag"])
-        return f"algorithm.name: no method {given!r}{suggest(given, ALGORITHM_NAMES)} of {', '.join(ALGORITHM_NAMES)}"
+        names = ", ".join(map(repr, ALGORITHM_NAMES))
+        return f"algorithm.name: input should be one of {names}, got {given!r}{suggest(given, ALGORITHM_NAMES)}"
     if first["type"] == "extra_forbidden":
         *sections, name = location
         return f"unknown key {key!r}{suggest(name, _keys_of(sections))}"

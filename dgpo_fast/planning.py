@@ -116,7 +116,7 @@ def plan(config: Config, *, num_ranks: int | None = None) -> Plan:
         model=model,
         placement=placement(config, num_ranks),
         micro_batches=images_per_rank // config.optimizer.images_per_micro_batch * config.algorithm.passes,
-        sigmas=tuple(sigmas[point] for point in config.algorithm.trained_points),
+        sigmas=tuple(float(sigmas[point]) for point in config.algorithm.trained_points),
         cost=costs,
         throughputs=tuple(expected_throughputs(config, num_ranks=num_ranks)),
         warnings=(*too_much, *model_warnings, *_missing_rewards(config), *_missing_prompts(config)),

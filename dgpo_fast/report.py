@@ -36,9 +36,14 @@ MAX_PICTURE = 384
 """Side in pixels above which pictures are made smaller: twice what a wide page shows, for dense screens."""
 
 DIAGNOSTICS = (
-    ("loss", "Loss", "The minimised objective: group preference plus KL term", False),
+    ("loss", "Loss", "The minimised objective, with its KL term", False),
     ("kl", "KL term", "Squared distance of the velocity from the reference's", True),
-    ("clip_fraction", "Clip fraction", "Samples outside the trust range around the old policy, without gradient", True),
+    (
+        "clip_fraction",
+        "Clip fraction",
+        "Samples outside the trust range around the policy before, without gradient",
+        True,
+    ),
     ("grad_norm", "Gradient norm", "Before clipping", True),
     ("group_weight_mean", "Group weight", "Mean of sigmoid(s): how much a group still teaches; ½ at the start", False),
     ("zero_std_groups", "Groups without spread", "All of a group's rewards equal, so that it teaches nothing", True),
@@ -64,8 +69,13 @@ class Run:
         return int(self.metrics[-1]["step"]) if self.metrics else 0
 
     def column(self, key: str) -> Floats:
-        """One metric, a value per step."""
-        return np.array([line[key] for line in self.metrics], dtype=np.float64)
+        """One metric, a value per step; NaN where a line has none."""
+        values = [line[key] for line in self.metrics]
+        return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+
+    def has(self, key: str) -> bool:
+        """Whether the run's method has this metric at all."""
+        return any(line[key] is not None for line in self.metrics)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,7 +263,11 @@ def _context(run: Run) -> dict[str, Any]:
     speed_note = "Sampled, scored and trained on"
     return context | {
         "reward": reward_chart(run),
-        "diagnostics": [metric_chart(run, key, title=t, note=n, zero=z) for key, t, n, z in DIAGNOSTICS],
+        "diagnostics": [
+            metric_chart(run, key, title=title, note=note, zero=zero)
+            for key, title, note, zero in DIAGNOSTICS
+            if run.has(key)
+        ],
         "held_out": held_out_charts(run),
         "speed": metric_chart(run, "images_per_s", title="Images per second", note=speed_note, zero=True),
         "images_per_s": float(np.median(run.column("images_per_s"))),

@@ -79,7 +79,7 @@ def test_the_published_loop_draws_the_same_images() -> None:
     torch.manual_seed(0)
     noise_BCHW = torch.randn(2, *policy.model.latent_shape)
     ours_BCHW = sample_latents(
-        policy, "policy", algorithm.sampler, noise_BCHW, conditioning, unconditional, images_per_forward=2
+        policy, "policy", algorithm.groups.sampler, noise_BCHW, conditioning, unconditional, images_per_forward=2
     )
     torch.testing.assert_close(x0_BCHW, ours_BCHW, rtol=1e-4, atol=1e-4)
     images_BCHW = policy.model.decode(ours_BCHW, images_per_forward=2)
@@ -99,8 +99,8 @@ def test_the_published_loop_learns_the_same(changes: tuple[str, ...]) -> None:
     x0_BCHW = torch.randn(4, *policy.model.latent_shape, generator=torch.Generator().manual_seed(1))
     advantage_B = torch.tensor([1.0, -0.5, -2.0, 1.5])
     scored = ScoredGroups(
-        rollout=Rollout(prompts=prompts, x0_BCHW=x0_BCHW, sigmas=algorithm.sampler.sigmas),
-        reward_B=advantage_B, valid_B=torch.ones(4, dtype=torch.bool), num_valid=4, advantage_B=advantage_B,
+        rollout=Rollout(prompts=prompts, x0_BCHW=x0_BCHW, sigmas=algorithm.groups.sampler.sigmas),
+        reward_B=advantage_B, valid_B=torch.ones(4, dtype=torch.bool), num_valid=(4,), advantage_B=advantage_B,
         group_size_G=torch.tensor([2.0, 2.0]),
     )  # fmt: skip
     ((batch,),) = algorithm.batches(scored)

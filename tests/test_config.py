@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dgpo_fast.algorithm_config import DiffusionNFTConfig
 from dgpo_fast.config import (
     Config,
     OptimizerConfig,
@@ -65,7 +66,8 @@ def test_published_recipes_have_the_published_values(name: str) -> None:
 def test_recipes_of_the_package_are_these() -> None:
     cards = [f"sd35m-geneval-{memory_gb}gb" for memory_gb in (24, 40, 80)]
     full = ["sd35m-geneval-full", "sd35l-geneval-full"]
-    assert recipe_names() == sorted([*(f"sd35m-{name}" for name in PUBLISHED), *cards, *full, "tiny-dgpo"])
+    tiny = [f"tiny-{name}" for name in ("dgpo", "flow-grpo", "flow-grpo-fast", "diffusion-nft", "awm", "diffusion-dpo")]
+    assert recipe_names() == sorted([*(f"sd35m-{name}" for name in PUBLISHED), *cards, *full, *tiny])
 
 
 @pytest.mark.parametrize("memory_gb", [24, 40, 80])
@@ -128,6 +130,18 @@ def test_a_recipe_extends_the_file_beside_it(folder: Path) -> None:
     assert load_recipe("mine/child.yaml").algorithm.beta == 7
 
 
+def test_another_method_takes_none_of_its_parents_settings(folder: Path) -> None:
+    """A recipe that extends one of another method names its own, and the others' keys are unknown to it."""
+    Path("mine.yaml").write_text("extends: sd35m-geneval\nalgorithm: {name: diffusion_nft, kl_coef: 0.5}\n")
+    Path("mine-too.yaml").write_text(
+        "extends: mine.yaml\nalgorithm: {name: diffusion_nft, trunc: 7, train_timesteps: 8}\n"
+    )
+    mine, child = load_recipe("mine.yaml").algorithm, load_recipe("mine-too.yaml").algorithm
+    assert mine == DiffusionNFTConfig(kl_coef=0.5)
+    assert child == DiffusionNFTConfig(kl_coef=0.5, trunc=7, train_timesteps=8)
+    assert load_recipe("sd35m-geneval", ["groups.size=24", "optimizer.images_per_micro_batch=24"]).algorithm.beta == 100
+
+
 def test_a_date_is_a_string() -> None:
     assert load_recipe("tiny-dgpo", ["description=2024-01-01"]).description == "2024-01-01"
 
@@ -178,7 +192,27 @@ MISTAKES = {
     "does: 14",
     "rollout: {steps: 4}": "algorithm.trunc must be below rollout.steps (4), got 4",
     "algorithm: {trunc: 2}": "algorithm.train_timesteps must be at most algorithm.trunc + 1 = 3, got 4",
-    "algorithm: {name: grpo}": "algorithm.name: input should be 'dgpo', got 'grpo'",
+    "algorithm: {name: grpo}": "algorithm.name: input should be one of 'dgpo', 'flow_grpo', 'diffusion_nft', 'awm', "
+    "'diffusion_dpo', got 'grpo'; did you mean 'dgpo'",
+    "algorithm: {name: awm, beta: 1}": "unknown key 'algorithm.beta'",
+    "algorithm: {name: awm, powr: 1}": "unknown key 'algorithm.powr'; did you mean 'power'",
+    "algorithm: {name: awm, power: 2}": "algorithm.power: input should be less than or equal to 1, got 2",
+    "algorithm: {name: awm, trunc: 9}\noptimizer: {steps_per_iteration: 2}": "algorithm awm is on-policy: "
+    "optimizer.steps_per_iteration must be 1, got 2",
+    "algorithm: {name: awm, first: 3, trunc: 4, train_timesteps: 3}": "algorithm.train_timesteps must be at "
+    "most algorithm.trunc - algorithm.first + 1 = 2, got 3",
+    "algorithm: {name: flow_grpo, trained_steps: 11}": "algorithm.trained_steps must be at most rollout.steps (10), "
+    "got 11",
+    "algorithm: {name: flow_grpo, trained_steps: 2, window: 3}": "algorithm.window must be at most "
+    "algorithm.trained_steps (2), got 3",
+    "algorithm: {name: flow_grpo}": "rollout.schedule must be flow_match, which begins at sigma = 1 exactly, got dpm",
+    "algorithm: {name: flow_grpo}\nmodel: {dtype: float32}": "model.sampling same, got merged",
+    "algorithm: {name: flow_grpo}\nrollout: {guidance_interval: [0, 0.5]}": "rollout.guidance_interval null",
+    "optimizer: {steps_per_iteration: 3}": "optimizer.steps_per_iteration must divide groups.per_iteration, 8, got 3",
+    "groups: {size: 4, per_iteration: 4}\noptimizer: {steps_per_iteration: 2}": "must divide the 8 images of an "
+    "optimizer step (groups.size x groups.per_iteration / optimizer.steps_per_iteration), got 16; nearest that does: 8",
+    "optimizer: {steps_per_iteration: 2}\nsteps: 3": "steps must be a multiple of "
+    "optimizer.steps_per_iteration, 2, got 3",
 }
 FILE_MISTAKES = {
     "just text": "a recipe is a mapping of sections, got str",

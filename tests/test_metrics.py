@@ -27,7 +27,7 @@ CONTRACT_KEYS = (
 def report(step: int, *, loss: float = 0.1) -> StepReport:
     """A step with a value of its own in every field."""
     fields = dataclasses.fields(StepReport)
-    values = {field.name: (index + 1) / 3 + step for index, field in enumerate(fields) if field.type == "float"}
+    values = {field.name: (index + 1) / 3 + step for index, field in enumerate(fields) if "float" in str(field.type)}
     counts = {field.name: 10 * step + index for index, field in enumerate(fields) if field.type == "int"}
     return StepReport(**{**values, **counts, "step": step, "loss": loss})  # type: ignore[arg-type]
 

@@ -251,6 +251,21 @@ def test_curves_with_values_that_are_not_finite_are_drawn_around_them(tmp_path: 
     assert not any("nan" in path or "inf" in path for path in paths)
 
 
+def test_what_a_method_does_not_measure_has_no_chart(tmp_path: Path) -> None:
+    """A baseline's lines say null for it; where some lines alone do, their steps are left out of the curve."""
+    run_dir = write_run(tmp_path / "run", num_steps=60, samples=False)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["clip_fraction"] = None
+    for line in lines[:20]:
+        line["group_weight_mean"] = None
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run, page = read_run(run_dir), Page(write_report(run_dir))
+    assert page.classes("plot") == 7 and "Clip fraction" not in page.text and "Group weight" in page.text
+    assert np.isnan(run.column("group_weight_mean")).tolist() == [True] * 20 + [False] * 40
+    assert not any("nan" in value for name, value in page.attributes if name == "d")
+
+
 def test_a_metric_of_another_scale_gets_a_chart_and_a_track_of_its_own(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "run", num_steps=10, evaluations=0, samples=False)
     log = MetricsLog(run_dir, tensorboard=False, wandb=False, resume_step=10)

@@ -22,7 +22,7 @@ class GroupSampler:
 
     def __init__(self, config: Config) -> None:
         self.config, self.sampler = config, Sampler.from_config(config.rollout)
-        self._graphs = CudaGraphs() if config.rollout.cuda_graphs else None
+        self.graphs = CudaGraphs() if config.rollout.cuda_graphs else None
 
     def view(self, step: int) -> View:
         """What is drawn through before this optimizer step: the policy, and later its average."""
@@ -34,7 +34,7 @@ class GroupSampler:
         x0_BCHW = sample_latents(
             policy, view, self.sampler, initial_noise(policy, prompts, seed=self.config.seed),
             prompts.conditioning[prompts.group_B], prompts.unconditional if rollout.guidance > 1 else None,
-            images_per_forward=rollout.images_per_forward, engine=policy.sampling_engine, graphs=self._graphs,
+            images_per_forward=rollout.images_per_forward, engine=policy.sampling_engine, graphs=self.graphs,
             check=check, deliver=lambda x0_BCHW, samples: deliver(x0_BCHW, prompts.prompt_of_sample[samples]),
         )  # fmt: skip
         return Rollout(prompts=prompts, x0_BCHW=x0_BCHW, sigmas=self.sampler.sigmas)

@@ -25,7 +25,7 @@ from dgpo_fast.ops.group_preference import group_scores
 from dgpo_fast.ops.velocity_errors import velocity_errors
 from dgpo_fast.parallel.placement import placement_of
 from dgpo_fast.parallel.world import ALONE, World
-from dgpo_fast.records import DGPOBatch, LossOutput, PromptBatch, Rollout, ScoredGroups
+from dgpo_fast.records import LossOutput, NoisedBatch, PromptBatch, Rollout, ScoredGroups
 
 MakePolicy = Callable[..., AdapterPolicy]
 
@@ -75,7 +75,7 @@ def score(rollout: Rollout, config: Config, *, invalid: Sequence[int] = ()) -> S
     valid_B, size = reward_B.isfinite(), config.groups.size
     advantages = group_advantages(reward_B, valid_B, group_size=size, std="group", epsilon=1e-4, clamp=5.0)
     return ScoredGroups(
-        rollout=rollout, reward_B=reward_B, valid_B=valid_B, num_valid=int(valid_B.sum()),
+        rollout=rollout, reward_B=reward_B, valid_B=valid_B, num_valid=(int(valid_B.sum()),),
         advantage_B=advantages.advantage_B, group_size_G=valid_B.view(-1, size).sum(1).clamp(min=1).float(),
     )  # fmt: skip
 
@@ -85,7 +85,7 @@ def scored_groups(policy: AdapterPolicy, config: Config, *, invalid: Sequence[in
     prompts = prompt_batch(policy, config)
     generator = torch.Generator().manual_seed(4)
     x0_BCHW = torch.randn(prompts.num_samples, *policy.model.latent_shape, generator=generator)
-    rollout = Rollout(prompts=prompts, x0_BCHW=x0_BCHW, sigmas=DGPO(config).sampler.sigmas)
+    rollout = Rollout(prompts=prompts, x0_BCHW=x0_BCHW, sigmas=DGPO(config).groups.sampler.sigmas)
     return score(rollout, config, invalid=invalid)
 
 
@@ -112,17 +112,17 @@ def learn(
     return policy.trainable.grad.clone(), metrics
 
 
-def single_batch(config: Config, scored: ScoredGroups) -> DGPOBatch:
+def single_batch(config: Config, scored: ScoredGroups) -> NoisedBatch:
     ((batch,),) = DGPO(config).batches(scored)
     return batch
 
 
-def noise_of(batch: DGPOBatch) -> Tensor:
+def noise_of(batch: NoisedBatch) -> Tensor:
     """The noise of each sample, drawn by the definition of the streams."""
     return rng.normal(batch.streams_G4, batch.x0_MCHW.shape[1:])[batch.group_M]
 
 
-def mean_squares(velocity: Tensor, batch: DGPOBatch) -> Tensor:
+def mean_squares(velocity: Tensor, batch: NoisedBatch) -> Tensor:
     """Denoising errors, written out."""
     return (velocity.float() - (noise_of(batch) - batch.x0_MCHW)).square().mean((1, 2, 3))
 
@@ -171,7 +171,7 @@ def test_training_sigmas_are_points_of_the_rollouts_schedule(make_policy: MakePo
     config = tiny("rollout.steps=10", "algorithm.trunc=4", "algorithm.train_timesteps=3", micro=4)
     policy = make_policy(config)
     algorithm = DGPO(config)
-    allowed = (1000 * algorithm.sampler.sigmas[:5]).astype("float32").tolist()
+    allowed = (1000 * algorithm.groups.sampler.sigmas[:5]).astype("float32").tolist()
     scored = scored_groups(policy, config)
     drawn = []
     for iteration in range(40):
@@ -201,7 +201,7 @@ def test_integer_timesteps_truncate_sigma_too(make_policy: MakePolicy) -> None:
         told.add(timestep)
     assert told == {999, 963, 922, 874, 817, 749, 666, 562, 428, 249}
     exact = {batch.timestep_M[0].item() for (batch,) in DGPO(tiny(*overrides)).batches(scored)}
-    assert exact == set((1000 * DGPO(config).sampler.sigmas[:-1]).astype("float32").tolist())
+    assert exact == set((1000 * DGPO(config).groups.sampler.sigmas[:-1]).astype("float32").tolist())
 
 
 def test_batches_of_a_group_do_not_depend_on_the_rank(make_policy: MakePolicy) -> None:
@@ -243,7 +243,7 @@ def test_a_round_holds_whole_groups(make_policy: MakePolicy, micro: int, rounds:
     assert torch.equal(advantage_B, scored.advantage_B)
 
 
-def written_loss(policy: AdapterPolicy, config: Config, batch: DGPOBatch) -> tuple[dict[str, float], list[float]]:
+def written_loss(policy: AdapterPolicy, config: Config, batch: NoisedBatch) -> tuple[dict[str, float], list[float]]:
     """Algorithm 1 in float64, from the velocities of the views: the report, and the weight of each group."""
     settings = config.algorithm
     inputs = (batch.x_t_MCHW, batch.timestep_M, batch.conditioning)
@@ -540,7 +540,9 @@ def test_later_rollouts_sample_from_the_old_policy(
     config = tiny("rollout.switch_step=5")
     policy = make_policy(config, spread=SPREAD)
     forwards = counted(policy, monkeypatch)
-    DGPO(config).rollout(policy, prompt_batch(policy, config, iteration=iteration))
+    algorithm = DGPO(config)
+    assert algorithm.sampling_view(iteration) == view
+    algorithm.rollout(policy, algorithm.sampling_view(iteration), prompt_batch(policy, config, iteration=iteration))
     assert forwards == [(view, 4)] * 6  # two chunks of four images, three steps
 
 
@@ -555,7 +557,7 @@ def test_a_rollout_is_guided_where_the_recipe_says(
     asked: list[str] = []
     prompts = prompt_batch(policy, config)
     rollout = DGPO(config).rollout(
-        policy, prompts, deliver=lambda x0_BCHW, batch: (delivered.append(x0_BCHW), asked.extend(batch))
+        policy, "policy", prompts, deliver=lambda x0_BCHW, batch: (delivered.append(x0_BCHW), asked.extend(batch))
     )
     assert {size for _, size in forwards} == {images}
     assert rollout.x0_BCHW.shape == (8, *policy.model.latent_shape)
@@ -571,7 +573,7 @@ def test_a_rollout_is_named_by_iteration_group_and_sample(make_policy: MakePolic
     algorithm = DGPO(config)
     prompts = prompt_batch(policy, config)
     both, alone, later = (
-        algorithm.rollout(policy, batch).x0_BCHW
+        algorithm.rollout(policy, "policy", batch).x0_BCHW
         for batch in (prompts, second_alone(prompts), replace(prompts, iteration=1))
     )
     assert torch.equal(both[4:], alone)

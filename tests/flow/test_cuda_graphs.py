@@ -85,5 +85,5 @@ def test_replayed_trajectories_follow_the_weights_and_the_prompts(
 
 
 def test_a_recipe_asks_for_them() -> None:
-    assert DGPO(load_recipe("tiny-dgpo")).graphs is None
-    assert DGPO(load_recipe("tiny-dgpo", ["rollout.cuda_graphs=true"])).graphs is not None
+    assert DGPO(load_recipe("tiny-dgpo")).groups.graphs is None
+    assert DGPO(load_recipe("tiny-dgpo", ["rollout.cuda_graphs=true"])).groups.graphs is not None

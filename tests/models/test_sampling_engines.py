@@ -55,7 +55,7 @@ def test_only_training_samples_are_drawn_with_it(make_policy: MakePolicy, monkey
     used: list[object] = []
     monkeypatch.setattr(policy, "condition", lambda *given, engine=None, **named: used.append(engine) or [])
     with pytest.raises(IndexError):  # of the evaluations there are none
-        DGPO(config).rollout(policy, _prompts(policy))
+        DGPO(config).rollout(policy, "policy", _prompts(policy))
     assert used == [policy.sampling_engine]
     exact = make_policy(tiny())
     assert exact.sampling_engine is exact.engine

@@ -14,7 +14,7 @@ from dgpo_fast.config import load_recipe
 from dgpo_fast.flow.rollout import Sampler
 from dgpo_fast.ops.group_advantages import group_advantages
 from dgpo_fast.parallel.placement import Placement, placement_of
-from dgpo_fast.records import Conditioning, DGPOBatch, PromptBatch, Rollout, ScoredGroups
+from dgpo_fast.records import Conditioning, NoisedBatch, PromptBatch, Rollout, ScoredGroups
 
 
 @st.composite
@@ -116,7 +116,7 @@ def batches_of_ranks(num_ranks: int, micro: int) -> dict[tuple[float, int], tupl
         )  # fmt: skip
         scored = ScoredGroups(
             rollout=Rollout(prompts=prompts, x0_BCHW=x0_BCHW[mine], sigmas=sampler.sigmas), reward_B=reward_B[mine],
-            valid_B=valid_B[mine], num_valid=int(valid_B.sum()), advantage_B=advantages.advantage_B[mine],
+            valid_B=valid_B[mine], num_valid=(int(valid_B.sum()),), advantage_B=advantages.advantage_B[mine],
             group_size_G=valid_B.view(-1, size).sum(1).float(),
         )  # fmt: skip
         place = 0
@@ -129,7 +129,7 @@ def batches_of_ranks(num_ranks: int, micro: int) -> dict[tuple[float, int], tupl
     return found
 
 
-def seen(batch: DGPOBatch, i: int) -> tuple[torch.Tensor, ...]:
+def seen(batch: NoisedBatch, i: int) -> tuple[torch.Tensor, ...]:
     group = batch.group_M[i]
     return (
         batch.x_t_MCHW[i], batch.x0_MCHW[i], batch.streams_G4[group], batch.group_size_G[group], batch.advantage_M[i],
