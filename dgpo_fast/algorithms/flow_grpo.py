@@ -16,6 +16,7 @@ Shape letters: B samples of this rank, M of a micro-batch, S trained steps, C H 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -64,13 +65,9 @@ class FlowGRPO:
         for start in range(0, prompts.num_samples, per_forward):
             check()
             samples = slice(start, start + per_forward)
-            conditioning = prompts.conditioning[prompts.group_B[samples]]
-            evaluations = self._condition(policy, sampler.timesteps, conditioning, prompts.unconditional)
+            velocity = partial(self._velocity, policy, view, prompts, prompts.conditioning[prompts.group_B[samples]])
             x0_BCHW, trajectory = sampler.sample(
-                lambda x, number: self._guided(policy, view, x, evaluations[number]),  # noqa: B023
-                noise_BCHW[samples],
-                lambda number: self._streams(prompts, samples, number),  # noqa: B023
-                kept=trained,
+                velocity, noise_BCHW[samples], partial(self._streams, prompts, samples), kept=trained
             )
             drawn.append(x0_BCHW)
             trajectories.append(trajectory)
@@ -173,6 +170,15 @@ class FlowGRPO:
             )
             for group, sample in numbers
         ]
+
+    def _velocity(
+        self, policy: Policy, view: View, prompts: PromptBatch, conditioning: Conditioning, x_BCHW: Tensor, number: int
+    ) -> Tensor:
+        """The rollout's. Each step is conditioned alone, as training does it: bits depend on how many are at once."""
+        timesteps = self.sampler.timesteps[number : number + 1]
+        return self._guided(
+            policy, view, x_BCHW, self._condition(policy, timesteps, conditioning, prompts.unconditional)[0]
+        )
 
     def _step(self, policy: Policy, view: View, batch: TrajectoryBatch) -> SDEStep:
         """The step that the batch drew, as `view` sees it."""
