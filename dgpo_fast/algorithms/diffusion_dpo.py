@@ -100,7 +100,7 @@ class DiffusionDPO:
         )  # fmt: skip
         loss = batch.group_share * self.settings.beta * preference.objective
         metrics = {
-            "loss": loss, "policy_loss": loss, "kl": (batch.sample_share * errors.distance_M).sum(),
+            "loss": loss, "policy_loss": loss, "kl": (batch.sample_share * batch.valid_M * errors.distance_M).sum(),
             "group_weight_mean": batch.group_share * preference.weight_G.sum(),
         }  # fmt: skip
         return LossOutput(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
