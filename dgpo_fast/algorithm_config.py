@@ -33,6 +33,10 @@ class Method(Section):
             is_cut: whether groups are cut over micro-steps.
         """
 
+    def trained_images(self, images: int, *, group_size: int) -> int:
+        """Of so many images in whole groups, those that gradients are computed on."""
+        return images
+
     def velocities_at_once(self, *, is_guided: bool) -> tuple[int, int]:
         """Of a sample, in one forward of the policy and of the reference; `is_guided`: whether its rollout is."""
         return 1, 1
@@ -192,6 +196,9 @@ class DiffusionDPOConfig(_Noised):
     beta: Positive = 100.0
     refresh_every: Count | None = None
     """Steps after which the reference becomes the policy of that moment; null keeps the base."""
+
+    def trained_images(self, images: int, *, group_size: int) -> int:
+        return images // group_size * 2
 
     def forwards(self, *, velocities: int, is_cut: bool, group_size: int) -> Mapping[str, float]:
         pairs = self.passes * 2 / group_size

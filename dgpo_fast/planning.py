@@ -115,7 +115,7 @@ def plan(config: Config, *, num_ranks: int | None = None) -> Plan:
         num_ranks=num_ranks,
         model=model,
         placement=placement(config, num_ranks),
-        micro_batches=images_per_rank // config.optimizer.images_per_micro_batch * config.algorithm.passes,
+        micro_batches=_micro_batches(config, images_per_rank),
         sigmas=tuple(float(sigmas[point]) for point in config.algorithm.trained_points),
         cost=costs,
         throughputs=tuple(expected_throughputs(config, num_ranks=num_ranks)),
@@ -143,6 +143,13 @@ def evaluations(config: Config, num_ranks: int = 1) -> dict[str, float]:
         group_size=config.groups.size,
     )
     return {"rollout": len(table.is_guided) + int(table.is_guided.sum()), **trained}
+
+
+def _micro_batches(config: Config, images: int) -> int:
+    """Backward passes in an iteration on a rank that has so many images."""
+    updates, micro = config.optimizer.steps_per_iteration, config.optimizer.images_per_micro_batch
+    trained = config.algorithm.trained_images(images // updates, group_size=config.groups.size)
+    return updates * -(-trained // micro) * config.algorithm.passes
 
 
 def cost(config: Config, source: ModelSource, shape: TransformerShape, vae: VAEShape, *, num_ranks: int = 1) -> Cost:

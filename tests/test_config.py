@@ -9,10 +9,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgpo_fast.algorithm_config import DiffusionNFTConfig
+from dgpo_fast.algorithm_config import AWMConfig, DiffusionDPOConfig, DiffusionNFTConfig, FlowGRPOConfig
 from dgpo_fast.config import (
     Config,
     OptimizerConfig,
+    check_ranks,
     dump_config,
     load_recipe,
     parse_config,
@@ -35,6 +36,21 @@ PUBLISHED = {
     "ocr-cfgfree-emaref": (16, 16, 1, 2000, 0.001, 1, 1e-5, 6, 200, "global", "old"),
     "pickscore-cfgfree-emaref": (16, 16, 1, 2000, 0.001, 1, 1e-5, 6, 200, "global", "old"),
 }
+
+
+BASELINES = {
+    # steps, guidance, groups, LoRA rank and alpha, micro-batch, steps of an iteration, evaluation EMA, settings
+    "flow-grpo": (10, 4.5, (24, 48), (32, 64), 9, 2, (0.9, 8), FlowGRPOConfig(
+        noise_level=0.7, clip=1e-4, kl_coef=0.04, trained_steps=9, window=None)),
+    "flow-grpo-fast": (10, 4.5, (24, 48), (32, 64), 9, 2, (0.9, 8), FlowGRPOConfig(
+        noise_level=0.7, clip=1e-4, kl_coef=0.04, trained_steps=5, window=2)),
+    "nft": (10, 1, (24, 48), (32, 64), 9, 1, (0.9, 1), DiffusionNFTConfig(
+        beta=1, kl_coef=1e-4, trunc=8, train_timesteps=9)),
+    "awm": (14, 1, (24, 72), (32, 64), 6, 1, (0.99, 1), AWMConfig(
+        first=1, trunc=11, train_timesteps=6, power=0.25, kl_coef=0.001, old_coef=1)),
+    "dpo": (40, 4.5, (24, 8), (32, 64), 24, 1, (0.9, 8), DiffusionDPOConfig(
+        beta=100, trunc=39, train_timesteps=39, refresh_every=40)),
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -63,11 +79,50 @@ def test_published_recipes_have_the_published_values(name: str) -> None:
     assert (config.model.name, config.model.dtype) == ("stabilityai/stable-diffusion-3.5-medium", "bfloat16")
 
 
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_have_the_published_values(name: str) -> None:
+    config = load_recipe(f"sd35m-geneval-{name}")
+    groups, rollout, optimizer = config.groups, config.rollout, config.optimizer
+    assert config.adapter is not None
+    values = (
+        rollout.steps, rollout.guidance, (groups.size, groups.per_iteration),
+        (config.adapter.rank, config.adapter.alpha), optimizer.images_per_micro_batch, optimizer.steps_per_iteration,
+        (config.evaluation_ema.max_decay, config.evaluation_ema.every), config.algorithm,
+    )  # fmt: skip
+    assert values == BASELINES[name]
+    assert config.description.startswith("Baseline: ")
+    assert (optimizer.lr, optimizer.betas, config.model.resolution) == (3e-4, (0.9, 0.999), 512)
+    assert config.model.drawn_with == "same"
+
+
+def test_baselines_sample_and_average_as_published() -> None:
+    configs = {name: load_recipe(f"sd35m-geneval-{name}") for name in BASELINES}
+    for name in ("flow-grpo", "flow-grpo-fast"):
+        rollout, optimizer = configs[name].rollout, configs[name].optimizer
+        assert (rollout.solver, rollout.schedule, configs[name].evaluation.steps) == ("euler", "flow_match", 40)
+        assert rollout.images_per_forward == optimizer.images_per_micro_batch, "or its ratio is not exactly 1"
+    advantages = {name: (config.advantages.std, config.advantages.clamp) for name, config in configs.items()}
+    assert advantages == {**dict.fromkeys(BASELINES, ("global", 5.0)), "dpo": ("group", 5.0)}
+    nft, awm = configs["nft"], configs["awm"]
+    assert (nft.rollout.solver, nft.rollout.switch_step, nft.old_policy.max_decay, nft.old_policy.rate) == (
+        "dpm++2m", 0, 0.5, 0.001,
+    )  # fmt: skip
+    assert awm.rollout.switch_step > awm.steps, "its samples are always the policy's"
+    assert (awm.old_policy.max_decay, awm.old_policy.rate) == (0.3, 0.001)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_divide_among_ranks(name: str, num_ranks: int) -> None:
+    check_ranks(load_recipe(f"sd35m-geneval-{name}"), num_ranks)
+
+
 def test_recipes_of_the_package_are_these() -> None:
     cards = [f"sd35m-geneval-{memory_gb}gb" for memory_gb in (24, 40, 80)]
     full = ["sd35m-geneval-full", "sd35l-geneval-full"]
+    baselines = [f"sd35m-geneval-{name}" for name in BASELINES]
     tiny = [f"tiny-{name}" for name in ("dgpo", "flow-grpo", "flow-grpo-fast", "diffusion-nft", "awm", "diffusion-dpo")]
-    assert recipe_names() == sorted([*(f"sd35m-{name}" for name in PUBLISHED), *cards, *full, *tiny])
+    assert recipe_names() == sorted([*(f"sd35m-{name}" for name in PUBLISHED), *cards, *full, *baselines, *tiny])
 
 
 @pytest.mark.parametrize("memory_gb", [24, 40, 80])

@@ -59,6 +59,24 @@ def test_forwards_per_image(recipe: str, overrides: list[str], counts: tuple[int
     assert list(found) == ["rollout", "reference", "old policy", "group weights", "policy"]
 
 
+@pytest.mark.parametrize(
+    ("name", "counts", "micro_batches"),
+    [
+        ("flow-grpo", {"rollout": 20, "reference": 18, "policy": 18}, 9 * 1152 // 9),
+        ("flow-grpo-fast", {"rollout": 20, "reference": 4, "policy": 4}, 2 * 1152 // 9),
+        ("nft", {"rollout": 10, "reference": 9, "old policy": 9, "policy": 9}, 9 * 1152 // 9),
+        ("awm", {"rollout": 14, "reference": 6, "old policy": 6, "policy": 6}, 6 * 1728 // 6),
+        ("dpo", {"rollout": 80, "reference": 3.25, "policy": 3.25}, 39 * 16 // 16),
+    ],
+)
+def test_forwards_per_image_of_the_baselines(name: str, counts: dict[str, float], micro_batches: int) -> None:
+    """Flow-GRPO guides what it trains, two forwards each; DPO trains on two of every 24 images."""
+    assert evaluations(load_recipe(f"sd35m-geneval-{name}")) == counts
+    found = planned(f"sd35m-geneval-{name}", *RANDOM_GENEVAL)
+    assert found.micro_batches == micro_batches
+    assert f"{micro_batches} of " in shown(found)
+
+
 def test_work_of_the_published_geneval_iteration() -> None:
     """11.08 PFLOP with a text encoding per image; here each prompt is encoded once, and random models count none."""
     cost = planned("sd35m-geneval", *RANDOM_GENEVAL).cost
