@@ -33,6 +33,11 @@ class Method(Section):
             is_cut: whether groups are cut over micro-steps.
         """
 
+    @property
+    def kept_latents(self) -> int:
+        """Of a sample, along its trajectory, besides where it began and ended."""
+        return 0
+
     def trained_images(self, images: int, *, group_size: int) -> int:
         """Of so many images in whole groups, those that gradients are computed on."""
         return images
@@ -129,6 +134,10 @@ class FlowGRPOConfig(Method):
     @property
     def passes(self) -> int:
         return self.window or self.trained_steps
+
+    @property
+    def kept_latents(self) -> int:
+        return self.passes + 1
 
     def velocities_at_once(self, *, is_guided: bool) -> tuple[int, int]:
         return (2, 2) if is_guided else (1, 1)

@@ -324,6 +324,10 @@ class Config(Section):
             raise ValueError(
                 "algorithm flow_grpo guides at all noise levels or at none: rollout.guidance_interval null"
             )
+        if self.algorithm.name == "flow_grpo" and self.rollout.cuda_graphs:
+            raise ValueError(
+                "algorithm flow_grpo: rollout.cuda_graphs must be false, since graphs replay the ODE alone"
+            )
         if self.algorithm.name == "flow_grpo" and self.rollout.schedule != "flow_match":
             raise ValueError(
                 "algorithm flow_grpo: rollout.schedule must be flow_match, which begins at sigma = 1 exactly, got "

@@ -173,15 +173,19 @@ def predict_memory(
     }
     if model.drawn_with != "same":
         resident[f"{model.drawn_with} copy of weights"] = _sampling_copy_bytes(config, shape)
+    trajectories = images * config.algorithm.kept_latents * latents  # from the rollout to the iteration's end
     if graphs:  # one for each view that is drawn from
         resident["CUDA graphs"] = graphs * drawn
     decoding = decoding_bytes(vae, model) * rollout.decoded_at_once + pictures
     overlaps = images > rollout.images_per_forward  # a batch is decoded while the next is drawn
     phases: dict[Phase, float] = {
-        "training": config.optimizer.images_per_micro_batch * _image_bytes(config, shape, tokens) + state.backward,
-        "optimizer step": state.step,
-        "rollout": drawn + overlaps * decoding,
-        "VAE decoding": decoding,
+        "training": config.optimizer.images_per_micro_batch * _image_bytes(config, shape, tokens)
+        + state.backward
+        + trajectories,
+        "optimizer step": state.step + trajectories,
+        # At its end the trajectories of batches become one.
+        "rollout": max(drawn, trajectories) + trajectories + overlaps * decoding,
+        "VAE decoding": decoding + trajectories,
     }
     if has_text_encoders:
         phases["text encoders"] = size * sum(encoder.parameters for encoder in SD3_TEXT_ENCODERS.values())

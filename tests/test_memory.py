@@ -301,6 +301,26 @@ def test_cuda_graphs_keep_a_rollout_for_each_view(switch_step: int, graphs: int)
     assert "CUDA graphs" not in resident(*overrides)
 
 
+def test_trajectories_are_kept_until_they_are_trained_on(tmp_path: Path) -> None:
+    """As many bytes as they have, in all that an iteration does from its rollout on; not where texts are encoded."""
+    sizes = ("groups.size=2", "groups.per_iteration=2", "optimizer.images_per_micro_batch=2", "model.resolution=24")
+
+    def recipe_of(trained: int) -> Config:
+        steps = (f"algorithm.trained_steps={trained}", "rollout.images_per_forward=2")
+        return load_recipe("tiny-flow-grpo", [*sizes, *steps])
+
+    trainer = Trainer(recipe_of(3), tmp_path / "run")
+    rollout = trainer.algorithm.rollout(trainer.policy, "policy", trainer._next_prompts())
+    assert rollout.trajectory is not None
+    of_a_step = rollout.trajectory.x_SBCHW.nbytes / 4
+    three, one = (plan(recipe_of(trained)).cost for trained in (3, 1))
+    assert three is not None and one is not None
+    assert three.memory.resident == one.memory.resident
+    for phase, num_bytes in three.memory.phases.items():
+        more = 0 if phase == "text encoders" else 2 * of_a_step
+        assert num_bytes - one.memory.phases[phase] == pytest.approx(more), phase
+
+
 def test_compiled_counts_as_eager() -> None:
     tokens = SD35_MEDIUM.tokens(512, 205)
     compiled, eager = (
