@@ -23,7 +23,7 @@ PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check
 # With torch in sight, as without build isolation, its setup.py asks for nvcc; its dependencies come with the package.
 DEEPSPEED := $(PIP_INSTALL) --quiet --no-deps deepspeed
 
-.PHONY: help setup test test-full demo bench sanitize lint clean
+.PHONY: help setup test test-full demo bench bench-check sanitize lint clean
 
 help:
 	@echo 'make demo       set up, fine-tune the embedded pipeline with DGPO, evaluate it   (minutes on two CPU cores)'
@@ -31,6 +31,7 @@ help:
 	@echo 'make test-full  the same with the slow sweeps'
 	@echo 'make setup      the environment alone'
 	@echo 'make bench      time the operators and the engines; CSV files in runs/bench'
+	@echo 'make bench-check  whether the engines are as fast as recorded on this device'
 	@echo 'make sanitize   the C++ operators and their tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)'
 	@echo 'make lint       style and types'
 	@echo 'make clean      remove what was built, and keep the environment and runs/'
@@ -92,6 +93,10 @@ bench: setup
 	@echo 'bench: times every operator on this machine, a minute or two each, and whole engines, 4 minutes; CSV files in runs/bench.'
 	@status=0; for script in benchmarks/bench_*.py; do \
 		$(PY) -m benchmarks.$$(basename $$script .py) --out runs/bench || status=1; done; exit $$status
+
+bench-check: setup
+	@echo 'bench-check: the engines against their newest record of this device, interleaved; 2 minutes.'
+	$(PY) -m benchmarks.bench_check
 
 SANITIZED := build/sanitize
 # Python itself is not instrumented, so the runtimes come first into the process, and its leaks are its own.

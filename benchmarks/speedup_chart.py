@@ -1,4 +1,4 @@
-"""A picture of scores over seconds, images or FLOPs, with a curve for each run and a colour for each method."""
+"""Curves as an SVG that stands alone, in a colour for each title: scores over seconds, speedups over days."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from markupsafe import Markup
 from dgpo_fast.charts import value_axis
 
 COLORS = ("#1f5fa8", "#6aa7e8", "#c4622d", "#e9a06f", "#4f8f5b", "#8c6bb1", "#8a8a8a")
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 420, 56, 220, 16, 48
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 420, 56, 250, 28, 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,8 +20,13 @@ class Curve:
     values: tuple[float, ...]
 
 
-def draw(curves: Sequence[Curve], *, across: str) -> str:
-    """An SVG; values are shares."""
+def draw(curves: Sequence[Curve], *, across: str, up: str, value: str = "{:.0%}") -> str:
+    """An SVG.
+
+    Args:
+        across, up: what the axes are.
+        value: how the vertical one's are written.
+    """
     x_axis = value_axis(0.0, max(curve.places[-1] for curve in curves))
     y_axis = value_axis(
         min(min(curve.values) for curve in curves), max(max(curve.values) for curve in curves)
@@ -38,8 +43,8 @@ def draw(curves: Sequence[Curve], *, across: str) -> str:
     rows = Markup().join(
         Markup(
             '<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
-            '<text x="{label}" y="{below:.1f}" text-anchor="end">{value:.0%}</text>'
-        ).format(left=LEFT, right=WIDTH - RIGHT, y=y(tick), label=LEFT - 8, below=y(tick) + 4, value=tick)
+            '<text x="{label}" y="{below:.1f}" text-anchor="end">{value}</text>'
+        ).format(left=LEFT, right=WIDTH - RIGHT, y=y(tick), label=LEFT - 8, below=y(tick) + 4, value=value.format(tick))
         for tick in y_axis.ticks
     )
     columns = Markup().join(
@@ -68,8 +73,10 @@ def draw(curves: Sequence[Curve], *, across: str) -> str:
     return Markup(
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
         'font-size="13" fill="#222"><rect width="100%" height="100%" fill="#fff"/>{rows}{columns}{lines}{legend}'
-        '<text x="{middle}" y="{bottom}" text-anchor="middle">{across}</text></svg>\n'
+        '<text x="{middle}" y="{bottom}" text-anchor="middle">{across}</text>'
+        '<text x="{left}" y="{top}">{up}</text></svg>\n'
     ).format(
         width=WIDTH, height=HEIGHT, rows=rows, columns=columns, lines=lines, legend=legend,
         middle=LEFT + (WIDTH - LEFT - RIGHT) / 2, bottom=HEIGHT - 8, across=across,
+        left=LEFT, top=TOP - 8, up=up,
     )  # fmt: skip

@@ -173,6 +173,7 @@ def picture(directory: Path = RESULTS, *, against: str = "core_s") -> str:
             for result in of_seeds
         ],
         across={"core_s": "seconds of training, one core", "images": "images", "flops": "FLOPs"}[against],
+        up="exact images of held-out prompts",
     )
 
 

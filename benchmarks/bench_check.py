@@ -1,0 +1,165 @@
+"""Whether the engines are as fast as they were: `make bench-check`.
+
+    python -m benchmarks.bench_check [--seconds N] [--from engines.csv] [--record]
+
+Runs bench_engines, whose variants take turns in one process, and compares how many times as fast as the published loop
+each is with the newest record of the same device in benchmarks/results/history.csv. The published loop stands in
+benchmarks/published.py and does not change with the package, so that a slower or busier machine moves both alike. Ends
+with status 1 where an engine has lost more than what its rounds scatter by. `--record` adds what was found to the
+history, and draws docs/history.svg anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import date
+from pathlib import Path
+
+from benchmarks.engine_variants import BASELINE
+from benchmarks.speedup_chart import Curve, draw
+
+HISTORY = Path(__file__).parent / "results" / "history.csv"
+PICTURE = Path(__file__).resolve().parents[1] / "docs" / "history.svg"
+ALLOWED = 0.03
+"""Of a speedup, beside the noise: builds of torch and neighbours of the machine are not the engine's doing."""
+ERRORS = 3.0
+"""How many standard errors are noise."""
+QUANTILE_80 = 0.8416
+"""Of a normal distribution: between its 20 % and 80 % lie twice as many standard deviations."""
+OF_A_MEDIAN = 1.2533
+"""Its standard error, in those of a mean: sqrt(pi / 2)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """How many times as fast as the published loop an engine did a piece of work."""
+
+    date: str
+    commit: str
+    device: str
+    torch: str
+    model: str
+    variant: str
+    work: str
+    speedup: float
+    error: float
+    """Its relative standard error."""
+
+    @property
+    def subject(self) -> tuple[str, ...]:
+        return self.device, self.model, self.variant, self.work
+
+
+def records(rows: Sequence[Mapping[str, str]]) -> Iterator[Record]:
+    """Those of a table of bench_engines."""
+    published = {row["work"]: row for row in rows if row["variant"] == BASELINE}
+    for row in rows:
+        if row["speedup"] and row["variant"] != BASELINE:
+            both = row, published[row["work"]]
+            yield Record(
+                **{key: row[key] for key in ("date", "commit", "device", "torch", "model", "variant", "work")},
+                speedup=float(row["speedup"]),
+                error=math.hypot(*(_relative_error(each) for each in both)),
+            )
+
+
+def _relative_error(row: Mapping[str, str]) -> float:
+    """Of the median of a variant's rounds."""
+    low, median, high = (float(row[f"{name}_ms"]) for name in ("low", "median", "high"))
+    return OF_A_MEDIAN * (high - low) / (2 * QUANTILE_80) / math.sqrt(float(row["rounds"])) / median
+
+
+def loss(now: Record, before: Record) -> float:
+    """By which share the speedup has fallen beyond noise; 0 where it has not."""
+    noise = ERRORS * math.hypot(now.error, before.error) + ALLOWED
+    return max(0.0, 1 - now.speedup / before.speedup - noise)
+
+
+def compare(found: Sequence[Record], history: Sequence[Record]) -> tuple[list[str], bool]:
+    """A line for each record, and whether none has lost anything."""
+    newest = {record.subject: record for record in history}  # the last of a subject stays
+    lines, is_fine = [], True
+    for now in found:
+        what, before = f"{now.variant}, {now.work}: {now.speedup:.2f} x", newest.get(now.subject)
+        if before is None:
+            lines.append(f"{what}, nothing recorded on {now.device}; --record does")
+            continue
+        has_lost = loss(now, before) > 0
+        is_fine &= not has_lost
+        verdict = "SLOWER" if has_lost else "as fast"
+        lines.append(f"{what}, {before.speedup:.2f} x on {before.date} ({before.commit}): {verdict}")
+    return lines, is_fine
+
+
+def read(path: Path) -> list[Record]:
+    """The history, oldest first; empty where there is none."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [
+            Record(**{**row, "speedup": float(row["speedup"]), "error": float(row["error"])})  # type: ignore[arg-type]
+            for row in csv.DictReader(file)
+        ]
+
+
+def write(path: Path, history: Sequence[Record]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=[each.name for each in fields(Record)])
+        writer.writeheader()
+        writer.writerows({**asdict(record), "error": f"{record.error:.4f}"} for record in history)
+
+
+def picture(history: Sequence[Record]) -> str:
+    """Speedups of whole iterations by day, a curve for each engine and device."""
+    first = min(date.fromisoformat(record.date) for record in history)
+    subjects = sorted({record.subject for record in history if record.work == "iteration"})
+    curves = []
+    for subject in subjects:
+        of_subject = [record for record in history if record.subject == subject]
+        days = [float((date.fromisoformat(record.date) - first).days) for record in of_subject]
+        speedups = [record.speedup for record in of_subject]
+        if len(days) == 1:  # a stretch to be seen
+            days, speedups = [days[0], days[0] + 1], speedups * 2
+        title = f"{subject[2]}, {subject[0]}"
+        curves.append(Curve(title=title, places=tuple(days), values=tuple(speedups)))
+    return draw(curves, across=f"days since {first}", up="times as fast as the published loop", value="{:.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=120.0, help="for the measurement")
+    parser.add_argument("--from", dest="table", type=Path, metavar="engines.csv", help="a table instead of measuring")
+    parser.add_argument("--record", action="store_true", help="add what was found to the history")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        table = options.table or Path(scratch) / "engines.csv"
+        if options.table is None:
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.bench_engines",
+                "--out",
+                scratch,
+                f"--seconds={options.seconds}",
+            ]
+            subprocess.run(command, check=True)
+        with table.open(encoding="utf-8") as file:
+            found = list(records(list(csv.DictReader(file))))
+    history = read(HISTORY)
+    lines, is_fine = compare(found, history)
+    print("\n".join(lines))
+    if options.record:
+        write(HISTORY, [*history, *found])
+        PICTURE.write_text(picture([*history, *found]), encoding="utf-8")
+    sys.exit(not is_fine)
+
+
+if __name__ == "__main__":
+    main()
