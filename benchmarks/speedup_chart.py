@@ -10,7 +10,7 @@ from markupsafe import Markup
 from dgpo_fast.charts import value_axis
 
 COLORS = ("#1f5fa8", "#6aa7e8", "#c4622d", "#e9a06f", "#4f8f5b", "#8c6bb1", "#8a8a8a")
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 420, 56, 250, 28, 48
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 960, 420, 56, 290, 28, 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,7 @@ def draw(curves: Sequence[Curve], *, across: str, up: str, value: str = "{:.0%}"
         across, up: what the axes are.
         value: how the vertical one's are written.
     """
-    x_axis = value_axis(0.0, max(curve.places[-1] for curve in curves))
+    x_axis = value_axis(0.0, max(curve.places[-1] for curve in curves) or 1.0)
     y_axis = value_axis(
         min(min(curve.values) for curve in curves), max(max(curve.values) for curve in curves)
     )  # fmt: skip
@@ -62,6 +62,13 @@ def draw(curves: Sequence[Curve], *, across: str, up: str, value: str = "{:.0%}"
         )
         for curve in curves
     )
+    dots = Markup().join(
+        Markup('<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>').format(
+            x=x(place), y=y(value), color=color_of[curve.title]
+        )
+        for curve in curves
+        for place, value in zip(curve.places, curve.values, strict=True)
+    )
     side = WIDTH - RIGHT + 16
     legend = Markup().join(
         Markup('<rect x="{x}" y="{y}" width="18" height="4" fill="{color}"/>').format(
@@ -72,11 +79,11 @@ def draw(curves: Sequence[Curve], *, across: str, up: str, value: str = "{:.0%}"
     )
     return Markup(
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-        'font-size="13" fill="#222"><rect width="100%" height="100%" fill="#fff"/>{rows}{columns}{lines}{legend}'
+        'font-size="13" fill="#222"><rect width="100%" height="100%" fill="#fff"/>{rows}{columns}{lines}{dots}{legend}'
         '<text x="{middle}" y="{bottom}" text-anchor="middle">{across}</text>'
         '<text x="{left}" y="{top}">{up}</text></svg>\n'
     ).format(
-        width=WIDTH, height=HEIGHT, rows=rows, columns=columns, lines=lines, legend=legend,
+        width=WIDTH, height=HEIGHT, rows=rows, columns=columns, lines=lines, dots=dots, legend=legend,
         middle=LEFT + (WIDTH - LEFT - RIGHT) / 2, bottom=HEIGHT - 8, across=across,
         left=LEFT, top=TOP - 8, up=up,
     )  # fmt: skip
