@@ -126,7 +126,7 @@ PATH=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$P
 export PATH PYTHON out PYTHONPATH=$PWD PYTHONUNBUFFERED=1 DGPO_FAST_NATIVE_DIR=$PWD/build/gpu
 unset DGPO_FAST_OPS TRITON_INTERPRET
 export -f machine build launches tests sanitizer check check_one bench engines zero counters
-mapfile -t scripts < <(basename -s .py benchmarks/bench_*.py | grep -vx bench_engines)
+mapfile -t scripts < <(basename -s .py benchmarks/bench_*.py | grep -vxE 'bench_(engines|ranges)')
 
 $dry_run || mkdir -p "$out/bench"
 part machine 60 machine

@@ -71,6 +71,11 @@ def _by_all(name: str, category: Category) -> Iterator[None]:
         yield
 
 
+def is_watched() -> bool:
+    """Whether ranges are told to anybody: a tool is attached, or a trace is recorded."""
+    return bool(_watchers)
+
+
 @contextmanager
 def watched_by(watcher: Watcher) -> Iterator[None]:
     """Has `watcher` told of the ranges of all threads while it lasts, as others are."""
