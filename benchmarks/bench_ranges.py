@@ -3,8 +3,9 @@
 python -m benchmarks.bench_ranges [--rounds N] [--out DIR]
 
 Two ways. *Counted*: how many stages and spans an iteration has, times what one takes, from a loop over nothing else;
-that resolves nanoseconds. *With and without*: iterations of one run, by turns as they are and with spans and stages
-replaced by nothing; that would show what a loop cannot, but resolves no better than iterations repeat.
+that resolves nanoseconds. *With and without*: the same iteration again and again, by turns as it is and with spans and
+stages replaced by nothing; that would show what a loop cannot, but resolves no better than iterations repeat, which a
+third turn shows, that is as the first.
 
 Times are the process's own (time.process_time), since the machine may be shared. A stage is more than its range: its
 clock existed before spans did, and is what the progress display and the report read.
@@ -34,11 +35,12 @@ from dgpo_fast.environment import num_cores, processor_name
 from dgpo_fast.profiling import Category, span, stage, watched_by
 
 NOTHING = nullcontext()
+KINDS = ("with", "without", "with again")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="iterations of each kind, at least two (20)")
+    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="of each kind of iteration (20)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where ranges.csv goes")
     options = parser.parse_args()
     if profiling.is_watched():
@@ -67,8 +69,8 @@ def measure(rounds: int) -> list[dict[str, str]]:
     iteration_ns = 1e9 * statistics.median(seconds["with"])
     spans_ns, ranges_ns = num_spans * span_ns, counts.total() * span_ns
     all_ns = spans_ns + num_stages * stage_ns
-    difference = [with_ / without - 1 for with_, without in zip(seconds["with"], seconds["without"], strict=True)]
-    low, _, _, high = statistics.quantiles(difference, n=5, method="inclusive")
+    plain = seconds["with"]
+    differences = {kind: [a / b - 1 for a, b in zip(plain, seconds[kind], strict=True)] for kind in KINDS[1:]}
     return [
         {"what": what, "value": value, "unit": unit}
         for what, value, unit in (
@@ -78,8 +80,14 @@ def measure(rounds: int) -> list[dict[str, str]]:
             ("iteration, median", f"{1e-6 * iteration_ns:.1f}", "ms of processor time"),
             ("ranges of an iteration, counted", f"{100 * ranges_ns / iteration_ns:.5f}", "% of it"),
             ("the same and the stages' clock, counted", f"{100 * all_ns / iteration_ns:.5f}", "% of it"),
-            ("with less without, median of rounds", f"{100 * statistics.median(difference):.2f}", "% of it"),
-            ("20 % and 80 % quantiles of that", f"{100 * low:.1f} to {100 * high:.1f}", "% of it"),
+            *(
+                row
+                for kind, found in differences.items()
+                for row in (
+                    (f"with less {kind}, mean", f"{100 * statistics.mean(found):.2f}", "% of it"),
+                    ("its standard error", f"{100 * statistics.stdev(found) / rounds**0.5:.2f}", "% of it"),
+                )
+            ),
             ("rounds", str(rounds), ""),
         )
     ]
@@ -100,10 +108,13 @@ def count(trainer: Trainer) -> Counter[Category]:
 
 
 def by_turns(trainer: Trainer, rounds: int) -> dict[str, list[float]]:
-    """Seconds of iterations, as they are and without ranges, which takes the first turn every other time."""
-    seconds: dict[str, list[float]] = {"with": [], "without": []}
+    """Seconds of each kind of iteration: always the same one, so that its prompts and its noise are."""
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    step = trainer.step
     for i in range(rounds):
-        for kind in ("with", "without") if i % 2 else ("without", "with"):
+        for turn in range(len(KINDS)):
+            kind = KINDS[(turn + i) % len(KINDS)]
+            trainer.step = step
             with without_ranges() if kind == "without" else NOTHING:
                 start = time.process_time()
                 trainer.run_iteration()
