@@ -76,6 +76,12 @@ def profile_run(config: Config, out: Path, *, iterations: int, warmup: int, trac
     """
     trainer = Trainer(config, out)
     trainer.clock.exact = True
+    # On CUDA autograd has a thread of its own for backward passes, whose blocks would lie beside the stage "backward".
+    with torch.autograd.set_multithreading_enabled(False):
+        return _profile(trainer, out, iterations=iterations, warmup=warmup, trace=trace)
+
+
+def _profile(trainer: Trainer, out: Path, *, iterations: int, warmup: int, trace: bool) -> Profile:
     for _ in range(warmup):
         trainer.run_iteration()
     trainer.clock.reset()
@@ -194,7 +200,7 @@ def _render_traffic(profile: Profile) -> Table:
 
 
 def nsight_commands(out: Path) -> list[str]:
-    """Command lines for Nsight Systems (the measured iterations) and Nsight Compute (the policy's forwards in them).
+    """Command lines for Nsight Systems (the measured iterations) and Nsight Compute (the policy's passes in them).
 
     Both begin with the window, and overwrite what an earlier run left. Without torch's trace: it and Nsight want the
     same hardware counters.
@@ -206,8 +212,8 @@ def nsight_commands(out: Path) -> list[str]:
         f"nsys profile --trace=cuda,nvtx --capture-range=nvtx --nvtx-capture={WINDOW}@{DOMAIN} "
         f"--capture-range-end=stop --force-overwrite=true --output={shlex.quote(str(out / 'nsys'))} {command}"
     )
+    included = " ".join(f"--nvtx-include='{DOMAIN}@{WINDOW}/*/{name}'" for name in ("policy", "backward"))
     compute = (
-        f"ncu --nvtx --nvtx-include='{DOMAIN}@{WINDOW}/*/policy' --launch-count=500 "
-        f"--force-overwrite --export={shlex.quote(str(out / 'ncu'))} {command}"
+        f"ncu --nvtx {included} --launch-count=500 --force-overwrite --export={shlex.quote(str(out / 'ncu'))} {command}"
     )
     return [systems, compute]

@@ -442,8 +442,8 @@ def test_commands_for_nsight_begin_with_the_window(monkeypatch: pytest.MonkeyPat
     assert nsight_commands(Path("my runs")) == [
         "nsys profile --trace=cuda,nvtx --capture-range=nvtx --nvtx-capture=window@dgpo_fast --capture-range-end=stop "
         f"--force-overwrite=true --output='my runs/nsys' {command}",
-        "ncu --nvtx --nvtx-include='dgpo_fast@window/*/policy' --launch-count=500 --force-overwrite "
-        f"--export='my runs/ncu' {command}",
+        "ncu --nvtx --nvtx-include='dgpo_fast@window/*/policy' --nvtx-include='dgpo_fast@window/*/backward' "
+        f"--launch-count=500 --force-overwrite --export='my runs/ncu' {command}",
     ]
 
 
