@@ -3,10 +3,12 @@
 #
 #   benchmarks/gpu_suite.sh --out DIR [--only REGEX] [--seconds N] [--dry-run]
 #
-#   --out DIR      where everything goes: tests.xml, bench/*.csv, ncu.csv, summary.txt, and what each part printed
+#   --out DIR      where everything goes: tests.xml, bench/*.csv, ncu.csv, ncu_hottest.csv (its five that take most of
+#                  the time), summary.txt, and what each part printed
 #   --only REGEX   the parts whose whole names match, such as 'build|tests' or 'bench_.*'
-#                  'build|engines' compares whole engines, 'zero' runs full fine-tuning under ZeRO 1 to 3: each takes
-#                  the ten minutes of a run and is not in others
+#                  'build|engines' compares whole engines, 'zero' runs full fine-tuning under ZeRO 1 to 3,
+#                  'build|hottest' has ncu find the five hottest kernels of a micro-step (hottest.csv): each takes
+#                  minutes, up to the ten of a run, and is not in others
 #   --seconds N    time for the whole run (590); a part for which none is left counts as failed
 #   --dry-run      print the parts and run nothing
 #
@@ -70,11 +72,28 @@ zero() { "$PYTHON" -m benchmarks.zero_steps --out "$out/bench"; }
 
 counters() {
   kernels=$(grep -Eoh '\b[a-z0-9_]+_kernel\b' kernels/*.py csrc/cuda/*.cu | sort -u | paste -sd '|')
+  measured "$out/ncu.csv" --kernel-name "regex:^($kernels)\$" \
+    "$PYTHON" -m benchmarks.launches --device cuda --shapes cuda
+  "$PYTHON" -m benchmarks.hottest_kernels "$out/ncu.csv" "$out/ncu_hottest.csv"
+}
+
+# measured FILE [ncu's options] COMMAND...: the counters of each launch, in units that are the same in every row.
+measured() {
   metrics=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
   metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__throughput.avg.pct_of_peak_sustained_elapsed
   metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread
-  ncu --csv --page raw --log-file "$out/ncu.csv" --clock-control none --metrics "$metrics" \
-    --kernel-name "regex:^($kernels)\$" "$PYTHON" -m benchmarks.launches --device cuda --shapes cuda
+  ncu --csv --page raw --print-units base --log-file "$1" --clock-control none --metrics "$metrics" "${@:2}"
+}
+
+# SD3.5-Medium with random weights: a forward and a backward of the policy behind the first iteration, in which Triton
+# compiles and libraries choose.
+hottest() {
+  measured "$out/ncu_micro_step.csv" --nvtx --nvtx-include 'dgpo_fast@window/*/policy' \
+    --nvtx-include 'dgpo_fast@window/*/backward' --launch-count 4000 \
+    "$PYTHON" -m dgpo_fast profile sd35m-geneval --model random:sd35-medium --out "$out/profile" --iterations 1 \
+    --no-trace --set 'rewards.terms=[{name: shapes}]' --set prompts.train=shapes:train --set prompts.test=shapes:test \
+    --set groups.per_iteration=1 --set rollout.steps=5 --set algorithm.train_timesteps=1
+  "$PYTHON" -m benchmarks.hottest_kernels "$out/ncu_micro_step.csv" "$out/hottest.csv"
 }
 
 # part NAME LIMIT FUNCTION [ARGUMENT...]: for LIMIT seconds at most, and no longer than the run has left.
@@ -125,8 +144,8 @@ out=$(realpath -m "$out")
 PATH=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH:/usr/local/cuda/bin
 export PATH PYTHON out PYTHONPATH=$PWD PYTHONUNBUFFERED=1 DGPO_FAST_NATIVE_DIR=$PWD/build/gpu
 unset DGPO_FAST_OPS TRITON_INTERPRET
-export -f machine build launches tests sanitizer check check_one bench engines zero counters
-mapfile -t scripts < <(basename -s .py benchmarks/bench_*.py | grep -vx bench_engines)
+export -f machine build launches tests sanitizer check check_one bench engines zero counters measured hottest
+mapfile -t scripts < <(basename -s .py benchmarks/bench_*.py | grep -vxE 'bench_(engines|ranges)')
 
 $dry_run || mkdir -p "$out/bench"
 part machine 60 machine
@@ -140,6 +159,7 @@ for script in "${scripts[@]}"; do part "$script" 60 bench "$script"; done
 # Minutes of their own: only where --only asks for them.
 [[ $only == '.*' ]] || part engines 480 engines
 [[ $only == '.*' ]] || part zero 580 zero
+[[ $only == '.*' ]] || part hottest 400 hottest
 if command -v ncu >/dev/null; then part ncu 120 counters; else echo 'ncu: not found, left out'; fi
 $dry_run && exit 0
 

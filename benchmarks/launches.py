@@ -20,7 +20,7 @@ from benchmarks.operator_table import implementations
 from dgpo_fast import ops
 
 # Of bench_engines nothing is launched alone: it runs whole engines.
-SCRIPTS = sorted({path.stem for path in Path(__file__).parent.glob("bench_*.py")} - {"bench_engines"})
+SCRIPTS = sorted({path.stem for path in Path(__file__).parent.glob("bench_*.py")} - {"bench_engines", "bench_ranges"})
 
 
 def main() -> None:

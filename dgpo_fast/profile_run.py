@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import nvtx
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -18,11 +17,11 @@ from torch.profiler import ProfilerActivity
 
 from dgpo_fast.config import Config
 from dgpo_fast.parallel.traffic import CollectiveCounter, Traffic
-from dgpo_fast.profiling import BACKGROUND
+from dgpo_fast.profiling import BACKGROUND, DOMAIN, span, watched_by
 from dgpo_fast.trainer import Trainer
 
 WINDOW = "window"
-"""NVTX range of the measured iterations, in the domain dgpo_fast."""
+"""NVTX range of the measured iterations."""
 
 StagePath = tuple[str, ...]
 
@@ -77,10 +76,16 @@ def profile_run(config: Config, out: Path, *, iterations: int, warmup: int, trac
     """
     trainer = Trainer(config, out)
     trainer.clock.exact = True
+    # On CUDA autograd has a thread of its own for backward passes, whose blocks would lie beside the stage "backward".
+    with torch.autograd.set_multithreading_enabled(False):
+        return _profile(trainer, out, iterations=iterations, warmup=warmup, trace=trace)
+
+
+def _profile(trainer: Trainer, out: Path, *, iterations: int, warmup: int, trace: bool) -> Profile:
     for _ in range(warmup):
         trainer.run_iteration()
     trainer.clock.reset()
-    with nvtx.annotate(WINDOW, domain="dgpo_fast"):
+    with span(WINDOW, "stage"):
         start = time.perf_counter()
         for _ in range(iterations):
             trainer.run_iteration()
@@ -119,7 +124,8 @@ def _count(trainer: Trainer) -> tuple[Traffic, ...]:
 def _trace(trainer: Trainer, path: Path) -> None:
     on_cuda = trainer.world.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    with torch.profiler.profile(activities=activities) as profiler:
+    annotations = watched_by(lambda name, category: torch.profiler.record_function(name))
+    with torch.profiler.profile(activities=activities) as profiler, annotations:
         trainer.run_iteration()
     profiler.export_chrome_trace(str(path))
 
@@ -194,18 +200,20 @@ def _render_traffic(profile: Profile) -> Table:
 
 
 def nsight_commands(out: Path) -> list[str]:
-    """Command lines for Nsight Systems (the same iterations) and Nsight Compute (kernels of the policy's forward).
+    """Command lines for Nsight Systems (the measured iterations) and Nsight Compute (the policy's passes in them).
 
-    Without torch's trace: it and Nsight want the same hardware counters.
+    Both begin with the window, and overwrite what an earlier run left. Without torch's trace: it and Nsight want the
+    same hardware counters.
     """
     arguments = [argument for argument in sys.argv[1:] if argument not in ("--trace", "--no-trace")]
     command = shlex.join(["python", "-m", "dgpo_fast", *arguments, "--no-trace"])
+    # At its default, stop-shutdown, Nsight Systems kills the process behind the window, before anything is written.
     systems = (
-        f"nsys profile --trace=cuda,nvtx --capture-range=nvtx --nvtx-capture={WINDOW}@dgpo_fast "
-        f"--env-var=NSYS_NVTX_PROFILER_REGISTER_ONLY=0 --output={shlex.quote(str(out / 'nsys'))} {command}"
+        f"nsys profile --trace=cuda,nvtx --capture-range=nvtx --nvtx-capture={WINDOW}@{DOMAIN} "
+        f"--capture-range-end=stop --force-overwrite=true --output={shlex.quote(str(out / 'nsys'))} {command}"
     )
+    included = " ".join(f"--nvtx-include='{DOMAIN}@{WINDOW}/*/{name}'" for name in ("policy", "backward"))
     compute = (
-        "ncu --nvtx --nvtx-include='dgpo_fast@policy/' --launch-count=500 "
-        f"--export={shlex.quote(str(out / 'ncu'))} {command}"
+        f"ncu --nvtx {included} --launch-count=500 --force-overwrite --export={shlex.quote(str(out / 'ncu'))} {command}"
     )
     return [systems, compute]

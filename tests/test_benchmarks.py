@@ -25,7 +25,7 @@ from dgpo_fast.ops.ema_lerp import reference_ as averages_in_place
 from dgpo_fast.ops.solver_step import reference, reference_
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted({path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")} - {"bench_engines"})
+SCRIPTS = sorted({path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")} - {"bench_engines", "bench_ranges"})
 
 Run = Callable[..., tuple[int, list[dict[str, str]], str]]
 

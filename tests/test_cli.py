@@ -428,7 +428,23 @@ def test_profile_accounts_for_the_whole_iteration(
         "train/backward",
     } <= stages.keys()
     assert stages["rollout"].startswith("1,")
-    assert {event["ph"] for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    annotations = {event["name"] for event in events if event.get("cat") == "user_annotation"}
+    assert {"rollout", "transformer", "step 0", "block dual", "block joint", "block last", "policy"} <= annotations
+    assert {"backward", "block dual backward", "block joint backward", "block last backward"} <= annotations
+
+
+def test_commands_for_nsight_begin_with_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dgpo_fast.profile_run import nsight_commands
+
+    monkeypatch.setattr(sys, "argv", ["dgpo-fast", "profile", "tiny-dgpo", "--out", "my runs", "--trace"])
+    command = "python -m dgpo_fast profile tiny-dgpo --out 'my runs' --no-trace"
+    assert nsight_commands(Path("my runs")) == [
+        "nsys profile --trace=cuda,nvtx --capture-range=nvtx --nvtx-capture=window@dgpo_fast --capture-range-end=stop "
+        f"--force-overwrite=true --output='my runs/nsys' {command}",
+        "ncu --nvtx --nvtx-include='dgpo_fast@window/*/policy' --nvtx-include='dgpo_fast@window/*/backward' "
+        f"--launch-count=500 --force-overwrite --export='my runs/ncu' {command}",
+    ]
 
 
 def test_profile_without_a_trace(dgpo_fast: CommandLine, quick: tuple[str, ...], tmp_path: Path) -> None:

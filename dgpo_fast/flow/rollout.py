@@ -19,7 +19,7 @@ from dgpo_fast.flow.trajectory import trajectory_of
 from dgpo_fast.models.engines import Engine, View
 from dgpo_fast.models.policy import Policy
 from dgpo_fast.ops import solver_step_
-from dgpo_fast.profiling import stage
+from dgpo_fast.profiling import span, stage
 from dgpo_fast.records import Conditioning, PromptBatch
 
 Velocity = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
@@ -56,10 +56,11 @@ class Sampler:
         state_KBCHW[0] = noise_BCHW
         rows_EB = torch.arange(len(coefficients), device=noise_BCHW.device)[:, None].expand(-1, len(noise_BCHW))
         for evaluation, row_B in enumerate(rows_EB):
-            with stage("transformer"):
-                v_cond, v_uncond = velocity(state_KBCHW[0], evaluation)
-            with stage("solver"):
-                solver_step_(state_KBCHW, v_cond, v_uncond=v_uncond, table=coefficients, row_B=row_B)
+            with span(f"step {evaluation}", "solver step"):
+                with stage("transformer"):
+                    v_cond, v_uncond = velocity(state_KBCHW[0], evaluation)
+                with stage("solver"):
+                    solver_step_(state_KBCHW, v_cond, v_uncond=v_uncond, table=coefficients, row_B=row_B)
         return state_KBCHW[0].clone()
 
 

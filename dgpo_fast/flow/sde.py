@@ -18,7 +18,7 @@ from dgpo_fast.config import RolloutConfig
 from dgpo_fast.flow.rollout import model_timesteps
 from dgpo_fast.flow.schedules import schedule_sigmas
 from dgpo_fast.ops.sde_step import STD, SDEStep, sde_coefficients, sde_step
-from dgpo_fast.profiling import stage
+from dgpo_fast.profiling import span, stage
 from dgpo_fast.records import Trajectory
 
 
@@ -85,10 +85,11 @@ class SDESampler:
         """
         x_BCHW, latents, log_probs = noise_BCHW, [], []
         for number in range(len(self.timesteps)):
-            with stage("transformer"):
-                velocity_BCHW = velocity(x_BCHW, number)
-            with stage("solver"):
-                taken = self.step(number, x_BCHW, velocity_BCHW, streams=streams(number))
+            with span(f"step {number}", "solver step"):
+                with stage("transformer"):
+                    velocity_BCHW = velocity(x_BCHW, number)
+                with stage("solver"):
+                    taken = self.step(number, x_BCHW, velocity_BCHW, streams=streams(number))
             if number in kept:
                 latents.append(x_BCHW)
                 log_probs.append(taken.log_prob_B)

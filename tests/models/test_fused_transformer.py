@@ -25,6 +25,7 @@ from dgpo_fast.models.fused.attention import ATTENTIONS, Attention
 from dgpo_fast.models.fused.block import BlockFunction
 from dgpo_fast.models.fused.transformer import FusedTransformer
 from dgpo_fast.models.projections import PROJECTIONS
+from dgpo_fast.profiling import watched_by
 
 Make = Callable[..., Any]
 
@@ -110,6 +111,28 @@ def test_what_is_kept_changes_no_bit(
     for other in others:
         assert torch.equal(other.velocity, first.velocity)
         assert torch.equal(other.gradient, first.gradient)
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_a_profiler_sees_the_kind_of_each_block(make_transformer: Make, make_inputs: Make, checkpointing: str) -> None:
+    seen, depth = [], 0
+
+    @contextmanager
+    def watch(name: str, category: str) -> Iterator[None]:
+        nonlocal depth
+        assert category == "block"
+        seen.append("  " * depth + name)
+        depth += 1
+        yield
+        depth -= 1
+
+    small = make_transformer("medium", dual_attention_layers=(0,))
+    with watched_by(watch):
+        small.by_hand(make_inputs(), checkpointing=checkpointing)
+    kinds = ["block dual", "block joint", "block last"]
+    again = checkpointing == "full"
+    backward = [[f"{kind} backward", *([f"  {kind}"] if again else [])] for kind in reversed(kinds)]
+    assert seen == [*kinds, *(name for names in backward for name in names)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -25,6 +25,7 @@ from dgpo_fast.ops.gate_residual import gate_residual, gate_residual_backward
 from dgpo_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate, gate_residual_norm_modulate_backward
 from dgpo_fast.ops.joint_qk_norm import QKV, QKWeights, joint_qk_norm, joint_qk_norm_backward
 from dgpo_fast.ops.layer_norm_modulate import layer_norm_modulate, layer_norm_modulate_backward
+from dgpo_fast.profiling import span
 
 Checkpointing = Literal["none", "selective", "full"]
 """What a block keeps for its backward pass: all that this reads; products and attention; or its input alone."""
@@ -292,6 +293,13 @@ class Block:
     text: FeedForwardLayer | None  # None in the last block, whose text ends with the attention
 
     @property
+    def name(self) -> str:
+        """Its kind, as a profiler shows it."""
+        if self.text is None:
+            return "block last"
+        return "block joint" if self.second is None else "block dual"
+
+    @property
     def projections(self) -> list[Projection]:
         """In the order of their adapters in a flat tensor."""
         parts = (self.joint, self.second, self.image, self.text)
@@ -405,7 +413,11 @@ class BlockFunction(torch.autograd.Function):
         """Hidden and normed of image and text behind the block, given those before it; `flat` holds the adapters."""
         inputs = Stream(*streams[:2]), Stream(*streams[2:])
         image, text, pull = block.forward(*inputs, conditions, adapters, checkpointing)
-        again = lambda: block.forward(*inputs, conditions, adapters, "selective")[2]  # noqa: E731
+
+        def again() -> BlockPullback:
+            with span(block.name, "block"):
+                return block.forward(*inputs, conditions, adapters, "selective")[2]
+
         ctx.pull = again if checkpointing == "full" else (lambda: pull)
         ctx.block, ctx.num_values = block, len(flat)
         ctx.set_materialize_grads(False)
@@ -414,13 +426,14 @@ class BlockFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        pull, ctx.pull = ctx.pull(), None  # what it kept is freed when this returns
-        with_flat, *with_streams = ctx.needs_input_grad[4:]
-        image_hidden, image_normed, text_hidden, text_normed = grads
-        assert image_normed is not None
-        image = Gradient(image_hidden, image_normed)
-        text = None if text_normed is None else Gradient(text_hidden, text_normed)
-        grad_flat = image_normed.new_empty(ctx.num_values) if with_flat else None
-        grad_adapters = {} if grad_flat is None else ctx.block.cut(grad_flat)
-        before = pull(image, text, grad_adapters, any(with_streams))
-        return None, None, None, None, grad_flat, *((None,) * 4 if before is None else (*before[0], *before[1]))
+        with span(f"{ctx.block.name} backward", "block"):
+            pull, ctx.pull = ctx.pull(), None  # what it kept is freed when this returns
+            with_flat, *with_streams = ctx.needs_input_grad[4:]
+            image_hidden, image_normed, text_hidden, text_normed = grads
+            assert image_normed is not None
+            image = Gradient(image_hidden, image_normed)
+            text = None if text_normed is None else Gradient(text_hidden, text_normed)
+            grad_flat = image_normed.new_empty(ctx.num_values) if with_flat else None
+            grad_adapters = {} if grad_flat is None else ctx.block.cut(grad_flat)
+            before = pull(image, text, grad_adapters, any(with_streams))
+            return None, None, None, None, grad_flat, *((None,) * 4 if before is None else (*before[0], *before[1]))

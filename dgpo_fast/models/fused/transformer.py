@@ -32,6 +32,7 @@ from dgpo_fast.models.fused.block import (
 from dgpo_fast.models.fused.projection import Adapters, Projection
 from dgpo_fast.models.projections import PROJECTIONS, is_in_block
 from dgpo_fast.ops.joint_qk_norm import QKWeights
+from dgpo_fast.profiling import span
 from dgpo_fast.records import Conditioning
 
 
@@ -144,14 +145,15 @@ class FusedTransformer:
         flats = (None,) * len(self.blocks) if view is None else view.flats
         for block, of_block, adapters, flat in zip(self.blocks, conditions, self._adapters(view), flats, strict=True):
             assert text is not None
-            if image.normed.requires_grad or (torch.is_grad_enabled() and _learns(flat)):
-                *of_image, text_hidden, text_normed = BlockFunction.apply(  # type: ignore[no-untyped-call]
-                    block, of_block, adapters, self.checkpointing, flat, *image, *text
-                )
-                image = Stream(*of_image)
-                text = None if text_hidden is None else Stream(text_hidden, text_normed)
-            else:
-                image, text = block.forward(image, text, of_block, adapters, "selective")[:2]
+            with span(block.name, "block"):
+                if image.normed.requires_grad or (torch.is_grad_enabled() and _learns(flat)):
+                    *of_image, text_hidden, text_normed = BlockFunction.apply(  # type: ignore[no-untyped-call]
+                        block, of_block, adapters, self.checkpointing, flat, *image, *text
+                    )
+                    image = Stream(*of_image)
+                    text = None if text_hidden is None else Stream(text_hidden, text_normed)
+                else:
+                    image, text = block.forward(image, text, of_block, adapters, "selective")[:2]
         return self._unpatched(self.module.proj_out(image.normed.to(x_BCHW.dtype)), x_BCHW)
 
     def _adapters(self, view: Adapted | None) -> Sequence[Adapters]:
