@@ -7,6 +7,8 @@
 
 VENV ?= .venv
 WORKERS ?= 2
+# A thread each: more of them wait for one another's cores, spinning, and a run takes five times as long.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadfile
 PYTHON ?= python3
 TORCH_INDEX ?=
 TORCH := $(shell grep '^torch==' constraints-cuda.txt)
@@ -73,11 +75,11 @@ report-native:
 
 test: setup
 	@echo 'test: the whole suite; at most 20 minutes on two CPU cores.'
-	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile
+	$(PYTEST)
 
 test-full: setup
 	@echo 'test-full: the suite and its slow sweeps.'
-	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile -m ''
+	$(PYTEST) -m ''
 
 demo: setup
 	@if test -e $(DEMO) && ! test -e $(DEMO)/config.yaml; then \

@@ -27,6 +27,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("name", [name for name in names if only in (None, name)])
 
 
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """As a user's process has; those that share the suite have one each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
     """The device under test: "cpu", or "cuda" with `--device cuda`."""
