@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +100,23 @@ def train(run: Run) -> Iterator[Point]:
 
 def measure(run: Run, results: Path) -> None:
     """Trains, and writes the result once the run is over."""
+    from benchmarks.operator_table import commit
+    from dgpo_fast.environment import package_versions, processor_name
+
+    origin = {
+        "processor": processor_name(), "torch": package_versions()["torch"], "commit": commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }  # fmt: skip
     points = []
     for point in train(run):
         points.append(point)
         print(f"{run.name}: {point.core_s:.0f} s, step {point.step}, strict {point.strict:.3f}", flush=True)
     partial = results / f".{run.name}.partial"
     with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(asdict(points[0])))
+        writer = csv.DictWriter(file, fieldnames=[*KINDS, *origin])
         writer.writeheader()
-        writer.writerows({name: f"{value:.6g}" for name, value in asdict(point).items()} for point in points)
+        for point in points:
+            writer.writerow({name: f"{value:.6g}" for name, value in asdict(point).items()} | origin)
     partial.rename(results / f"{run.name}.csv")
 
 
@@ -150,7 +159,7 @@ def work(runs: list[Run], results: Path, *, most: int) -> None:
 def read(path: Path) -> list[Point]:
     """The points of a result."""
     with path.open(encoding="utf-8") as file:
-        return [Point(**{name: KINDS[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
+        return [Point(**{name: kind(row[name]) for name, kind in KINDS.items()}) for row in csv.DictReader(file)]
 
 
 def status(runs: list[Run], results: Path) -> Iterator[str]:
