@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.pages import filled
 from dgpo_fast.config import Config, load_recipe
 from dgpo_fast.parallel.placement import placement_of
 from dgpo_fast.parallel.state_bytes import REDUCE_BUCKET
@@ -258,21 +259,11 @@ def _count(values: int) -> str:
     return f"{values / 1e9:.3f} B" if values >= 1e9 else f"{values / 1e6:.2f} M"
 
 
-def filled(page: str) -> str:
-    """`page` with every table between its marks, `<!-- table NAME -->` and `<!-- end -->`, made anew."""
-    for name, table in tables().items():
-        before, start, rest = page.partition(f"<!-- table {name} -->\n")
-        _, end, after = rest.partition("\n<!-- end -->")
-        assert start and end, name
-        page = before + start + table + end + after
-    return page
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the tables into docs/communication.md")
     if parser.parse_args().write:
-        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), tables()), encoding="utf-8")
         return
     for name, table in tables().items():
         print(f"{name}\n\n{table}\n")

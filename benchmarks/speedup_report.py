@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from benchmarks.pages import filled
 from benchmarks.speedup import RESULTS, Point, read
 from benchmarks.speedup_chart import Curve, draw
 from benchmarks.speedup_runs import METHODS, Run, finals, sweep
@@ -159,41 +160,38 @@ def _common_target(chosen: Mapping[str, Sequence[Result]]) -> float:
     return reached[-1] if reached else TARGETS[0]
 
 
-def picture(directory: Path = RESULTS, *, against: str = "core_s") -> str:
-    """Strict scores over seconds, images or FLOPs, of the runs that methods are shown by."""
-    swept = results(sweep(SWEEP_S), directory)
-    return draw(
-        [
-            Curve(
-                title=METHODS[name].title,
-                places=tuple(float(getattr(point, against)) for point in result.points),
-                values=tuple(point.strict for point in result.points),
-            )
-            for name, of_seeds in _chosen(swept, directory).items()
-            for result in of_seeds
-        ],
-        across={"core_s": "seconds of training, one core", "images": "images", "flops": "FLOPs"}[against],
-        up="exact images of held-out prompts",
-    )
+AXES = {"core_s": "seconds of training, one core", "images": "images", "flops": "FLOPs"}
+"""What scores are drawn over."""
 
 
-def filled(page: str) -> str:
-    """`page` with every table between its marks, `<!-- table NAME -->` and `<!-- end -->`, made anew."""
-    for name, table in tables().items():
-        before, start, rest = page.partition(f"<!-- table {name} -->\n")
-        _, end, after = rest.partition("\n<!-- end -->")
-        assert start and end, name
-        page = before + start + table + end + after
-    return page
+def pictures(directory: Path = RESULTS) -> dict[str, str]:
+    """Strict scores of the runs that methods are shown by, over each of `AXES`."""
+    chosen = _chosen(results(sweep(SWEEP_S), directory), directory)
+    return {
+        against: draw(
+            [
+                Curve(
+                    title=METHODS[name].title,
+                    places=tuple(float(getattr(point, against)) for point in result.points),
+                    values=tuple(point.strict for point in result.points),
+                )
+                for name, of_seeds in chosen.items()
+                for result in of_seeds
+            ],
+            across=across,
+            up="exact images of held-out prompts",
+        )
+        for against, across in AXES.items()
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put tables and pictures into docs/")
     if parser.parse_args().write:
-        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-        for against in ("core_s", "images", "flops"):
-            (DOCS / f"speedup-{against}.svg").write_text(picture(against=against), encoding="utf-8")
+        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), tables()), encoding="utf-8")
+        for against, picture in pictures().items():
+            (DOCS / f"speedup-{against}.svg").write_text(picture, encoding="utf-8")
         return
     for name, table in tables().items():
         print(f"{name}\n{table}\n")

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import speedup, speedup_report  # noqa: E402
 from benchmarks.held_out import diversity, held_out, patch_distance  # noqa: E402
+from benchmarks.pages import filled  # noqa: E402
 from benchmarks.speedup import Point  # noqa: E402
 from benchmarks.speedup_runs import METHODS, Run, finals, sweep  # noqa: E402
 from dgpo_fast.config import load_recipe, resume_conflicts  # noqa: E402
@@ -181,3 +182,11 @@ def test_final_runs_are_of_every_seed() -> None:
 
 def test_the_fields_of_a_point_are_read_as_they_are() -> None:
     assert set(speedup.KINDS) == set(asdict(point(0, 0)))
+
+
+def test_the_page_is_made_of_the_committed_results() -> None:
+    """python -m benchmarks.speedup_report --write"""
+    page = speedup_report.PAGE.read_text(encoding="utf-8")
+    assert filled(page, speedup_report.tables()) == page
+    for against, picture in speedup_report.pictures().items():
+        assert (speedup_report.DOCS / f"speedup-{against}.svg").read_text(encoding="utf-8") == picture

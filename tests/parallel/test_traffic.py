@@ -204,8 +204,9 @@ def test_profile_on_two_ranks(results: Results, counted: Callable[[str], Counted
 
 def test_the_page_has_the_tables_of_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.communication import PAGE, filled
+    from benchmarks.communication import PAGE, tables
+    from benchmarks.pages import filled
 
     page = PAGE.read_text(encoding="utf-8")
-    assert filled(page) == page, "python -m benchmarks.communication --write"
+    assert filled(page, tables()) == page, "python -m benchmarks.communication --write"
     assert "| SD3.5-L, full | 8.057 B |" in page
