@@ -98,7 +98,7 @@ bench: setup
 
 bench-check: setup
 	@echo 'bench-check: the engines against their newest record of this device, interleaved; 2 minutes.'
-	$(PY) -m benchmarks.bench_check
+	$(PY) -m benchmarks.speed_check
 
 SANITIZED := build/sanitize
 # Python itself is not instrumented, so the runtimes come first into the process, and its leaks are its own.

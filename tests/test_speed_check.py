@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import bench_check  # noqa: E402
-from benchmarks.bench_check import HISTORY, Record, compare, loss, picture, read, records, write  # noqa: E402
+from benchmarks import speed_check  # noqa: E402
+from benchmarks.speed_check import HISTORY, Record, compare, loss, picture, read, records, write  # noqa: E402
 
 NOW = Record(
     date="2026-12-01", commit="abc1234", device="a CPU, 2 threads", torch="2.13.0", model="embedded", variant="fused",
@@ -63,4 +63,4 @@ def test_a_history_is_written_and_read(tmp_path: Path) -> None:
 
 
 def test_the_picture_is_of_the_committed_history() -> None:
-    assert bench_check.PICTURE.read_text(encoding="utf-8") == picture(read(HISTORY))
+    assert speed_check.PICTURE.read_text(encoding="utf-8") == picture(read(HISTORY))

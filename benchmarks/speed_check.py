@@ -1,6 +1,6 @@
 """Whether the engines are as fast as they were: `make bench-check`.
 
-    python -m benchmarks.bench_check [--seconds N] [--from engines.csv] [--record]
+    python -m benchmarks.speed_check [--seconds N] [--from engines.csv] [--record]
 
 Runs bench_engines, whose variants take turns in one process, and compares how many times as fast as the published loop
 each is with the newest record of the same device in benchmarks/results/history.csv. The published loop stands in
