@@ -1,17 +1,16 @@
 """Training time to a target score, of DGPO and of the methods it is compared with, on the embedded pipeline.
 
-    python -m benchmarks.speedup run [--sweep-s 600] [--most N]       the next runs of the queue that have no result
-    python -m benchmarks.speedup status                               what is done, and how far each run came
+    python -m benchmarks.speedup run [--most N]       the next runs of the queue that have no result
+    python -m benchmarks.speedup status               what is done, and how far each run came
 
 A run trains on one core and is measured in the seconds that this core worked for it: what else runs on the machine does
-not count, and neither do evaluations. Each result is a file of its own under benchmarks/results/speedup-cpu, written
-when the run is over; several processes may work on the queue.
+not count, but for the caches that it shares, and neither do evaluations. Each result is a file of its own under
+benchmarks/results/speedup-cpu, written when the run is over; several processes may work on the queue.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import subprocess
 import sys
@@ -19,38 +18,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from benchmarks.speedup_runs import METHODS, Run, sweep
+from benchmarks.speedup_results import RESULTS, Point, queue, read, write
+from benchmarks.speedup_runs import METHODS, Run
 
-RESULTS = Path(__file__).parent / "results" / "speedup-cpu"
 EVALUATE_EVERY_S = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """A moment of a run."""
-
-    core_s: float
-    """Seconds of training on one core."""
-    wall_s: float
-    """That they took on this machine, whatever else it did."""
-    step: int
-    iteration: int
-    images: int
-    flops: float
-    reward: float
-    """Mean training reward since the point before; NaN at the first."""
-    strict: float
-    soft: float
-    distance: float
-    diversity: float
-
-
-KINDS: dict[str, Any] = {field.name: {"int": int, "float": float}[str(field.type)] for field in fields(Point)}
+JUDGE = ("rollout.solver=euler", "rollout.schedule=flow_match", "evaluation.steps=28")
+"""What every method's images are drawn with to be judged: what diffusers' pipeline does unless it is told otherwise."""
+NUM_PROMPTS = 64
 
 
 def train(run: Run) -> Iterator[Point]:
@@ -61,10 +39,15 @@ def train(run: Run) -> Iterator[Point]:
     from dgpo_fast import Trainer, load_recipe
     from dgpo_fast.evaluate import draw_images
     from dgpo_fast.planning import plan
+    from dgpo_fast.prompts import load_prompts
 
     torch.set_num_threads(1)
-    config, judged = load_recipe(METHODS[run.method].recipe, run.overrides), load_recipe("tiny-dgpo")
-    cost = plan(config, num_ranks=1).cost
+    config = load_recipe(METHODS[run.method].recipe, run.overrides)
+    # Final runs are judged by other prompts, from other noise, than settings were chosen by.
+    part = int(run.is_final)
+    judge = load_recipe("tiny-dgpo", [*JUDGE, f"seed={part}"])
+    prompts = load_prompts(judge.prompts.test, key="prompts.test")[part * NUM_PROMPTS : (part + 1) * NUM_PROMPTS]
+    per_prompt, cost = judge.evaluation.images_per_prompt, plan(config, num_ranks=1).cost
     assert cost is not None
     core_s = wall_s = 0.0
     rewards: list[float] = []
@@ -72,11 +55,9 @@ def train(run: Run) -> Iterator[Point]:
         trainer = Trainer(config, Path(out))
 
         def point() -> Point:
-            per_prompt, prompts = judged.evaluation.images_per_prompt, trainer.test_prompts
-            with torch.no_grad():  # all methods alike, by the solver of one and from the same noise
-                images = draw_images(
-                    trainer.policy, "ema" if trainer.step else "ref", prompts, judged, images_per_prompt=per_prompt
-                )
+            view = "ema" if trainer.step else "ref"
+            with torch.no_grad():
+                images = draw_images(trainer.policy, view, prompts, judge, images_per_prompt=per_prompt)
             return Point(
                 core_s=core_s, wall_s=wall_s, step=trainer.step, iteration=trainer.iteration,
                 images=trainer.iteration * config.images_per_iteration, flops=trainer.iteration * cost.flops,
@@ -112,11 +93,7 @@ def measure(run: Run, results: Path) -> None:
         points.append(point)
         print(f"{run.name}: {point.core_s:.0f} s, step {point.step}, strict {point.strict:.3f}", flush=True)
     partial = results / f".{run.name}.partial"
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=[*KINDS, *origin])
-        writer.writeheader()
-        for point in points:
-            writer.writerow({name: f"{value:.6g}" for name, value in asdict(point).items()} | origin)
+    write(partial, points, origin)
     partial.rename(results / f"{run.name}.csv")
 
 
@@ -142,29 +119,27 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def work(runs: list[Run], results: Path, *, most: int) -> None:
+def work(results: Path, *, most: int) -> None:
     """Measures runs of the queue that have no result, at most so many, each in a process of its own."""
     results.mkdir(parents=True, exist_ok=True)
-    for run in runs:
-        if most == 0:
-            return
+    while most != 0 and _work_on_one(results):
+        most -= 1
+
+
+def _work_on_one(results: Path) -> bool:
+    """Measures the first run that nobody has measured or is at; whether there was one."""
+    for run in queue(results).runs:
         with claimed(run, results) as is_mine:
             if is_mine:
                 command = [sys.executable, "-m", "benchmarks.speedup", "one", run.name, "--out", str(results)]
-                command += [f"--sweep-s={run.budget_s:g}"]
                 subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
-                most -= 1
+                return True
+    return False
 
 
-def read(path: Path) -> list[Point]:
-    """The points of a result."""
-    with path.open(encoding="utf-8") as file:
-        return [Point(**{name: kind(row[name]) for name, kind in KINDS.items()}) for row in csv.DictReader(file)]
-
-
-def status(runs: list[Run], results: Path) -> Iterator[str]:
+def status(results: Path) -> Iterator[str]:
     """A line for each run of the queue."""
-    for run in runs:
+    for run in queue(results).runs:
         path = results / f"{run.name}.csv"
         if path.exists():
             points = read(path)
@@ -179,17 +154,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", "status", "one"))
     parser.add_argument("name", nargs="?", help="of the run, for `one`")
-    parser.add_argument("--sweep-s", type=float, default=600.0, help="seconds of training of each setting")
     parser.add_argument("--most", type=int, default=-1, help="runs to measure before this process ends")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    runs = sweep(arguments.sweep_s)
-    if arguments.command == "one":
-        measure(next(run for run in runs if run.name == arguments.name), arguments.out)
-    elif arguments.command == "run":
-        work(runs, arguments.out, most=arguments.most)
+    options = parser.parse_args()
+    if options.command == "one":
+        measure(next(run for run in queue(options.out).runs if run.name == options.name), options.out)
+    elif options.command == "run":
+        work(options.out, most=options.most)
     else:
-        print("\n".join(status(runs, arguments.out)))
+        print("\n".join(status(options.out)))
 
 
 if __name__ == "__main__":

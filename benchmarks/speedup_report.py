@@ -3,7 +3,7 @@
     python -m benchmarks.speedup_report [--write]
 
 Nothing is extrapolated: a run that did not reach a target within its budget is "> budget", and what is divided by it is
-a bound. Numbers are of evaluations, so a time is that of the first evaluation at or above the target.
+a bound. Numbers are of evaluations, so a time is that of the first at or above the target that the next one confirms.
 """
 
 from __future__ import annotations
@@ -11,52 +11,20 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from benchmarks.pages import filled
-from benchmarks.speedup import RESULTS, Point, read
 from benchmarks.speedup_chart import Curve, draw
-from benchmarks.speedup_runs import METHODS, Run, finals, sweep
+from benchmarks.speedup_results import RESULTS, Point, Result, best, queue, results
+from benchmarks.speedup_runs import METHODS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = DOCS / "benchmarks.md"
 TARGETS = (0.65, 0.70, 0.75, 0.80, 0.85)
+COMPARED = 0.80
+"""The target at which methods are compared, decided before any run."""
 OURS = "dgpo"
-SWEEP_S, FINAL_S = 600.0, 2400.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    run: Run
-    points: Sequence[Point]
-
-    def first(self, target: float) -> Point | None:
-        """The first evaluation at or above the target; None where there is none."""
-        return next((point for point in self.points if point.strict >= target), None)
-
-    @property
-    def mean_strict(self) -> float:
-        """Over the seconds of the budget, by trapezoids: by this settings are compared."""
-        area = sum(
-            (after.core_s - before.core_s) * (after.strict + before.strict) / 2
-            for before, after in zip(self.points, self.points[1:], strict=False)
-        )
-        return area / (self.points[-1].core_s - self.points[0].core_s)
-
-
-def results(runs: Sequence[Run], directory: Path) -> dict[str, list[Result]]:
-    """What is there of the runs, by method."""
-    found: dict[str, list[Result]] = {name: [] for name in METHODS}
-    for run in runs:
-        if (path := directory / f"{run.name}.csv").exists():
-            found[run.method].append(Result(run=run, points=read(path)))
-    return found
-
-
-def best(swept: Sequence[Result]) -> Result:
-    return max(swept, key=lambda result: result.mean_strict)
 
 
 def seconds_to(target: float, of_seeds: Sequence[Result]) -> str:
@@ -85,9 +53,9 @@ def table_of_factors(chosen: Mapping[str, Sequence[Result]], target: float) -> s
         f"| to {target:.0%}, times DGPO's | time | iterations | FLOPs of an iteration | seconds of a FLOP |",
         "|---|---|---|---|---|",
     ]
-    ours = _typical(chosen[OURS], target)
+    ours = _typical(chosen.get(OURS, ()), target)
     for name, of_seeds in chosen.items():
-        if name == OURS or not of_seeds or ours is None:
+        if name == OURS or ours is None:
             continue
         theirs = _typical(of_seeds, target)
         reached = theirs or min((result.points[-1] for result in of_seeds), key=lambda point: point.core_s)
@@ -128,36 +96,28 @@ def table_of_sweep(swept: Mapping[str, Sequence[Result]]) -> str:
     for name, found in swept.items():
         if found:
             chosen, worst = best(found), min(result.mean_strict for result in found)
-            setting = ", ".join(f"`{item.removeprefix('algorithm.')}`" for item in chosen.run.setting)
-            number = f"{len(found)} of {len(METHODS[name].settings())}"
+            setting = ", ".join(f"`{item.rpartition('.')[2]}`" for item in chosen.run.setting)
+            number = f"{len(found)} of 8"
             lines.append(f"| {METHODS[name].title} | {number} | {setting} | {chosen.mean_strict:.1%} | {worst:.1%} |")
     return "\n".join(lines)
 
 
 def tables(directory: Path = RESULTS) -> dict[str, str]:
     """The tables of the page, by name."""
-    swept = results(sweep(SWEEP_S), directory)
-    chosen = _chosen(swept, directory)
-    target = _common_target(chosen)
+    swept, chosen = results(queue(directory).sweep, directory), _chosen(directory)
     return {
         "targets": table_of_targets(chosen),
-        "factors": table_of_factors(chosen, target),
-        "quality": table_of_quality(chosen, target),
+        "factors": table_of_factors(chosen, COMPARED),
+        "quality": table_of_quality(chosen, COMPARED),
         "sweep": table_of_sweep(swept),
     }
 
 
-def _chosen(swept: Mapping[str, Sequence[Result]], directory: Path) -> dict[str, list[Result]]:
+def _chosen(directory: Path) -> dict[str, list[Result]]:
     """The runs that a method is shown by: its best setting's from every seed, or, until there are any, the sweep's."""
-    settings = {name: best(found).run.setting for name, found in swept.items() if found}
-    seeds = results(finals(settings, FINAL_S), directory)
+    runs = queue(directory)
+    swept, seeds = results(runs.sweep, directory), results(runs.finals, directory)
     return {name: seeds[name] or [best(found)] for name, found in swept.items() if found}
-
-
-def _common_target(chosen: Mapping[str, Sequence[Result]]) -> float:
-    """The highest target that DGPO's median seed reaches."""
-    reached = [target for target in TARGETS if _typical(chosen[OURS], target) is not None]
-    return reached[-1] if reached else TARGETS[0]
 
 
 AXES = {"core_s": "seconds of training, one core", "images": "images", "flops": "FLOPs"}
@@ -166,7 +126,7 @@ AXES = {"core_s": "seconds of training, one core", "images": "images", "flops": 
 
 def pictures(directory: Path = RESULTS) -> dict[str, str]:
     """Strict scores of the runs that methods are shown by, over each of `AXES`."""
-    chosen = _chosen(results(sweep(SWEEP_S), directory), directory)
+    chosen = _chosen(directory)
     return {
         against: draw(
             [

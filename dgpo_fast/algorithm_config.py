@@ -161,7 +161,7 @@ class DiffusionNFTConfig(_Noised):
     """DiffusionNFT (arXiv 2509.16117): a flow-matching loss of an implicit positive and an implicit negative policy."""
 
     name: Literal["diffusion_nft"] = "diffusion_nft"
-    trunc: Index = 8
+    trunc: Index = 9
     train_timesteps: Count = 9
     beta: Positive = 1.0
     """How far the implicit policies are from the old one, in distances between policy and old policy."""

@@ -16,11 +16,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import speedup, speedup_report  # noqa: E402
+from benchmarks import speedup, speedup_report, speedup_results, speedup_runs  # noqa: E402
 from benchmarks.held_out import diversity, held_out, patch_distance  # noqa: E402
 from benchmarks.pages import filled  # noqa: E402
-from benchmarks.speedup import Point  # noqa: E402
-from benchmarks.speedup_runs import METHODS, Run, finals, sweep  # noqa: E402
+from benchmarks.speedup_results import Point, Result, queue, read, write  # noqa: E402
+from benchmarks.speedup_runs import METHODS, Run  # noqa: E402
 from dgpo_fast.config import load_recipe, resume_conflicts  # noqa: E402
 from dgpo_fast.shapes.captions import parse_caption  # noqa: E402
 from dgpo_fast.shapes.render import render  # noqa: E402
@@ -43,9 +43,14 @@ def point(core_s: float, strict: float, **more: Any) -> Point:
     return Point(**{**values, **more})
 
 
-def result(method: str, *points: Point) -> speedup_report.Result:
-    run = Run(method=method, setting=METHODS[method].settings()[0], seed=0, budget_s=100.0)
-    return speedup_report.Result(run=run, points=points)
+def result(method: str, *points: Point) -> Result:
+    return Result(run=Run(method=method, setting=("optimizer.lr=1e-3",), seed=0, budget_s=100.0), points=points)
+
+
+def pretend(directory: Path, run: Run, *strict: float) -> None:
+    """Writes a result of these scores, a minute apart."""
+    points = [point(60.0 * minute, score) for minute, score in enumerate(strict)]
+    write(directory / f"{run.name}.csv", points, {"commit": "abc"})
 
 
 # What is measured of images
@@ -78,55 +83,72 @@ def test_diversity_is_the_mean_over_pairs_of_a_prompt() -> None:
 # The queue
 
 
-def test_methods_are_tuned_alike() -> None:
-    runs = sweep(600)
-    assert {len(method.settings()) for method in METHODS.values()} == {8}
-    assert len({run.name for run in runs}) == len(runs) == 8 * len(METHODS)
-    assert [run.method for run in runs[: len(METHODS)]] == list(METHODS), "they take turns"
+def test_methods_are_tuned_alike(tmp_path: Path) -> None:
+    """Four learning rates, then four changes at the best, then three seeds that nothing was chosen by."""
+    first = queue(tmp_path)
+    assert len({run.name for run in first.runs}) == len(first.runs) == 4 * len(METHODS)
+    assert [run.method for run in first.runs[: len(METHODS)]] == list(METHODS), "they take turns"
+    for run in first.sweep:
+        pretend(tmp_path, run, 0.5, 0.8 if run.setting == ("optimizer.lr=3e-3",) else 0.6)
+    second = queue(tmp_path)
+    added = second.sweep[len(first.sweep) :]
+    assert second.finals == []
+    assert sorted(run.method for run in added) == sorted([*METHODS] * 4)
+    for name, method in METHODS.items():
+        of_method = [run.setting for run in added if run.method == name]
+        assert of_method == [("optimizer.lr=3e-3", change) for change in method.changes]
+    for run in added:
+        pretend(tmp_path, run, 0.5, 0.9 if run.setting[-1] == METHODS[run.method].changes[2] else 0.7)
+    finals = queue(tmp_path).finals
+    assert {(run.method, run.setting[-1]) for run in finals} == {(n, m.changes[2]) for n, m in METHODS.items()}
+    assert sorted({run.seed for run in finals}) == [1, 2, 3]
+    assert {run.budget_s for run in finals} == {2400.0}
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_settings_are_of_the_method_and_leave_groups_and_evaluation_alone(name: str) -> None:
     ours = load_recipe("tiny-dgpo")
-    for run in sweep(600):
+    for run in [*speedup_runs.learning_rates(), *speedup_runs.changes({name: ("optimizer.lr=1e-3",)})]:
         if run.method == name:
             config = load_recipe(METHODS[name].recipe, run.overrides)
             differ = {key.partition(":")[0].partition(".")[0] for key in resume_conflicts(ours, config)}
-            assert differ <= {"name", "description", "model", "rollout", "algorithm", "old_policy", "optimizer"}
+            allowed = {"name", "description", "model", "rollout", "advantages", "algorithm", "old_policy", "optimizer"}
+            assert differ <= allowed
             assert (config.groups, config.rewards, config.adapter) == (ours.groups, ours.rewards, ours.adapter)
             assert (config.rollout.guidance, config.rollout.steps) == (ours.rollout.guidance, ours.rollout.steps)
+            assert config.evaluation_ema == ours.evaluation_ema
 
 
 def test_the_queue_leaves_what_is_done_or_worked_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs, started = sweep(5)[:4], []
+    runs, started = queue(tmp_path).runs, []
 
     def started_instead(command: list[str], **options: Any) -> None:
         started.append(command[4])
-        (tmp_path / f"{command[4]}.csv").write_text("")
+        pretend(tmp_path, next(run for run in runs if run.name == command[4]), 0.5, 0.6)
 
     monkeypatch.setattr(speedup.subprocess, "run", started_instead)
-    (tmp_path / f"{runs[0].name}.csv").write_text("")
+    pretend(tmp_path, runs[0], 0.5, 0.6)
     (tmp_path / f".{runs[1].name}.lock").write_text(str(os.getpid()))
     (tmp_path / f".{runs[2].name}.lock").write_text("999999999")  # of a process that is gone
-    speedup.work(runs, tmp_path, most=1)
+    speedup.work(tmp_path, most=1)
     assert started == [runs[2].name]
-    speedup.work(runs, tmp_path, most=-1)
-    assert started == [runs[2].name, runs[3].name]
+    speedup.work(tmp_path, most=2)
+    assert started == [runs[2].name, runs[3].name, runs[4].name]
     assert [path.name for path in tmp_path.glob(".*.lock")] == [f".{runs[1].name}.lock"]
 
 
 def test_a_run_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     points = [point(0.0, 0.5), point(61.25, 0.75)]
     monkeypatch.setattr(speedup, "train", lambda run: iter(points))
-    run = sweep(600)[0]
+    run = queue(tmp_path).runs[0]
     speedup.measure(run, tmp_path)
-    assert speedup.read(tmp_path / f"{run.name}.csv") == points
+    assert read(tmp_path / f"{run.name}.csv") == points
     assert [path.name for path in tmp_path.iterdir()] == [f"{run.name}.csv"]
 
 
 @pytest.mark.slow
 def test_a_run_trains(tmp_path: Path) -> None:
-    run = Run(method="dgpo", setting=METHODS["dgpo"].settings()[0], seed=0, budget_s=1.0)
+    run = Run(method="dgpo", setting=("optimizer.lr=1e-3",), seed=0, budget_s=1.0)
     first, last = speedup.train(run)
     assert (first.step, first.core_s) == (0, 0.0)
     assert last.step == last.iteration > 0
@@ -142,13 +164,22 @@ def test_a_setting_is_chosen_by_its_mean_over_time() -> None:
     late = result("dgpo", point(0, 0.5), point(50, 0.5), point(100, 1.0))
     assert early.mean_strict == pytest.approx((0.7 + 0.9) / 2)
     assert late.mean_strict == pytest.approx((0.5 + 0.75) / 2)
-    assert speedup_report.best([late, early]) is early
+    assert speedup_results.best([late, early]) is early
+
+
+def test_one_evaluation_is_not_enough() -> None:
+    """What the next one does not confirm is scatter."""
+    scattered = result("dgpo", point(0, 0.5), point(20, 0.81), point(40, 0.79), point(60, 0.82), point(80, 0.8))
+    found = scattered.first(0.8)
+    assert found is not None
+    assert found.core_s == 60
+    assert result("dgpo", point(0, 0.5), point(20, 0.81)).first(0.8) is None
 
 
 def test_what_is_not_reached_is_longer_than_its_budget() -> None:
     """Medians and ranges count it so; nothing is extrapolated."""
-    quick = result("dgpo", point(0, 0.5), point(40, 0.8))
-    slow = result("dgpo", point(0, 0.5), point(90, 0.8))
+    quick = result("dgpo", point(0, 0.5), point(40, 0.8), point(60, 0.8))
+    slow = result("dgpo", point(0, 0.5), point(90, 0.8), point(100, 0.8))
     never = result("dgpo", point(0, 0.5), point(100, 0.7))
     assert speedup_report.seconds_to(0.8, [quick]) == "40"
     assert speedup_report.seconds_to(0.8, [quick, never, slow]) == "90 (40 to > 100)"
@@ -158,8 +189,8 @@ def test_what_is_not_reached_is_longer_than_its_budget() -> None:
 
 
 def test_factors_multiply_to_the_time() -> None:
-    ours = result("dgpo", point(0, 0.5), point(20, 0.8, iteration=10, flops=10e9))
-    theirs = result("awm", point(0, 0.5), point(90, 0.8, iteration=15, flops=30e9))
+    ours = result("dgpo", point(0, 0.5), point(20, 0.8, iteration=10, flops=10e9), point(40, 0.8))
+    theirs = result("awm", point(0, 0.5), point(90, 0.8, iteration=15, flops=30e9), point(100, 0.8))
     table = speedup_report.table_of_factors({"dgpo": [ours], "awm": [theirs]}, 0.8)
     time, iterations, work, engine = (float(cell) for cell in table.splitlines()[-1].split("|")[2:6])
     assert (time, iterations, work, engine) == (4.5, 1.5, 2.0, 1.5)
@@ -167,21 +198,14 @@ def test_factors_multiply_to_the_time() -> None:
 
 
 def test_a_factor_of_a_run_that_was_stopped_is_a_bound() -> None:
-    ours = result("dgpo", point(0, 0.5), point(20, 0.8))
+    ours = result("dgpo", point(0, 0.5), point(20, 0.8), point(40, 0.8))
     theirs = result("awm", point(0, 0.5), point(100, 0.7))
     row = speedup_report.table_of_factors({"dgpo": [ours], "awm": [theirs]}, 0.8).splitlines()[-1]
     assert row.startswith("| AWM | > 5.0 | > 5.0 | 1.00 | 1.00 |")
 
 
-def test_final_runs_are_of_every_seed() -> None:
-    settings = {name: method.settings()[0] for name, method in METHODS.items()}
-    runs = finals(settings, 2400)
-    assert len({run.name for run in runs}) == len(runs) == 3 * len(METHODS)
-    assert {run.seed for run in runs[: len(METHODS)]} == {0}
-
-
 def test_the_fields_of_a_point_are_read_as_they_are() -> None:
-    assert set(speedup.KINDS) == set(asdict(point(0, 0)))
+    assert set(speedup_results.KINDS) == set(asdict(point(0, 0)))
 
 
 def test_the_page_is_made_of_the_committed_results() -> None:

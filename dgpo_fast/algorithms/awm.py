@@ -9,7 +9,7 @@
 
 Where an iteration makes one optimizer step, as the published recipes do, p_before is p and the ratio exactly 1: what is
 clipped at 1 +- 1 there is never clipped. The published code samples with a multistep SDE solver whose noise is off;
-here it is the solver of the recipe.
+here it is the solver of the recipe. It draws sigmas for each micro-batch, here they are the iteration's.
 
 Shape letters: M samples of a micro-batch, C H W latents.
 """

@@ -8,7 +8,8 @@
 
 That is DGPO's score of a group of two with advantages 1 and -1, and is computed by the same operators. Sigmas are drawn
 from a logit-normal distribution and shifted as the rollout's are, each pair's for itself, as in the code that the
-authors of Flow-GRPO published. It leaves pairs of equal rewards out; here they keep their place with weight zero.
+authors of Flow-GRPO published. It samples by an SDE, through the reference; here the policy draws, by the recipe's ODE
+solver. It trains on pairs of equal rewards as they come; here they keep their place with weight zero.
 
 Shape letters: M samples of a micro-batch, P pairs, C H W latents.
 """

@@ -10,7 +10,8 @@
 
 With x_0(v) = x_t - sigma v, the error x_0(v) - x_0 is sigma (v* - v). Source of w, A_max and the averages: the code its
 authors published. It updates the old policy once per iteration, here it is once per optimizer step: the same where an
-iteration has one, as its GenEval recipe does.
+iteration has one, as its GenEval recipe does. It draws noise levels for each sample, here they are the iteration's: the
+same gradient in expectation, of more variance where not all are trained.
 
 Shape letters: M samples of a micro-batch, C H W latents.
 """

@@ -6,9 +6,10 @@
     ratio = p_theta(x_next | x) / p_old(x_next | x)                                                             loss
     minimise max(-A ratio, -A clamp(ratio, 1 +- clip)) + kl_coef |mean_theta - mean_ref|^2 / (2 s^2)             loss
 
-Two departures from the code its authors published: it shuffles the samples before it shares them out to the optimizer
-steps of an iteration, here each step has whole groups; and it guides in the model's precision, here it is float32. As
-there, the velocity without the prompt gets no gradient.
+Departures from the code its authors published: it shuffles the samples before it shares them out to the optimizer
+steps of an iteration, here each step has whole groups; it leaves samples without an advantage out, here they keep their
+place and feel the KL term; it guides in the model's precision, here it is float32. As there, the velocity without the
+prompt gets no gradient.
 
 Shape letters: B samples of this rank, M of a micro-batch, S trained steps, C H W latents.
 """
