@@ -315,24 +315,6 @@ class Config(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
         self.algorithm.check_points(self.rollout.steps)
-        if self.algorithm.name == "flow_grpo" and self.model.drawn_with != "same":
-            raise ValueError(
-                f"algorithm flow_grpo learns from densities of what it drew: model.sampling same, got "
-                f"{self.model.drawn_with}"
-            )
-        if self.algorithm.name == "flow_grpo" and self.rollout.guidance_interval is not None:
-            raise ValueError(
-                "algorithm flow_grpo guides at all noise levels or at none: rollout.guidance_interval null"
-            )
-        if self.algorithm.name == "flow_grpo" and self.rollout.cuda_graphs:
-            raise ValueError(
-                "algorithm flow_grpo: rollout.cuda_graphs must be false, since graphs replay the ODE alone"
-            )
-        if self.algorithm.name == "flow_grpo" and self.rollout.schedule != "flow_match":
-            raise ValueError(
-                "algorithm flow_grpo: rollout.schedule must be flow_match, which begins at sigma = 1 exactly, got "
-                f"{self.rollout.schedule}: the noise of a first step just below 1 has no bound"
-            )
         if self.algorithm.name == "awm" and self.optimizer.steps_per_iteration > 1:
             raise ValueError(
                 "algorithm awm is on-policy: optimizer.steps_per_iteration must be 1, got "
@@ -352,6 +334,35 @@ class Config(Section):
             raise ValueError(
                 f"optimizer.images_per_micro_batch must divide the {images} images of {of_what} (groups.size x "
                 f"groups.per_iteration{divisor}), got {micro}; nearest that does: {_nearest_divisor(images, micro)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _flow_grpo_knows_what_it_drew(self) -> Config:
+        if self.algorithm.name != "flow_grpo":
+            return self
+        rollout, drawn_with = self.rollout, self.model.drawn_with
+        if drawn_with != "same":
+            raise ValueError(
+                f"algorithm flow_grpo learns from densities of what it drew: model.sampling same, got {drawn_with}"
+            )
+        if rollout.guidance_interval is not None:
+            raise ValueError(
+                "algorithm flow_grpo guides at all noise levels or at none: rollout.guidance_interval null"
+            )
+        if rollout.cuda_graphs:
+            raise ValueError(
+                "algorithm flow_grpo: rollout.cuda_graphs must be false, since graphs replay the ODE alone"
+            )
+        if rollout.schedule != "flow_match":
+            raise ValueError(
+                "algorithm flow_grpo: rollout.schedule must be flow_match, which begins at sigma = 1 exactly, got "
+                f"{rollout.schedule}: the noise of a first step just below 1 has no bound"
+            )
+        if rollout.solver != "euler":
+            raise ValueError(
+                "algorithm flow_grpo: rollout.solver must be euler, which its steps are without their noise, got "
+                f"{rollout.solver}"
             )
         return self
 

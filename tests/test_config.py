@@ -264,6 +264,8 @@ MISTAKES = {
     "algorithm: {name: flow_grpo}\nmodel: {dtype: float32}": "model.sampling same, got merged",
     "algorithm: {name: flow_grpo}\nrollout: {guidance_interval: [0, 0.5]}": "rollout.guidance_interval null",
     "algorithm: {name: flow_grpo}\nrollout: {cuda_graphs: true}": "rollout.cuda_graphs must be false",
+    "algorithm: {name: flow_grpo}\nrollout: {schedule: flow_match}": "rollout.solver must be euler, which its steps "
+    "are without their noise, got dpm++2m",
     "optimizer: {steps_per_iteration: 3}": "optimizer.steps_per_iteration must divide groups.per_iteration, 8, got 3",
     "groups: {size: 4, per_iteration: 4}\noptimizer: {steps_per_iteration: 2}": "must divide the 8 images of an "
     "optimizer step (groups.size x groups.per_iteration / optimizer.steps_per_iteration), got 16; nearest that does: 8",
