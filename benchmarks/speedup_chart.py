@@ -27,10 +27,9 @@ def draw(curves: Sequence[Curve], *, across: str, up: str, value: str = "{:.0%}"
         across, up: what the axes are.
         value: how the vertical one's are written.
     """
-    x_axis = value_axis(0.0, max(curve.places[-1] for curve in curves) or 1.0)
-    y_axis = value_axis(
-        min(min(curve.values) for curve in curves), max(max(curve.values) for curve in curves)
-    )  # fmt: skip
+    places = [place for curve in curves for place in curve.places] or [0.0]
+    values = [value for curve in curves for value in curve.values] or [0.0]
+    x_axis, y_axis = value_axis(0.0, max(places) or 1.0), value_axis(min(values), max(values))
     titles = list(dict.fromkeys(curve.title for curve in curves))
     color_of = dict(zip(titles, COLORS, strict=False))
 

@@ -73,14 +73,13 @@ def _typical(of_seeds: Sequence[Result], target: float) -> Point | None:
     """Where the median seed reached the target; None where it did not."""
     reached = sorted((point for result in of_seeds if (point := result.first(target))), key=lambda point: point.core_s)
     middle = (len(of_seeds) - 1) // 2
-    return reached[middle] if middle < len(reached) else None
+    return reached[middle] if 0 <= middle < len(reached) else None
 
 
 def table_of_quality(chosen: Mapping[str, Sequence[Result]], target: float) -> str:
     """What else has changed where the target is reached."""
     lines = ["| | strict | soft | distance to rendered images | diversity of a group |", "|---|---|---|---|---|"]
-    base = next(result.points[0] for of_seeds in chosen.values() for result in of_seeds)
-    rows = [("base", base)]
+    rows = [("base", result.points[0]) for of_seeds in chosen.values() for result in of_seeds][:1]
     rows += [
         (METHODS[name].title, point) for name, seeds in chosen.items() if seeds and (point := _typical(seeds, target))
     ]
