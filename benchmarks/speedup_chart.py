@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from dgpo_fast.charts import value_axis
 
-COLORS = ("#1f5fa8", "#6aa7e8", "#c4622d", "#e9a06f", "#4f8f5b", "#8c6bb1", "#8a8a8a")
+COLORS = ("#1f5fa8", "#c4622d", "#4f8f5b", "#8c6bb1", "#d9a22b", "#5fb3b3", "#8a8a8a")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 960, 420, 56, 290, 28, 48
 
 
