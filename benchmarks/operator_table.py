@@ -98,13 +98,16 @@ def main(stem: str, description: str | None, cases: Cases, shapes: Shapes) -> No
     parser.add_argument("--rounds", type=int, default=30, metavar="N", help="turns of each variant, 2 or more (30)")
     parser.add_argument("--check", action="store_true", help="check every variant, and time none")
     options = parser.parse_args()
-    torch.manual_seed(0)
     given = cases(shapes[options.device], torch.device(options.device))
     sys.exit(run(stem, given, device=options.device, out=options.out, rounds=0 if options.check else options.rounds))
 
 
 def run(stem: str, cases: Iterable[Case], *, device: str, out: Path | None, rounds: int) -> int:
-    """Checks and times the cases; `rounds` 0 only checks. The exit status: 1 where a variant failed its check."""
+    """Checks and times the cases; `rounds` 0 only checks. The exit status: 1 where a variant failed its check.
+
+    Cases are drawn as they are asked for, by `torch.manual_seed(0)`: whoever checks them checks the same numbers.
+    """
+    torch.manual_seed(0)
     console = people()
     provenance = _provenance(device)
     console.print(f"[bold]{stem}[/] on {provenance['device']}, torch {provenance['torch']}, {provenance['commit']}")
