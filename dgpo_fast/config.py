@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dgpo_fast.algorithm_config import ALGORITHM_NAMES, AlgorithmConfig, DGPOConfig
 from dgpo_fast.errors import UserError, suggest
+from dgpo_fast.reward_config import RewardConfig, RewardsConfig
 from dgpo_fast.sections import Count, NonNegative, Positive, Section, Sigma
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -178,23 +179,6 @@ class OptimizerConfig(Section):
         risen = min(1.0, (step + 1) / (self.warmup_steps + 1))
         left = 1.0 if self.decay_steps is None else max(0.1, 1 - step / self.decay_steps)
         return self.lr * risen * left
-
-
-class RewardConfig(Section):
-    """One reward: a registered name, or `package.module:Class` of your own."""
-
-    name: str
-    metric: str | None = None
-    """Which of its metrics is trained on; null takes the first."""
-    weight: float = 1.0
-
-
-class RewardsConfig(Section):
-    """What the images are scored by: a weighted sum."""
-
-    terms: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
-    on_failure: Literal["stop", "skip"] = "stop"
-    """Where a reward raises or is not finite: end the run, or leave the sample out of its group and count it."""
 
 
 class PromptsConfig(Section):

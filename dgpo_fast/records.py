@@ -10,11 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+
+class Prompt(str):
+    """A prompt, and what is known of it besides: what a reward is to look for, or of what kind it is.
+
+    A string in every respect, and equal to any other of the same text: what is not a reward need not know of more.
+    """
+
+    __slots__ = ("metadata",)
+    metadata: Mapping[str, Any]  # as JSON has it
+
+    def __new__(cls, text: str, metadata: Mapping[str, Any] | None = None) -> Prompt:
+        prompt = super().__new__(cls, text)
+        prompt.metadata = metadata or {}
+        return prompt
+
+    def __getnewargs__(self) -> tuple[str, Mapping[str, Any]]:  # type: ignore[override]
+        return str(self), self.metadata
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dgpo_fast"
 
 FLOORS = (
-    ("config", "algorithm_config", "sections", "environment", "errors", "files", "records", "rng", "profiling"),
+    (
+        *("config", "algorithm_config", "reward_config", "sections"),
+        *("environment", "errors", "files", "records", "rng", "profiling"),
+    ),
     ("kernels",),
     ("ops",),
     ("flow", "models", "rewards", "prompts", "parallel", "shapes"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from dgpo_fast.errors import UserError, suggest
+from dgpo_fast.reward_config import RewardConfig, RewardsConfig
 
 
 @runtime_checkable
@@ -29,8 +31,21 @@ R = TypeVar("R", bound=Callable[[], Any])
 
 REWARDS_TO_COME = ("geneval", "ocr", "pickscore")
 """Of the published recipes; not part of this version."""
+
+
+class BuiltIn(NamedTuple):
+    """A reward that comes with the package."""
+
+    target: str
+    """Its module and class. Where `rewards` has a section of its name, it is made of that and a device."""
+    extra: str | None = None
+    """Of pyproject.toml: installs what it imports beyond the package's own requirements."""
+
+
 _FACTORIES: dict[str, Callable[[], Reward]] = {}
-_BUILT_IN = {"shapes": "dgpo_fast.rewards.shapes:ShapesReward"}
+_BUILT_IN = {
+    "shapes": BuiltIn("dgpo_fast.rewards.shapes:ShapesReward"),
+}  # fmt: skip
 
 
 def register_reward(name: str) -> Callable[[R], R]:
@@ -48,14 +63,17 @@ def known_rewards() -> list[str]:
     return sorted(_FACTORIES.keys() | _BUILT_IN.keys())
 
 
-def load_reward(name: str) -> Reward:
-    """A new reward: a registered name, or `package.module:Class`.
+def load_reward(name: str, settings: RewardsConfig | None = None, *, device: torch.device | str = "cpu") -> Reward:
+    """A new reward: a registered name, `package.module:Class`, or `package.module:function`.
+
+    Args:
+        settings: with the section of a reward that comes with the package; None for its defaults.
+        device: of that reward's model.
 
     Raises:
         UserError: nothing of that name, it cannot be imported or made, or it is not callable.
     """
-    module_name, colon, attribute = _BUILT_IN.get(name, name).partition(":")
-    if not colon and name not in _FACTORIES:
+    if ":" not in name and name not in known_rewards():
         hint = (
             "; it is not part of this version, give your own as package.module:Class" if name in REWARDS_TO_COME else ""
         )
@@ -63,10 +81,33 @@ def load_reward(name: str) -> Reward:
             f"rewards: no reward {name!r}{suggest(name, known_rewards())} known: {', '.join(known_rewards())}{hint}"
         )
     try:
-        factory = _FACTORIES.get(name) or getattr(importlib.import_module(module_name), attribute)
-        reward: Reward = factory()
+        reward = _make(name, settings or RewardsConfig(terms=(RewardConfig(name=name),)), torch.device(device))
+    except UserError:
+        raise
     except Exception as error:  # whatever a user's module raises while it is imported, or a user's class
         raise UserError(f"rewards: {name!r} cannot be made: {type(error).__name__}: {error}") from error
     if not callable(reward):
         raise UserError(f"rewards: {name!r} is not callable: a reward is called with images and prompts")
-    return reward
+    return cast(Reward, reward)
+
+
+def _make(name: str, settings: RewardsConfig, device: torch.device) -> Any:
+    if name in _FACTORIES:
+        return _FACTORIES[name]()
+    built_in = _BUILT_IN.get(name)
+    try:
+        found = _import(built_in.target if built_in else name)
+    except ModuleNotFoundError as error:
+        if built_in is None or built_in.extra is None:
+            raise
+        raise UserError(
+            f"rewards: {name!r} needs {error.name}, which is not installed: pip install 'dgpo-fast[{built_in.extra}]'"
+        ) from None
+    if built_in is not None and name in RewardsConfig.model_fields:
+        return found(getattr(settings, name), device=device)
+    return found() if isinstance(found, type) else found
+
+
+def _import(target: str) -> Any:
+    module_name, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module_name), attribute)

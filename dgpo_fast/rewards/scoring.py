@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dgpo_fast.config import RewardConfig, RewardsConfig
 from dgpo_fast.errors import UserError, suggest
+from dgpo_fast.reward_config import RewardConfig, RewardsConfig
 from dgpo_fast.rewards.base import Reward, load_reward
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgpo_fast.config import RewardConfig, RewardsConfig
 from dgpo_fast.errors import UserError
 from dgpo_fast.ops.group_advantages import group_advantages
+from dgpo_fast.reward_config import RewardConfig, RewardsConfig
 from dgpo_fast.rewards import Scorer, Scores, base
 from dgpo_fast.rewards.shapes import ShapesReward
 from dgpo_fast.shapes.captions import parse_caption
