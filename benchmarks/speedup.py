@@ -23,18 +23,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.speedup_results import RESULTS, Point, queue, read, write
-from benchmarks.speedup_runs import METHODS, Run
+from benchmarks.speedup_runs import METHODS, SWEEP_S, Run
 
-EVALUATE_EVERY_S = 60.0
+EVALUATE_EVERY_S, LATER_EVERY_S = 60.0, 120.0
+"""Seconds of training between evaluations: within the budget of a sweep's run, and after."""
 JUDGE = ("rollout.solver=euler", "rollout.schedule=flow_match", "evaluation.steps=28")
 """What every method's images are drawn with to be judged: what diffusers' pipeline does unless it is told otherwise."""
 NUM_PROMPTS = 64
 
 
 def train(run: Run) -> Iterator[Point]:
-    """The points of a run, one about every `EVALUATE_EVERY_S`, the base's first."""
+    """The points of a run, the base's first."""
     import torch
 
+    from benchmarks.ablated_samplers import ablate
     from benchmarks.held_out import held_out
     from dgpo_fast import Trainer, load_recipe
     from dgpo_fast.evaluate import draw_images
@@ -53,6 +55,7 @@ def train(run: Run) -> Iterator[Point]:
     rewards: list[float] = []
     with tempfile.TemporaryDirectory() as out:
         trainer = Trainer(config, Path(out))
+        ablate(trainer, run.draws)
 
         def point() -> Point:
             view = "ema" if trainer.step else "ref"
@@ -76,7 +79,7 @@ def train(run: Run) -> Iterator[Point]:
             if core_s >= min(due_s, run.budget_s):
                 yield point()
                 rewards.clear()
-                due_s = core_s + EVALUATE_EVERY_S
+                due_s = core_s + (EVALUATE_EVERY_S if core_s < SWEEP_S else LATER_EVERY_S)
 
 
 def measure(run: Run, results: Path) -> None:

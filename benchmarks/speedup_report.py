@@ -1,4 +1,4 @@
-"""What the runs of benchmarks/speedup.py say: the tables of docs/benchmarks.md and the pictures beside it.
+"""What the runs of benchmarks/speedup.py say: tables of docs/benchmarks.md and README.md, and pictures.
 
     python -m benchmarks.speedup_report [--write]
 
@@ -12,19 +12,18 @@ import argparse
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from benchmarks.pages import filled
 from benchmarks.speedup_chart import Curve, draw
-from benchmarks.speedup_results import RESULTS, Point, Result, best, queue, results
-from benchmarks.speedup_runs import METHODS
+from benchmarks.speedup_results import RESULTS, Point, Result, ablated, best, queue, results
+from benchmarks.speedup_runs import ABLATIONS, METHODS, OURS, SWEEP_S
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGE = DOCS / "benchmarks.md"
+PAGE, README = DOCS / "benchmarks.md", DOCS.parent / "README.md"
 TARGETS = (0.65, 0.70, 0.75, 0.80, 0.85)
 COMPARED = 0.80
 """The target at which methods are compared, decided before any run."""
-OURS = "dgpo"
 
 
 def seconds_to(target: float, of_seeds: Sequence[Result]) -> str:
@@ -101,10 +100,64 @@ def table_of_sweep(swept: Mapping[str, Sequence[Result]]) -> str:
     return "\n".join(lines)
 
 
+PAIRWISE = "diffusion-dpo"
+
+
+def table_of_ablations(found: Mapping[str, Sequence[Result]]) -> str:
+    """What a run of ten minutes comes to, by title: the mean of the seeds and their range."""
+    lines = [
+        "| | runs | exact, mean over the run | exact at the end | distance to rendered images | diversity of a group |",
+        "|---|---|---|---|---|---|",
+    ]
+    for title, of_seeds in found.items():
+        if of_seeds:
+            columns = (
+                ([result.mean_strict for result in of_seeds], "{:.1%}"),
+                ([result.points[-1].strict for result in of_seeds], "{:.1%}"),
+                ([result.points[-1].distance for result in of_seeds], "{:.5f}"),
+                ([result.points[-1].diversity for result in of_seeds], "{:.4f}"),
+            )
+            cells = " | ".join(_mean_and_range(values, form) for values, form in columns)
+            lines.append(f"| {title} | {len(of_seeds)} | {cells} |")
+    return "\n".join(lines)
+
+
+def _mean_and_range(values: Sequence[float], form: str) -> str:
+    shown = [form.format(value) for value in (mean(values), min(values), max(values))]
+    return shown[0] if len(values) == 1 else f"{shown[0]} ({shown[1]} to {shown[2]})"
+
+
+def table_of_speed(chosen: Mapping[str, Sequence[Result]], target: float) -> str:
+    """What README shows: seconds to the target, and how many times DGPO's they are."""
+    lines = [f"| to {target:.0%} exact images | runs | seconds of one core | times DGPO's |", "|---|---|---|---|"]
+    ours = _typical(chosen.get(OURS, ()), target)
+    for name, of_seeds in chosen.items():
+        if of_seeds:
+            theirs = _typical(of_seeds, target)
+            reached = theirs or min((result.points[-1] for result in of_seeds), key=lambda point: point.core_s)
+            more = "" if theirs else "> "
+            times = "1" if name == OURS else f"{more}{reached.core_s / ours.core_s:.1f}" if ours else "?"
+            lines.append(f"| {METHODS[name].title} | {len(of_seeds)} | {seconds_to(target, of_seeds)} | {times} |")
+    return "\n".join(lines)
+
+
+def readme_tables(directory: Path = RESULTS) -> dict[str, str]:
+    """The tables of README.md, by name."""
+    return {"speed": table_of_speed(_chosen(directory), COMPARED)}
+
+
 def tables(directory: Path = RESULTS) -> dict[str, str]:
     """The tables of the page, by name."""
-    swept, chosen = results(queue(directory).sweep, directory), _chosen(directory)
+    runs = queue(directory)
+    swept, chosen, seeds = results(runs.sweep, directory), _chosen(directory), results(runs.finals, directory)
+    begun = {name: [result.until(SWEEP_S) for result in of_seeds] for name, of_seeds in seeds.items()}
+    changed = ablated(runs.ablations, directory)
     return {
+        "ablations": table_of_ablations(
+            {"DGPO, as chosen": begun[OURS]}
+            | {ablation.title: changed[name] for name, ablation in ABLATIONS.items()}
+            | {f"{METHODS[PAIRWISE].title}, as chosen: pairs, not groups": begun[PAIRWISE]}
+        ),
         "targets": table_of_targets(chosen),
         "factors": table_of_factors(chosen, COMPARED),
         "quality": table_of_quality(chosen, COMPARED),
@@ -148,7 +201,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put tables and pictures into docs/")
     if parser.parse_args().write:
-        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), tables()), encoding="utf-8")
+        for page, found in ((PAGE, tables()), (README, readme_tables())):
+            page.write_text(filled(page.read_text(encoding="utf-8"), found), encoding="utf-8")
         for against, picture in pictures().items():
             (DOCS / f"speedup-{against}.svg").write_text(picture, encoding="utf-8")
         return

@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speedup_runs import METHODS, Run, changes, finals, learning_rates
+from benchmarks.speedup_runs import ABLATIONS, METHODS, OURS, Run, ablations, changes, finals, learning_rates
 
 RESULTS = Path(__file__).parent / "results" / "speedup-cpu"
+MARGIN = 1.02
+"""A run ends with the iteration in which its budget does: a few seconds later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,10 @@ class Result:
         )
         return area / (self.points[-1].core_s - self.points[0].core_s)
 
+    def until(self, seconds: float) -> Result:
+        """Its beginning: what a run of that budget would have been."""
+        return Result(run=self.run, points=tuple(point for point in self.points if point.core_s <= seconds * MARGIN))
+
 
 def results(runs: Sequence[Run], directory: Path) -> dict[str, list[Result]]:
     """What is there of the runs, by method."""
@@ -83,20 +89,30 @@ def results(runs: Sequence[Run], directory: Path) -> dict[str, list[Result]]:
     return found
 
 
+def ablated(runs: Sequence[Run], directory: Path) -> dict[str, list[Result]]:
+    """What is there of the runs, by ablation."""
+    found: dict[str, list[Result]] = {name: [] for name in ABLATIONS}
+    for run in runs:
+        if run.ablation is not None and (path := directory / f"{run.name}.csv").exists():
+            found[run.ablation].append(Result(run=run, points=read(path)))
+    return found
+
+
 def best(swept: Sequence[Result]) -> Result:
     return max(swept, key=lambda result: result.mean_strict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queue:
-    """The runs as far as they are known: changes wait for learning rates, final runs for changes."""
+    """The runs as far as they are known: changes wait for learning rates, final runs and ablations for changes."""
 
     sweep: list[Run]
     finals: list[Run]
+    ablations: list[Run]
 
     @property
     def runs(self) -> list[Run]:
-        return [*self.sweep, *self.finals]
+        return [*self.sweep, *self.finals, *self.ablations]
 
 
 def queue(directory: Path) -> Queue:
@@ -104,7 +120,8 @@ def queue(directory: Path) -> Queue:
     rates = learning_rates()
     chosen = _chosen(rates, directory)
     sweep = [*rates, *changes(chosen)]
-    return Queue(sweep=sweep, finals=finals(_chosen(sweep, directory, of=chosen)))
+    settled = _chosen(sweep, directory, of=chosen)
+    return Queue(sweep=sweep, finals=finals(settled), ablations=ablations(settled[OURS]) if OURS in settled else [])
 
 
 def _chosen(

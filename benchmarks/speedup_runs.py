@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 COMMON = ("optimizer.decay_steps=null", "steps=1000000", "evaluation.every=0", "logging.tensorboard=false")
 """Of every run: how long it goes is decided by the clock."""
@@ -18,6 +19,7 @@ SWEEP_S, FINAL_S = 600.0, 2400.0
 """Seconds of training on one core."""
 SWEEP_SEED, FINAL_SEEDS = 0, (1, 2, 3)
 """Settings are not judged again by the seed, the prompts and the noise that they were chosen by."""
+OURS = "dgpo"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,34 @@ METHODS = {
 }  # fmt: skip
 
 
+Draws = Literal["ode", "sde", "base"]
+"""What samples are drawn by: the policy's ODE, Flow-GRPO's SDE, or the base's ODE, which makes learning offline."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ablation:
+    """DGPO at its best setting, but for one thing."""
+
+    title: str
+    changes: tuple[str, ...] = ()
+    draws: Draws = "ode"
+
+
+EULER = ("rollout.solver=euler", "rollout.schedule=flow_match")
+"""What the SDE's steps are without their noise."""
+ABLATIONS = {
+    "euler": Ablation(title="ODE by Euler's method, on the SDE's schedule", changes=EULER),
+    "sde": Ablation(title="SDE, noise level 0.7", changes=EULER, draws="sde"),
+    "all-sigmas": Ablation(title="without the timestep clip", changes=("algorithm.trunc=9",)),
+    "offline": Ablation(title="offline: the base draws all samples", draws="base"),
+    "groups-of-4": Ablation(title="groups of 4, twice as many", changes=("groups.size=4", "groups.per_iteration=32")),
+    "groups-of-16": Ablation(title="groups of 16, half as many", changes=("groups.size=16", "groups.per_iteration=8")),
+    "beta-10": Ablation(title="beta 10", changes=("algorithm.beta=10",)),
+    "beta-100": Ablation(title="beta 100", changes=("algorithm.beta=100",)),
+    "beta-1000": Ablation(title="beta 1000", changes=("algorithm.beta=1000",)),
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """One run: a method's setting and a seed, for so many seconds of training on one core."""
@@ -81,16 +111,23 @@ class Run:
     setting: tuple[str, ...]
     seed: int
     budget_s: float
+    ablation: str | None = None
 
     @property
     def name(self) -> str:
         """As a file's: the method, its setting, seed and budget."""
         setting = "_".join(item.rpartition(".")[2] for item in self.setting)
-        return f"{self.method}__{setting}__seed{self.seed}__{self.budget_s:g}s"
+        method = self.method if self.ablation is None else f"{self.method}-{self.ablation}"
+        return f"{method}__{setting}__seed{self.seed}__{self.budget_s:g}s"
 
     @property
     def overrides(self) -> list[str]:
-        return [*COMMON, *METHODS[self.method].fixed, *self.setting, f"seed={self.seed}"]
+        ablated = () if self.ablation is None else ABLATIONS[self.ablation].changes
+        return [*COMMON, *METHODS[self.method].fixed, *self.setting, *ablated, f"seed={self.seed}"]
+
+    @property
+    def draws(self) -> Draws:
+        return "ode" if self.ablation is None else ABLATIONS[self.ablation].draws
 
     @property
     def is_final(self) -> bool:
@@ -118,6 +155,22 @@ def finals(best: Mapping[str, tuple[str, ...]]) -> list[Run]:
         for seed in FINAL_SEEDS
         for method, setting in best.items()
     ]
+
+
+def ablations(setting: tuple[str, ...]) -> list[Run]:
+    """What changes one thing of DGPO's best setting, from every seed, by turns; what changes nothing is left out."""
+    return [
+        Run(method=OURS, setting=setting, seed=seed, budget_s=SWEEP_S, ablation=name)
+        for seed in FINAL_SEEDS
+        for name, ablation in ABLATIONS.items()
+        if not _has_beta(ablation, setting)
+    ]
+
+
+def _has_beta(ablation: Ablation, setting: tuple[str, ...]) -> bool:
+    """Whether a setting, or the recipe where it says nothing, already has the beta that an ablation gives it."""
+    beta = next((item for item in setting if item.startswith("algorithm.beta=")), "algorithm.beta=100")
+    return ablation.changes == (beta,)
 
 
 def _swept(method: str, setting: tuple[str, ...]) -> Run:

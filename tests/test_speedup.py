@@ -17,10 +17,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import speedup, speedup_report, speedup_results, speedup_runs  # noqa: E402
+from benchmarks.ablated_samplers import ablate  # noqa: E402
 from benchmarks.held_out import diversity, held_out, patch_distance  # noqa: E402
 from benchmarks.pages import filled  # noqa: E402
 from benchmarks.speedup_results import Point, Result, queue, read, write  # noqa: E402
-from benchmarks.speedup_runs import METHODS, Run  # noqa: E402
+from benchmarks.speedup_runs import ABLATIONS, EULER, METHODS, Draws, Run  # noqa: E402
+from dgpo_fast import Trainer  # noqa: E402
 from dgpo_fast.config import load_recipe, resume_conflicts  # noqa: E402
 from dgpo_fast.shapes.captions import parse_caption  # noqa: E402
 from dgpo_fast.shapes.render import render  # noqa: E402
@@ -103,6 +105,40 @@ def test_methods_are_tuned_alike(tmp_path: Path) -> None:
     assert {(run.method, run.setting[-1]) for run in finals} == {(n, m.changes[2]) for n, m in METHODS.items()}
     assert sorted({run.seed for run in finals}) == [1, 2, 3]
     assert {run.budget_s for run in finals} == {2400.0}
+
+
+def test_ablations_change_one_thing_of_the_chosen_setting(tmp_path: Path) -> None:
+    """They begin once DGPO's sweep is over, and leave out the beta that was chosen."""
+    for run in queue(tmp_path).sweep:
+        if run.method == "dgpo":
+            pretend(tmp_path, run, 0.5, 0.6)
+    assert queue(tmp_path).ablations == []
+    for run in queue(tmp_path).sweep:
+        if run.method == "dgpo" and len(run.setting) == 2:
+            pretend(tmp_path, run, 0.5, 0.9 if "algorithm.beta=1000" in run.setting else 0.7)
+    found = queue(tmp_path).ablations
+    assert sorted({run.ablation or "" for run in found}) == sorted(ABLATIONS.keys() - {"beta-1000"})
+    assert [run.seed for run in found if run.ablation == "sde"] == [1, 2, 3]
+    assert len({run.name for run in found}) == len(found)
+    chosen = load_recipe("tiny-dgpo", Run(method="dgpo", setting=found[0].setting, seed=1, budget_s=1.0).overrides)
+    for run in found:
+        assert (run.setting[-1], run.budget_s) == ("algorithm.beta=1000", 600.0)
+        changed = resume_conflicts(chosen, load_recipe("tiny-dgpo", run.overrides))
+        differ = {conflict.partition(":")[0] for conflict in changed} - {"seed"}
+        assert differ == {change.partition("=")[0] for change in ABLATIONS[run.ablation or ""].changes}
+
+
+@pytest.mark.parametrize("draws", ["sde", "base"])
+def test_ablated_samples(draws: Draws, tmp_path: Path, quick: tuple[str, ...]) -> None:
+    """The base's do not change with the policy; the SDE's are others than the ODE's, and the same again."""
+    euler = [*quick, *EULER, "rollout.steps=3"]
+    trainers = [Trainer(load_recipe("tiny-dgpo", euler), tmp_path / str(number)) for number in range(3)]
+    for trainer in trainers[1:]:
+        ablate(trainer, draws)
+    plain, first, second = ([each.run_iteration()[0] for _ in range(2)] for each in trainers)
+    assert [report.reward_mean for report in first] == [report.reward_mean for report in second]
+    assert (first[0].reward_mean == plain[0].reward_mean) == (draws == "base")
+    assert first[1].reward_mean != plain[1].reward_mean
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -204,13 +240,40 @@ def test_a_factor_of_a_run_that_was_stopped_is_a_bound() -> None:
     assert row.startswith("| AWM | > 5.0 | > 5.0 | 1.00 | 1.00 |")
 
 
+def test_the_beginning_of_a_run_is_a_shorter_run() -> None:
+    """Its last evaluation may come an iteration after the budget."""
+    whole = result("dgpo", point(0, 0.5), point(604, 0.8), point(720, 0.9))
+    assert whole.until(600.0) == result("dgpo", point(0, 0.5), point(604, 0.8))
+
+
+def test_ablations_are_shown_by_mean_and_range() -> None:
+    seeds = [result("dgpo", point(0, 0.5), point(100, end)) for end in (0.7, 0.9)]
+    row = speedup_report.table_of_ablations({"as chosen": seeds, "to come": []}).splitlines()[2:]
+    shown = "| as chosen | 2 | 65.0% (60.0% to 70.0%) | 80.0% (70.0% to 90.0%) | 0.01000 (0.01000 to 0.01000) | "
+    assert row == [f"{shown}0.2000 (0.2000 to 0.2000) |"]
+
+
+def test_the_readme_says_how_many_times_longer_others_take() -> None:
+    ours = result("dgpo", point(0, 0.5), point(20, 0.8), point(40, 0.8))
+    reached = result("awm", point(0, 0.5), point(90, 0.8), point(100, 0.8))
+    stopped = result("flow-grpo", point(0, 0.5), point(100, 0.7))
+    found = {"dgpo": [ours], "awm": [reached], "flow-grpo": [stopped], "diffusion-nft": []}
+    assert speedup_report.table_of_speed(found, 0.8).splitlines()[2:] == [
+        "| DGPO | 1 | 20 | 1 |", "| AWM | 1 | 90 | 4.5 |", "| Flow-GRPO | 1 | > 100 | > 5.0 |",
+    ]  # fmt: skip
+
+
 def test_the_fields_of_a_point_are_read_as_they_are() -> None:
     assert set(speedup_results.KINDS) == set(asdict(point(0, 0)))
 
 
 def test_the_page_is_made_of_the_committed_results() -> None:
     """python -m benchmarks.speedup_report --write"""
-    page = speedup_report.PAGE.read_text(encoding="utf-8")
-    assert filled(page, speedup_report.tables()) == page
+    for path, tables in (
+        (speedup_report.PAGE, speedup_report.tables()),
+        (speedup_report.README, speedup_report.readme_tables()),
+    ):
+        page = path.read_text(encoding="utf-8")
+        assert filled(page, tables) == page
     for against, picture in speedup_report.pictures().items():
         assert (speedup_report.DOCS / f"speedup-{against}.svg").read_text(encoding="utf-8") == picture

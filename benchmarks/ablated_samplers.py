@@ -1,0 +1,78 @@
+"""What the paper compares DGPO's samples with: those of an SDE, and those of the base, however far the policy has come.
+
+Neither is an option of the package: they are worse, and are here to show by how much.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.speedup_runs import Draws
+from dgpo_fast import Trainer, rng
+from dgpo_fast.algorithms.dgpo import DGPO
+from dgpo_fast.algorithms.sampling import Check, Deliver, GroupSampler
+from dgpo_fast.config import Config
+from dgpo_fast.flow.rollout import initial_noise
+from dgpo_fast.flow.sde import SDESampler
+from dgpo_fast.models.engines import View
+from dgpo_fast.models.policy import Evaluation, Policy
+from dgpo_fast.records import PromptBatch, Rollout
+
+NOISE_LEVEL = 0.7
+"""Flow-GRPO's (arXiv 2505.05470)."""
+
+
+def ablate(trainer: Trainer, draws: Draws) -> None:
+    """Has DGPO's samples drawn otherwise, by the same solver's steps and schedule."""
+    if draws == "ode":
+        return
+    assert isinstance(trainer.algorithm, DGPO)
+    trainer.algorithm.groups = {"sde": StochasticGroups, "base": OfflineGroups}[draws](trainer.config)
+
+
+class OfflineGroups(GroupSampler):
+    """Samples of the base: what is learnt from is known before learning begins."""
+
+    def view(self, step: int) -> View:
+        return "ref"
+
+
+class StochasticGroups(GroupSampler):
+    """Samples of Flow-GRPO's SDE, whose marginals are the ODE's."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        assert (config.rollout.solver, config.rollout.guidance) == ("euler", 1)
+        self.stochastic = SDESampler.from_config(config.rollout, noise_level=NOISE_LEVEL)
+
+    def draw(self, policy: Policy, view: View, prompts: PromptBatch, *, deliver: Deliver, check: Check) -> Rollout:
+        noise_BCHW, drawn = initial_noise(policy, prompts, seed=self.config.seed), []
+        for start in range(0, prompts.num_samples, self.config.rollout.images_per_forward):
+            check()
+            samples = slice(start, start + self.config.rollout.images_per_forward)
+            velocity = partial(_velocity, view, policy, self._evaluations(policy, prompts, samples))
+            x0_BCHW, _ = self.stochastic.sample(
+                velocity, noise_BCHW[samples], partial(self._streams, prompts, samples), kept=range(1)
+            )
+            drawn.append(x0_BCHW)
+            deliver(x0_BCHW, prompts.prompt_of_sample[samples])
+        return Rollout(prompts=prompts, x0_BCHW=torch.cat(drawn), sigmas=self.sampler.sigmas)
+
+    @torch.no_grad()
+    def _evaluations(self, policy: Policy, prompts: PromptBatch, samples: slice) -> list[Evaluation]:
+        group_B = prompts.group_B[samples]
+        timestep_TB = torch.tensor(self.stochastic.timesteps)[:, None].expand(-1, len(group_B))
+        return policy.condition(timestep_TB, prompts.conditioning[group_B], engine=policy.sampling_engine)
+
+    def _streams(self, prompts: PromptBatch, samples: slice, step: int) -> list[rng.Stream]:
+        return [
+            rng.stream(self.config.seed, stage="sde", iteration=prompts.iteration, sample=sample, timestep=step)
+            for sample in prompts.samples[samples]
+        ]
+
+
+def _velocity(view: View, policy: Policy, evaluations: list[Evaluation], x_BCHW: Tensor, step: int) -> Tensor:
+    return policy.velocity_at(view, x_BCHW, evaluations[step])[0]
