@@ -6,7 +6,8 @@
 #   --out DIR      where everything goes: tests.xml, bench/*.csv, ncu.csv, ncu_hottest.csv (its five that take most of
 #                  the time), summary.txt, and what each part printed
 #   --only REGEX   the parts whose whole names match, such as 'build|tests' or 'bench_.*'
-#                  'build|engines' compares whole engines, 'zero' runs full fine-tuning under ZeRO 1 to 3,
+#                  'build|engines' compares whole engines, 'build|costs' what an image costs each method,
+#                  'zero' runs full fine-tuning under ZeRO 1 to 3,
 #                  'build|hottest' has ncu find the five hottest kernels of a micro-step (hottest.csv): each takes
 #                  minutes, up to the ten of a run, and is not in others
 #   --seconds N    time for the whole run (590); a part for which none is left counts as failed
@@ -69,6 +70,12 @@ engines() {
 
 # Full fine-tuning of SD3.5-Medium under every stage of ZeRO, five steps each.
 zero() { "$PYTHON" -m benchmarks.zero_steps --out "$out/bench"; }
+
+# What an image costs DGPO and every method it is compared with: SD3.5-Medium, published recipes, random weights.
+costs() {
+  export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+  "$PYTHON" -m benchmarks.method_costs --out "$out/bench"
+}
 
 counters() {
   kernels=$(grep -Eoh '\b[a-z0-9_]+_kernel\b' kernels/*.py csrc/cuda/*.cu | sort -u | paste -sd '|')
@@ -144,7 +151,7 @@ out=$(realpath -m "$out")
 PATH=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH:/usr/local/cuda/bin
 export PATH PYTHON out PYTHONPATH=$PWD PYTHONUNBUFFERED=1 DGPO_FAST_NATIVE_DIR=$PWD/build/gpu
 unset DGPO_FAST_OPS TRITON_INTERPRET
-export -f machine build launches tests sanitizer check check_one bench engines zero counters measured hottest
+export -f machine build launches tests sanitizer check check_one bench engines zero costs counters measured hottest
 mapfile -t scripts < <(basename -s .py benchmarks/bench_*.py | grep -vxE 'bench_(engines|ranges)')
 
 $dry_run || mkdir -p "$out/bench"
@@ -159,6 +166,7 @@ for script in "${scripts[@]}"; do part "$script" 60 bench "$script"; done
 # Minutes of their own: only where --only asks for them.
 [[ $only == '.*' ]] || part engines 480 engines
 [[ $only == '.*' ]] || part zero 580 zero
+[[ $only == '.*' ]] || part costs 580 costs
 [[ $only == '.*' ]] || part hottest 400 hottest
 if command -v ncu >/dev/null; then part ncu 120 counters; else echo 'ncu: not found, left out'; fi
 $dry_run && exit 0
