@@ -48,7 +48,7 @@ class Cost:
     """That were measured, an iteration."""
     seconds_per_image: float
     tflop_per_image: float
-    """Of the transformer, the VAE and the text encoders, as `dgpo-fast train RECIPE --dry-run` counts them."""
+    """Of the transformer and the VAE, as `dgpo-fast train RECIPE --dry-run` counts them."""
     tflops_per_s: float
     peak_memory_gb: float
     device: str
