@@ -182,7 +182,9 @@ class OptimizerConfig(Section):
 
 
 class PromptsConfig(Section):
-    """Where prompts come from: `shapes:train`, `shapes:test`, or a text file with a prompt on each line."""
+    """Where prompts come from: a generator of the package such as `geneval:train`, a file with a prompt on each line,
+    JSON lines, Parquet, or a dataset, `hf:owner/name:split#column`. See prompts/sources.py.
+    """
 
     train: str | None = None
     test: str | None = None

@@ -232,21 +232,26 @@ def _describe_model(source: ModelSource, config: Config) -> tuple[str, list[str]
 
 
 def _missing_rewards(config: Config) -> Iterator[str]:
-    from dgpo_fast.rewards.base import REWARDS_TO_COME, known_rewards, load_reward
+    from dgpo_fast.rewards.base import REWARDS_TO_COME, absent_weights, has_weights, known_rewards, load_reward
 
     for term in config.rewards.terms:
         if term.name in REWARDS_TO_COME and term.name not in known_rewards():
             yield f"reward {term.name!r} is not part of this version: give your own as package.module:Class"
+        elif has_weights(term.name):
+            yield from absent_weights(term.name, config.rewards)
         else:
-            load_reward(term.name)
+            load_reward(term.name, config.rewards)
 
 
 def _missing_prompts(config: Config) -> Iterator[str]:
     from dgpo_fast.prompts import load_prompts
+    from dgpo_fast.prompts.sources import missing_dataset
 
     for key, source in (("prompts.train", config.prompts.train), ("prompts.test", config.prompts.test)):
         if source is None:
             yield f"{key} is not set: give --set {key}=FILE, a text file with a prompt on each line"
+        elif (missing := missing_dataset(source)) is not None:
+            yield f"{key}: {missing}"
         else:
             load_prompts(source, key=key)
 

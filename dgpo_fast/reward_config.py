@@ -25,10 +25,18 @@ class PretrainedConfig(Section):
     """A local directory with the weights; null takes the Hugging Face cache, or downloads them."""
 
 
+class GenEvalConfig(PretrainedConfig):
+    """GenEval: `path` has the detector of objects, which leaves their colours to CLIP."""
+
+    clip_path: str | None = None
+    """A local directory with CLIP ViT-L/14; null likewise."""
+
+
 class RewardsConfig(Section):
     """What the images are scored by: a weighted sum."""
 
     terms: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
     on_failure: Literal["stop", "skip"] = "stop"
     """Where a reward raises or is not finite: end the run, or leave the sample out of its group and count it."""
+    geneval: GenEvalConfig = GenEvalConfig()
     pickscore: PretrainedConfig = PretrainedConfig()

@@ -68,6 +68,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("places")
     (folder / "empty.txt").write_text("\n  \n")
     (folder / "latin.txt").write_bytes(b"caf\xe9\n")
+    (folder / "bad.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}\n')
     (folder / "file").write_text("")
     (folder / "no-pipeline").mkdir()
     (folder / "flux").mkdir()
@@ -124,7 +125,8 @@ SETTING_MISTAKES = {
     "prompts.train=PLACES": "prompts.train: cannot read 'PLACES'",
     "prompts.test=null": "prompts.test: no prompts given",
     "rewards.terms=[{name: shape}]": "no reward 'shape'; did you mean 'shapes'?",
-    "rewards.terms=[{name: geneval}]": "no reward 'geneval'",
+    "prompts.train=PLACES/bad.jsonl": "'PLACES/bad.jsonl', line 2: no key 'prompt'; did you mean 'promt'?",
+    "rewards={terms: [{name: geneval}], geneval: {path: PLACES}}": "rewards.geneval.path: PLACES has no config.json",
     "rewards.terms=[{name: 'nowhere:Reward'}]": "'nowhere:Reward' cannot be made: ModuleNotFoundError",
     "rewards.terms=[{name: 'misbehaving:Broken'}]": "cannot be made: FileNotFoundError",
     "rewards.terms=[{name: shapes, metric: stricd}]": "'shapes' has no metric 'stricd'; did you mean 'strict'?",

@@ -15,6 +15,8 @@ from dgpo_fast.config import load_recipe, recipe_names
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.architectures import SD35_LARGE, SD35_MEDIUM
 from dgpo_fast.planning import Plan, evaluations, plan, render
+from dgpo_fast.prompts import load_prompts
+from dgpo_fast.records import Prompt
 
 PROMPTS = ["prompts.train=shapes:train", "prompts.test=shapes:test"]
 RANDOM_GENEVAL = ["model.name=random:sd35-medium", *PROMPTS]
@@ -293,15 +295,42 @@ def test_the_embedded_recipe_is_ready_to_run() -> None:
     assert "embedded" in found.model
 
 
-def test_a_published_recipe_lacks_weights_reward_and_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_lacks_weights_reward_and_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args, **options: None)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    weights, reward, train, test = planned("sd35m-ocr").warnings
+    weights, reward, train, test = planned("sd35m-ocr", "prompts.train=null", "prompts.test=null").warnings
     assert "hf download stabilityai/stable-diffusion-3.5-medium" in weights
     assert "no Hugging Face token" in weights
     assert "reward 'ocr' is not part of this version" in reward
     assert "--set prompts.train=FILE" in train
     assert "--set prompts.test=FILE" in test
+
+
+@pytest.mark.parametrize("recipe", ["sd35m-geneval", "sd35l-geneval-full", "sd35m-ocr"])
+def test_a_published_recipe_brings_its_prompts(recipe: str) -> None:
+    """Nothing but models and rewards is missing: prompts are made, with what rewards look for."""
+    assert not any("prompts" in warning for warning in planned(recipe, "model.name=random:sd35-medium").warnings)
+    for split in ("train", "test"):
+        prompts = load_prompts(getattr(load_recipe(recipe).prompts, split), key=f"prompts.{split}")
+        assert len(prompts) >= 553
+        assert all(isinstance(prompt, Prompt) and prompt.metadata for prompt in prompts)
+
+
+def test_weights_of_a_reward_and_a_dataset_are_named_and_not_fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    random = "model.name=random:sd35-medium"
+    detector, clip = planned("sd35m-geneval", random).warnings
+    assert "reward 'geneval': " in detector and "facebook/mask2former-swin-small-coco-instance" in detector
+    assert "reward 'geneval': " in clip and "openai/clip-vit-large-patch14" in clip
+    warnings = planned("sd35m-pickscore", random).warnings
+    for key, name in (
+        ("prompts.train", "CarperAI/pickapic_v1_no_images_training_sfw"),
+        ("prompts.test", "yuvalkirstain/pickapic_v1_no_images"),
+    ):
+        assert any(warning.startswith(f"{key}: the dataset {name} is not in the local cache") for warning in warnings)
 
 
 def test_a_token_silences_the_talk_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,6 +366,7 @@ def test_an_unknown_hub_model_has_no_cost_yet(monkeypatch: pytest.MonkeyPatch) -
         ("model.name=embeded", "did you mean 'embedded'"),
         ("prompts.train=nowhere.txt", "prompts.train: no file 'nowhere.txt'"),
         ("prompts.test=nowhere.txt", "prompts.test: no file"),
+        ("prompts.test=geneval:tset", "prompts.test: no file 'geneval:tset'; did you mean 'geneval:test'"),
         ("rewards.terms=[{name: shaps}]", "no reward 'shaps'; did you mean 'shapes'"),
         ("rewards.terms=[{name: 'nowhere:Reward'}]", "'nowhere:Reward' cannot be made"),
     ],

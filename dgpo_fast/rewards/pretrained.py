@@ -30,6 +30,32 @@ class Pretrained:
         """
         return self._checked(Path(path)) if path is not None else self._from_hub()
 
+    def absence(self, path: str | None) -> str | None:
+        """What a first run will download, in a line; None where the files are on this machine.
+
+        Raises:
+            UserError: `path` lacks a file.
+        """
+        if path is not None:
+            self._checked(Path(path))
+            return None
+        if self._is_cached():
+            return None
+        return (
+            f"the weights {self.repo} ({self.gigabytes:g} GB, {self.licence}) are not in the local cache: "
+            f"`hf download {self.repo}` or the first run fetches them"
+        )
+
+    def _is_cached(self) -> bool:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            cached = Path(snapshot_download(self.repo, allow_patterns=list(self.files), local_files_only=True))
+        except LocalEntryNotFoundError:
+            return False
+        return all(any(cached.glob(pattern)) for pattern in self.files)  # of a download that was not interrupted
+
     def _checked(self, directory: Path) -> Path:
         missing = [pattern for pattern in self.files if not any(directory.glob(pattern))]
         if missing:

@@ -1,0 +1,143 @@
+"""The colours of objects, by CLIP: whichever of ten an object's crop is most like.
+
+An object is cut out: what is not of its mask becomes the grey #999, and what is left its bounding box. CLIP's vision
+encoder sees that as OpenAI's processing prepares it, enlarged by Pillow's bicubic resampling; its text encoder has read
+three sentences for each colour. Embeddings are normalised, their mean over a colour's sentences normalised again.
+
+Sources: djghosh13/geneval, evaluation/evaluate_images.py (sentences, colours, grey); LAION's CLIP_benchmark 1.4.0,
+metrics/zeroshot_classification.py (the ensemble); open_clip 2.20 (preprocessing). Departures: the encoders compute in
+float32, where CLIP_benchmark lets CUDA round to float16; only the part of an elongated crop that is seen is enlarged.
+DGPO's own copy of the server loads OpenAI's weights into open_clip's ViT-L-14 without its QuickGELU, another activation
+than they were trained with; this has the right one, as GenEval does.
+
+Shapes: K crops, D the embeddings' width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import CLIPModel, CLIPTokenizer
+
+from dgpo_fast.prompts.geneval import COLORS
+from dgpo_fast.rewards.geneval_loading import load_model, load_tokenizer
+from dgpo_fast.rewards.pretrained import Pretrained
+
+WEIGHTS = Pretrained(
+    repo="openai/clip-vit-large-patch14", key="rewards.geneval.clip_path",
+    files=("config.json", "model.safetensors", "tokenizer.json"), gigabytes=1.71, licence="MIT",
+)  # fmt: skip
+
+SENTENCES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
+GREY = 0x99
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CROPS_PER_FORWARD = 32
+
+
+class Crop(NamedTuple):
+    """An object to be looked at."""
+
+    name: str  # of its class
+    levels_CHW: Tensor  # the whole image: float32, whole numbers from 0 to 255
+    mask_HW: Tensor  # bool
+    box: tuple[int, int, int, int]
+
+
+class ColorReader:
+    """CLIP, and what it has read of each class's colours."""
+
+    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._size: int = model.config.vision_config.image_size
+        self._embedding_of: dict[str, Tensor] = {}
+
+    @classmethod
+    def from_directory(cls, directory: Path, *, device: torch.device) -> ColorReader:
+        """The model and the tokenizer in a directory in transformers' format.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        model = load_model(CLIPModel, directory, key=WEIGHTS.key)
+        return cls(model.to(device), load_tokenizer(CLIPTokenizer, directory, key=WEIGHTS.key))
+
+    @torch.no_grad()
+    def __call__(self, crops: Sequence[Crop]) -> list[str]:
+        """The colour of each crop."""
+        places: list[int] = []
+        for first in range(0, len(crops), CROPS_PER_FORWARD):
+            some = crops[first : first + CROPS_PER_FORWARD]
+            image_KD = self._embed_images(torch.stack([prepare(crop, size=self._size) for crop in some]))
+            color_KND = torch.stack([self.embed_colors(crop.name) for crop in some])
+            places += torch.einsum("kd,knd->kn", image_KD, color_KND).argmax(1).tolist()
+        return [COLORS[place] for place in places]
+
+    @torch.no_grad()
+    def embed_colors(self, name: str) -> Tensor:
+        """What each colour of a class is like, a row each: float32 [10, D], of unit length."""
+        if name not in self._embedding_of:
+            texts = [sentence.format(color=color, name=name) for color in COLORS for sentence in SENTENCES]
+            embedding = self._embed_texts(texts).unflatten(0, (len(COLORS), len(SENTENCES)))
+            self._embedding_of[name] = normalize(embedding.mean(1), dim=-1)
+        return self._embedding_of[name]
+
+    def _embed_images(self, pixels: Tensor) -> Tensor:
+        features = self._model.get_image_features(pixel_values=pixels.to(self._model.device))
+        return normalize(features.pooler_output, dim=-1)
+
+    def _embed_texts(self, texts: list[str]) -> Tensor:
+        tokens = self._tokenizer(texts, padding=True, return_tensors="pt").to(self._model.device)
+        # Without a mask: attention is causal, and a text is read at its first end token, which precedes its padding.
+        return normalize(self._model.get_text_features(input_ids=tokens.input_ids).pooler_output, dim=-1)
+
+
+def prepare(crop: Crop, *, size: int) -> Tensor:
+    """CLIP's input of a crop, float32 [3, size, size]: the shorter side made `size` pixels, the middle of it."""
+    left, top, right, bottom = crop.box
+    levels = crop.levels_CHW[:, top:bottom, left:right].double()
+    levels = levels.where(crop.mask_HW[top:bottom, left:right], GREY)
+    height, width = levels.shape[-2:]
+    short = min(height, width)
+    down, across = (_weights(side, size * side // short, size, device=levels.device) for side in (height, width))
+    # Pillow's order: rows, rounded to 8 bits, then columns.
+    resized = _to_8_bits(down @ _to_8_bits(levels @ across.T)).float()
+    mean, std = (resized.new_tensor(values)[:, None, None] for values in (MEAN, STD))
+    return (resized / 255 - mean) / std
+
+
+def _weights(length: int, new_length: int, seen: int, *, device: torch.device) -> Tensor:
+    """What the middle `seen` pixels of a side of `new_length` take of one of `length`: float64 [seen, length].
+
+    Keys' cubic kernel with a = -1/2, as wide as the new pixels where these are the larger ones, as Pillow has it.
+    """
+    scale = length / new_length
+    reach = max(scale, 1.0)
+    first = round((new_length - seen) / 2)
+    centres = (torch.arange(first, first + seen, dtype=torch.float64, device=device) + 0.5) * scale
+    pixels = torch.arange(length, dtype=torch.float64, device=device) + 0.5
+    distance = ((pixels - centres[:, None]) / reach).abs()
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
+    weights = torch.where(distance < 1, near, far.where(distance < 2, 0.0))
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _to_8_bits(levels: Tensor) -> Tensor:
+    return (levels + 0.5).floor().clamp(0, 255)
+
+
+def levels_of(images_BCHW: Tensor) -> Tensor:
+    """Images in [0, 1] as 8 bits have them: float32, whole numbers from 0 to 255."""
+    return (images_BCHW.float() * 255).round().clamp(0, 255)
+
+
+def name_colors(reader: ColorReader, asked: Iterable[Sequence[Crop]]) -> list[list[str]]:
+    """The colours of several lists of crops, read together."""
+    lists = [*asked]
+    colors = iter(reader([crop for crops in lists for crop in crops]))
+    return [[next(colors) for _ in crops] for crops in lists]
