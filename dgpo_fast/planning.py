@@ -238,7 +238,7 @@ def _missing_rewards(config: Config) -> Iterator[str]:
         if term.name in REWARDS_TO_COME and term.name not in known_rewards():
             yield f"reward {term.name!r} is not part of this version: give your own as package.module:Class"
         else:
-            load_reward(term.name)
+            load_reward(term.name, config.rewards)
 
 
 def _missing_prompts(config: Config) -> Iterator[str]:

@@ -30,7 +30,7 @@ class Scorer:
 
     def __init__(self, config: RewardsConfig) -> None:
         self.config = config
-        self.rewards = {term.name: load_reward(term.name) for term in config.terms}
+        self.rewards = {term.name: load_reward(term.name, config) for term in config.terms}
         self._metric_names: dict[str, list[str]] = {}  # of each reward that has scored an image
 
     def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Scores:
