@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dgpo_fast.sections import Section
+from dgpo_fast.sections import Count, Section
 
 
 class RewardConfig(Section):
@@ -25,6 +25,13 @@ class PretrainedConfig(Section):
     """A local directory with the weights; null takes the Hugging Face cache, or downloads them."""
 
 
+class OcrConfig(Section):
+    """The reward `ocr`: is the text that the prompt asks for in the image?"""
+
+    threads: Count | None = None
+    """Images read at a time, on a core each; null for this rank's share of the cores that the process may use."""
+
+
 class RewardsConfig(Section):
     """What the images are scored by: a weighted sum."""
 
@@ -32,3 +39,4 @@ class RewardsConfig(Section):
     on_failure: Literal["stop", "skip"] = "stop"
     """Where a reward raises or is not finite: end the run, or leave the sample out of its group and count it."""
     pickscore: PretrainedConfig = PretrainedConfig()
+    ocr: OcrConfig = OcrConfig()

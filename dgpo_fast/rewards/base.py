@@ -29,7 +29,7 @@ class Reward(Protocol):
 
 R = TypeVar("R", bound=Callable[[], Any])
 
-REWARDS_TO_COME = ("geneval", "ocr", "pickscore")
+REWARDS_TO_COME = ("geneval", "pickscore")
 """Of the published recipes; not part of this version."""
 
 
@@ -44,6 +44,7 @@ class BuiltIn(NamedTuple):
 
 _FACTORIES: dict[str, Callable[[], Reward]] = {}
 _BUILT_IN = {
+    "ocr": BuiltIn("dgpo_fast.rewards.ocr:OcrReward", extra="ocr"),
     "shapes": BuiltIn("dgpo_fast.rewards.shapes:ShapesReward"),
 }  # fmt: skip
 
