@@ -44,6 +44,7 @@ class BuiltIn(NamedTuple):
 
 _FACTORIES: dict[str, Callable[[], Reward]] = {}
 _BUILT_IN = {
+    "judge": BuiltIn("dgpo_fast.rewards.judge:JudgeReward"),
     "ocr": BuiltIn("dgpo_fast.rewards.ocr:OcrReward", extra="ocr"),
     "shapes": BuiltIn("dgpo_fast.rewards.shapes:ShapesReward"),
 }  # fmt: skip
