@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dgpo_fast.sections import Section
+from dgpo_fast.sections import Count, Index, NonNegative, Positive, Section
 
 
 class RewardConfig(Section):
@@ -32,6 +32,44 @@ class GenEvalConfig(PretrainedConfig):
     """A local directory with CLIP ViT-L/14; null likewise."""
 
 
+class OcrConfig(Section):
+    """The reward `ocr`: is the text that the prompt asks for in the image?"""
+
+    threads: Count | None = None
+    """Images read at a time, on a core each; null for this rank's share of the cores that the process may use."""
+
+
+class JudgeConfig(Section):
+    """The reward `judge`: a vision-language model behind an OpenAI-compatible server.
+
+    Its key, where it asks for one, is the environment variable DGPO_FAST_JUDGE_KEY: a recipe is written to disk.
+    """
+
+    url: str | None = None
+    """Of the server's API, as `http://localhost:8000/v1`."""
+    model: str | None = None
+    """What the server calls its model."""
+    template: str = "unifiedreward"
+    """What is asked about an image: `unifiedreward`, `unifiedreward-2`, `deqa`, or a text of your own with {prompt}."""
+    pattern: str | None = None
+    """A regular expression: the answer's last match is the score, or the mean of its groups if it has several.
+
+    Null is that of the template, which only those with a name have.
+    """
+    scale: tuple[float, float] | None = None
+    """The worst and the best score, which become 0 and 1; null is that of the template. The worst may be the higher."""
+    max_tokens: Count = 1024
+    temperature: NonNegative = 0.0
+    concurrency: Count = 16
+    """Requests at a time."""
+    timeout_s: Positive = 60.0
+    """For how long the server may be silent before the request counts as failed."""
+    retries: Index = 4
+    """How often a request is sent again after a timeout, a lost connection or an error of the server."""
+    backoff_s: NonNegative = 1.0
+    """Wait before the first retry; it doubles with each one, and a random part of up to a half is taken off it."""
+
+
 class RewardsConfig(Section):
     """What the images are scored by: a weighted sum."""
 
@@ -40,3 +78,5 @@ class RewardsConfig(Section):
     """Where a reward raises or is not finite: end the run, or leave the sample out of its group and count it."""
     geneval: GenEvalConfig = GenEvalConfig()
     pickscore: PretrainedConfig = PretrainedConfig()
+    ocr: OcrConfig = OcrConfig()
+    judge: JudgeConfig = JudgeConfig()

@@ -29,7 +29,7 @@ class Reward(Protocol):
 
 R = TypeVar("R", bound=Callable[[], Any])
 
-REWARDS_TO_COME = ("ocr", "pickscore")
+REWARDS_TO_COME = ("pickscore",)
 """Of the published recipes; not part of this version."""
 
 
@@ -45,6 +45,8 @@ class BuiltIn(NamedTuple):
 _FACTORIES: dict[str, Callable[[], Reward]] = {}
 _BUILT_IN = {
     "geneval": BuiltIn("dgpo_fast.rewards.geneval:GenEvalReward"),
+    "judge": BuiltIn("dgpo_fast.rewards.judge:JudgeReward"),
+    "ocr": BuiltIn("dgpo_fast.rewards.ocr:OcrReward", extra="ocr"),
     "shapes": BuiltIn("dgpo_fast.rewards.shapes:ShapesReward"),
 }  # fmt: skip
 

@@ -1,0 +1,468 @@
+"""The reward `judge`, against a server of the test's own that speaks HTTP and misbehaves when told to."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Lock, Thread, Timer
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import ValidationError
+
+from dgpo_fast.errors import UserError
+from dgpo_fast.reward_config import JudgeConfig, RewardConfig, RewardsConfig
+from dgpo_fast.rewards import Scorer
+from dgpo_fast.rewards.judge import (
+    KEY_VARIABLE,
+    TEMPLATES,
+    JudgeReward,
+    NoScoreError,
+    expected_level,
+    match_score,
+    read_answer,
+)
+
+PROMPTS = ["a red fox", 'a {green} "fox"', "ein blauer Füchsling", "a fox"]
+IMAGES = torch.rand(4, 3, 6, 10, generator=torch.Generator().manual_seed(1))
+
+
+class Reply(NamedTuple):
+    status: int = 200
+    content: bytes = b""
+    delay_s: float = 0.0
+    hangs_up: bool = False
+
+
+class Asked(NamedTuple):
+    path: str
+    headers: Mapping[str, str]
+    body: Mapping[str, Any]
+
+    @property
+    def text(self) -> str:
+        return str(self.body["messages"][0]["content"][1]["text"])
+
+    @property
+    def prompt(self) -> str:
+        """Of PROMPTS."""
+        (found,) = [prompt for prompt in PROMPTS[:3] if prompt in self.text] or ["a fox"]
+        return found
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        kind, _, data = self.body["messages"][0]["content"][0]["image_url"]["url"].partition(",")
+        assert kind == "data:image/png;base64"
+        with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as picture:
+            assert picture.format == "PNG"
+            return np.array(picture)
+
+
+def says(answer: str, *, delay_s: float = 0.0) -> Reply:
+    """A completion as the API has it."""
+    message = {"role": "assistant", "content": answer}
+    choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
+    return Reply(content=json.dumps({"object": "chat.completion", "choices": [choice]}).encode(), delay_s=delay_s)
+
+
+class Server:
+    """A server whose `reply` to a request may depend on how often its prompt came before."""
+
+    def __init__(self) -> None:
+        self.reply: Callable[[Asked, int], Reply] = lambda asked, before: says("Final Score: 3")
+        self.asked: list[Asked] = []
+        self.num_working = self.most_working = 0
+        self._lock = Lock()
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
+        self._thread = Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.start()
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join()
+
+    def times_asked(self) -> Counter[str]:
+        return Counter(asked.prompt for asked in self.asked)
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                asked = Asked(self.path, dict(self.headers), body)
+                with server._lock:
+                    reply = server.reply(asked, server.times_asked()[asked.prompt])
+                    server.asked.append(asked)
+                    server.num_working += 1
+                    server.most_working = max(server.most_working, server.num_working)
+                time.sleep(reply.delay_s)
+                with server._lock:
+                    server.num_working -= 1
+                if not reply.hangs_up:
+                    self._send(reply)
+
+            def _send(self, reply: Reply) -> None:
+                try:
+                    self.send_response(reply.status)
+                    self.send_header("Content-Length", str(len(reply.content)))
+                    self.end_headers()
+                    self.wfile.write(reply.content)
+                except OSError:  # who asked did not wait
+                    pass
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        return Handler
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+
+
+def judge(url: str | None, **settings: Any) -> JudgeReward:
+    config = JudgeConfig(**{"url": url, "model": "judge-7b", "backoff_s": 0.01, "timeout_s": 20, **settings})
+    return JudgeReward(config, device=torch.device("cpu"))
+
+
+def scores(reward: JudgeReward) -> list[float]:
+    return list(reward(IMAGES, PROMPTS)["judge"])
+
+
+# What is asked
+
+
+def test_a_request_is_a_chat_completion_with_the_image(server: Server) -> None:
+    judge(server.url, max_tokens=77, temperature=0.5)(IMAGES, PROMPTS)
+    assert server.times_asked() == Counter(PROMPTS)
+    for asked in server.asked:
+        assert asked.path == "/v1/chat/completions"
+        assert asked.headers["Content-Type"] == "application/json"
+        assert "Authorization" not in asked.headers
+        assert asked.body.keys() == {"model", "messages", "max_tokens", "temperature"}
+        assert (asked.body["model"], asked.body["max_tokens"], asked.body["temperature"]) == ("judge-7b", 77, 0.5)
+        (message,) = asked.body["messages"]
+        assert message["role"] == "user"
+        assert [part["type"] for part in message["content"]] == ["image_url", "text"]
+        assert f"Text Caption: [{asked.prompt}]" in asked.text
+        image_CHW = IMAGES[PROMPTS.index(asked.prompt)]
+        assert np.array_equal(asked.pixels, (image_CHW * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def test_pixels_out_of_range_are_clipped(server: Server) -> None:
+    judge(server.url)(torch.tensor([-1.0, 0.5, 2.0])[None, :, None, None].expand(1, 3, 2, 2), ["a fox"])
+    assert server.asked[0].pixels[0, 0].tolist() == [0, 128, 255]
+
+
+def test_the_key_comes_from_the_environment(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "sk-secret")
+    judge(server.url + "/")(IMAGES[:1], PROMPTS[:1])
+    assert server.asked[0].headers["Authorization"] == "Bearer sk-secret"
+    assert server.asked[0].path == "/v1/chat/completions"
+    with pytest.raises(ValidationError, match="key"):  # a recipe is written to disk
+        JudgeConfig(key="sk-secret")  # type: ignore[call-arg]
+
+
+def test_requests_run_together_but_not_too_many(server: Server) -> None:
+    server.reply = lambda asked, before: says("Final Score: 3", delay_s=0.2)
+    images, prompts = IMAGES[:1].expand(9, -1, -1, -1), ["a fox"] * 9
+    assert list(judge(server.url, concurrency=3)(images, prompts)["judge"]) == [0.5] * 9
+    assert server.most_working == 3
+
+
+def test_no_images(server: Server) -> None:
+    assert judge(server.url)(IMAGES[:0], []) == {"judge": [], "answer": []}
+
+
+# What is answered
+
+
+def test_answers_become_scores_in_the_order_of_the_images(server: Server) -> None:
+    """Whichever comes first."""
+    numbers = dict(zip(PROMPTS, [1, 2.5, 4, 5], strict=True))
+    server.reply = lambda asked, before: says(
+        f"fox (animal): 1\nFinal Score: {numbers[asked.prompt]}", delay_s=0.1 * (3 - PROMPTS.index(asked.prompt))
+    )
+    found = judge(server.url)(IMAGES, PROMPTS)
+    assert found == {"judge": [0, 0.375, 0.75, 1], "answer": [1, 2.5, 4, 5]}
+
+
+def test_three_axes_have_a_mean(server: Server) -> None:
+    server.reply = lambda asked, before: says(
+        "Alignment Score (1-5): 4.5\nCoherence Score (1-5): 3\nStyle Score (1-5): 1.5\n"
+    )
+    assert judge(server.url, template="unifiedreward-2")(IMAGES[:1], PROMPTS[:1])["answer"] == [3]
+
+
+def test_levels_are_weighted_with_their_probabilities(server: Server) -> None:
+    probabilities = {"Good": 0.4, "Fair": 0.1, " good": 0.2, "Ex": 0.1, "The": 0.2}
+    alternatives = [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in probabilities.items()]
+    position = {"token": "Good", "logprob": math.log(0.4), "top_logprobs": alternatives}
+    choice = {"message": {"content": "Good"}, "logprobs": {"content": [position]}}
+    server.reply = lambda asked, before: Reply(content=json.dumps({"choices": [choice]}).encode())
+    found = judge(server.url, template="deqa")(IMAGES[:1], PROMPTS[:1])
+    mean = (0.6 * 4 + 0.1 * 3 + 0.1 * 5) / 0.8
+    assert found["answer"] == pytest.approx([mean])
+    assert found["judge"] == pytest.approx([(mean - 1) / 4])
+    asked = server.asked[0].body
+    assert (asked["logprobs"], asked["top_logprobs"], asked["max_tokens"]) == (True, 20, 1)
+
+
+def test_levels_from_a_server_without_log_probabilities(server: Server) -> None:
+    server.reply = lambda asked, before: says("good")
+    with pytest.warns(UserWarning, match="4 of 4 images have no score.* log-probabilities of its first token"):
+        assert np.isnan(scores(judge(server.url, template="deqa"))).all()
+
+
+def test_a_template_of_ones_own(server: Server) -> None:
+    server.reply = lambda asked, before: says('{"flaws": 7}')
+    own = judge(server.url, template='{"asked": "{prompt}"}', pattern=r'"flaws": (\d+)', scale=(10, 0))
+    assert list(own(IMAGES[:1], PROMPTS[1:2])["judge"]) == pytest.approx([0.3])
+    assert server.asked[0].text == '{"asked": "a {green} "fox""}'
+
+
+def test_a_pattern_and_a_scale_for_a_named_template(server: Server) -> None:
+    server.reply = lambda asked, before: says("I say 40.")
+    own = judge(server.url, template="deqa", pattern=r"(\d+)", scale=(0, 100))
+    assert own(IMAGES[:1], PROMPTS[:1]) == {"judge": [0.4], "answer": [40]}
+    assert "logprobs" not in server.asked[0].body
+
+
+# What goes wrong
+
+
+def timeout_s(reply: Reply) -> float:
+    """Short only where the test waits for it: a busy machine may take its time with the other answers."""
+    return 0.7 if reply.delay_s else 20
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        Reply(500, b"CUDA out of memory"),
+        Reply(503),
+        Reply(429, b"slow down"),
+        Reply(content=b'{"choices": [{"mess'),
+        Reply(hangs_up=True),
+        says("Final Score: 1", delay_s=1.5),
+    ],
+    ids=["500", "503", "429", "malformed", "hangs-up", "slow"],
+)
+def test_what_fails_once_is_asked_again(server: Server, first: Reply) -> None:
+    server.reply = lambda asked, before: first if asked.prompt == "a red fox" and not before else says("Final Score: 4")
+    assert scores(judge(server.url, timeout_s=timeout_s(first))) == [0.75] * 4
+    assert server.times_asked() == Counter(PROMPTS) + Counter(["a red fox"])
+
+
+@pytest.mark.parametrize(
+    ("reply", "times", "reason"),
+    [
+        (Reply(500, b"out of\nmemory"), 3, "500 Internal Server Error: 'out of memory'"),
+        (Reply(content=b"<html>"), 3, "expected JSON, got '<html>'"),
+        (Reply(hangs_up=True), 3, "RemoteDisconnected"),
+        (says("", delay_s=1.5), 3, "TimeoutError: timed out"),
+        (Reply(400, b"prompt too long"), 1, "400 Bad Request: 'prompt too long'"),
+        (Reply(302, b""), 1, "302 Found"),
+        (Reply(content=b'{"error": "no"}'), 1, 'expected a completion with an answer, got \'{"error": "no"}\''),
+        (Reply(content=b"[]"), 1, r"expected a completion with an answer, got '\[\]'"),
+        (says("I cannot judge this."), 1, "a number where .* has its groups, got 'I cannot judge this.'"),
+        (says("\ud800 " + 200 * "la"), 1, r"got '\\ud800 lala.*\.\.\.'"),
+        (says("Final Score: 9"), 1, "expected a score between 1 and 5, got 9"),
+    ],
+    ids=["500", "malformed", "hangs-up", "silent", "400", "302", "error", "list", "garbage", "long", "off-scale"],
+)
+def test_an_image_without_a_score_costs_no_other_its_own(server: Server, reply: Reply, times: int, reason: str) -> None:
+    server.reply = lambda asked, before: reply if asked.prompt == PROMPTS[1] else says("Final Score: 4")
+    with pytest.warns(
+        UserWarning, match=f"rewards.judge: 1 of 4 images have no score; the first: .*{reason}"
+    ) as caught:
+        found = judge(server.url, retries=2, timeout_s=timeout_s(reply))(IMAGES, PROMPTS)
+    assert "\n" not in str(caught[0].message)
+    assert list(found["judge"]) == pytest.approx([0.75, math.nan, 0.75, 0.75], nan_ok=True)
+    assert list(found["answer"]) == pytest.approx([4, math.nan, 4, 4], nan_ok=True)
+    assert server.times_asked() == Counter(PROMPTS) + Counter({PROMPTS[1]: times - 1})
+
+
+def test_such_an_image_is_left_out_of_its_group(server: Server) -> None:
+    server.reply = lambda asked, before: says("no" if asked.prompt == PROMPTS[2] else "Final Score: 5")
+    settings = JudgeConfig(url=server.url, model="judge-7b")
+    config = RewardsConfig(terms=(RewardConfig(name="judge"),), on_failure="skip", judge=settings)
+    with pytest.warns(UserWarning, match="1 of 4"):
+        scored = Scorer(config)(IMAGES, PROMPTS)
+    assert scored.reward_B.isnan().tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_every_image_would_meet_ends_the_run(server: Server, status: int) -> None:
+    server.reply = lambda asked, before: Reply(status, b'{"error":\n"model judge-7b?"}')
+    with pytest.raises(UserError, match=rf"/v1/chat/completions answered {status} .*model judge-7b\?") as error:
+        judge(server.url)(IMAGES, PROMPTS)
+    assert "\n" not in str(error.value)
+    assert max(server.times_asked().values()) == 1
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def test_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The waits before retries double, and a random part of up to a half is missing from each."""
+    waits: list[float] = []
+    monkeypatch.setattr("dgpo_fast.rewards.judge.time.sleep", waits.append)
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    with pytest.raises(UserError, match=f"{url} takes no connection .*refused.* after 7 retries") as error:
+        judge(url, backoff_s=1, retries=7)(IMAGES[:1], PROMPTS[:1])
+    assert "\n" not in str(error.value)
+    longest = [1, 2, 4, 8, 16, 30, 30]
+    assert len(waits) == len(longest)
+    assert all(bound / 2 <= wait <= bound for wait, bound in zip(waits, longest, strict=True))
+    assert len({wait / bound for wait, bound in zip(waits, longest, strict=True)}) > 1
+
+
+def test_a_server_that_was_lost_for_some_images_only(server: Server) -> None:
+    """No connection is a failed image like any other while others are scored."""
+    reward = judge(server.url, retries=0, concurrency=1)
+
+    def reply(asked: Asked, before: int) -> Reply:
+        server._http.shutdown()
+        server._http.server_close()  # takes no further connection
+        return says("Final Score: 5")
+
+    server.reply = reply
+    with pytest.warns(UserWarning, match="3 of 4 images have no score; the first: ConnectionRefusedError"):
+        assert scores(reward) == pytest.approx([1, math.nan, math.nan, math.nan], nan_ok=True)
+
+
+def test_a_server_that_comes_late() -> None:
+    late = Server()
+    url = late.url
+    port = late._http.server_port
+    late.close()
+    started: list[ThreadingHTTPServer] = []
+
+    def start() -> None:
+        started.append(ThreadingHTTPServer(("127.0.0.1", port), late._handler()))
+        started[0].serve_forever(poll_interval=0.02)
+
+    timer = Timer(0.2, start)
+    timer.start()
+    try:
+        assert scores(judge(url, backoff_s=0.15, retries=6)) == [0.5] * 4
+    finally:
+        timer.join(0.5)
+        started[0].shutdown()
+        started[0].server_close()
+        timer.join()
+
+
+def test_a_hanging_server_does_not_keep_the_process_alive(server: Server) -> None:
+    """Whose scoring thread is a daemon, as the trainer's is."""
+    server.reply = lambda asked, before: says("Final Score: 1", delay_s=60)
+    script = f"""
+import threading, torch
+from dgpo_fast.reward_config import JudgeConfig
+from dgpo_fast.rewards.judge import JudgeReward
+reward = JudgeReward(JudgeConfig(url={server.url!r}, model="m"), device=torch.device("cpu"))
+threading.Thread(target=reward, args=(torch.rand(4, 3, 8, 8), ["a fox"] * 4), daemon=True).start()
+input()
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, text=True) as child:
+        try:
+            while len(server.asked) < 4:
+                assert child.poll() is None
+                time.sleep(0.02)
+            child.communicate("\n", timeout=20)
+        finally:
+            child.kill()
+    assert child.returncode == 0
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"url": None}, r"rewards\.judge\.url: not set; expected .* as http://localhost:8000/v1"),
+        ({"url": "localhost:8000"}, r"rewards\.judge\.url: expected .*, got 'localhost:8000'"),
+        ({"url": "http://host:port/v1"}, r"rewards\.judge\.url: expected .*, got 'http://host:port/v1'"),
+        ({"url": "http:///v1"}, r"rewards\.judge\.url: expected"),
+        ({"model": None}, r"rewards\.judge\.model: not set"),
+        ({"template": "unifiedreward2"}, r"no template 'unifiedreward2'; did you mean 'unifiedreward-2'\?"),
+        ({"template": "How good?"}, r"rewards\.judge\.pattern: not set"),
+        ({"template": "{prompt}", "pattern": "(.)"}, r"rewards\.judge\.scale: not set"),
+        ({"pattern": "Score: ("}, r"rewards\.judge\.pattern: 'Score: \(' is no regular expression"),
+        ({"pattern": "Score"}, r"rewards\.judge\.pattern: expected a group"),
+        ({"scale": (1, 1)}, r"rewards\.judge\.scale: expected two different numbers, got \[1\.0, 1\.0\]"),
+    ],
+)
+def test_settings_that_are_none(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        judge(**{"url": "http://localhost:8000/v1", **settings})
+    assert "\n" not in str(error.value)
+
+
+# How answers are read
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("Final Score: 4", 4),
+        ("**Final Score:** 4.25", 4.25),
+        ("Final Score: [3]", 3),
+        ("Final Score: 4/5", 4),
+        ("At first, Final Score: 2? No.\nFinal Score: 3.", 3),
+    ],
+)
+def test_final_scores(answer: str, score: float) -> None:
+    assert TEMPLATES["unifiedreward"].pattern is not None
+    assert match_score(answer, TEMPLATES["unifiedreward"].pattern) == score
+
+
+@pytest.mark.parametrize(
+    ("answer", "pattern"), [("four", "(four)"), ("4", "(4)|(5)"), ("", "(.+)"), (None, "(.*)"), ([{"a": 1}], "(.*)")]
+)
+def test_what_is_no_number(answer: object, pattern: str) -> None:
+    with pytest.raises(NoScoreError, match="expected an answer with a number"):
+        match_score(answer, pattern)
+
+
+def test_two_axes_are_no_three() -> None:
+    completion = {"choices": [{"message": {"content": "Alignment Score (1-5): 4\nStyle Score (1-5): 4"}}]}
+    with pytest.raises(NoScoreError):
+        read_answer(completion, TEMPLATES["unifiedreward-2"])
+
+
+def test_no_level_among_the_likeliest_tokens() -> None:
+    levels = TEMPLATES["deqa"].levels
+    assert levels is not None
+    assert expected_level({"BAD": -3.0, "\n": -0.1}, levels) == 1
+    with pytest.raises(NoScoreError, match="expected one of excellent, good, fair, poor, bad, got 'The', 'goods'"):
+        expected_level({"The": -0.1, "goods": -1.0}, levels)
