@@ -143,7 +143,7 @@ def evaluate_run(
     policy = load_policy(config, world)
     policy.take_ema(partial(checkpoint.read, "ema"))
     policy.check_trained()
-    scorer = Scorer(config.rewards)
+    scorer = Scorer(config.rewards, device=world.device)
     base, tuned = (evaluate_view(policy, view, prompts, config, scorer, world) for view in ("ref", "ema"))
     if picture is not None and world.is_first:
         shown = prompts[:PICTURED_PROMPTS]

@@ -57,7 +57,7 @@ class Trainer:
         self.samples_of_ranks = [
             placement.samples(rank, total=config.images_per_iteration) for rank in range(self.world.size)
         ]
-        self.scorer = Scorer(config.rewards)
+        self.scorer = Scorer(config.rewards, device=self.world.device)
         self.test_prompts = load_prompts(config.prompts.test, key="prompts.test")[: config.evaluation.num_prompts]
         train_prompts = load_prompts(config.prompts.train, key="prompts.train")
         self.prompts = PromptSampler(train_prompts, per_iteration=config.groups.per_iteration, seed=config.seed)

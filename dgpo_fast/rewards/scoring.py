@@ -28,9 +28,9 @@ Measured = Mapping[str, Sequence[tuple[int, Mapping[str, Tensor] | None]]]
 class Scorer:
     """The rewards of a recipe, ready to score."""
 
-    def __init__(self, config: RewardsConfig) -> None:
+    def __init__(self, config: RewardsConfig, *, device: torch.device | str = "cpu") -> None:
         self.config = config
-        self.rewards = {term.name: load_reward(term.name) for term in config.terms}
+        self.rewards = {term.name: load_reward(term.name, config, device=device) for term in config.terms}
         self._metric_names: dict[str, list[str]] = {}  # of each reward that has scored an image
 
     def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Scores:
