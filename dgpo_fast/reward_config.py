@@ -25,6 +25,27 @@ class PretrainedConfig(Section):
     """A local directory with the weights; null takes the Hugging Face cache, or downloads them."""
 
 
+class HPSv2Config(PretrainedConfig):
+    """HPS v2.1, whose checkpoint comes without the tokenizer of the model that it began from."""
+
+    tokenizer_path: str | None = None
+    """A local directory with CLIP's tokenizer.json; null likewise."""
+
+
+class ImageRewardConfig(PretrainedConfig):
+    """ImageReward, whose checkpoint comes without BERT's tokenizer."""
+
+    tokenizer_path: str | None = None
+    """A local directory with the tokenizer.json of bert-base-uncased; null likewise."""
+
+
+class AestheticConfig(PretrainedConfig):
+    """The aesthetic predictor: `path` has its head, which sees images through CLIP."""
+
+    clip_path: str | None = None
+    """A local directory with CLIP ViT-L/14; null likewise."""
+
+
 class RewardsConfig(Section):
     """What the images are scored by: a weighted sum."""
 
@@ -32,3 +53,7 @@ class RewardsConfig(Section):
     on_failure: Literal["stop", "skip"] = "stop"
     """Where a reward raises or is not finite: end the run, or leave the sample out of its group and count it."""
     pickscore: PretrainedConfig = PretrainedConfig()
+    clipscore: PretrainedConfig = PretrainedConfig()
+    hpsv2: HPSv2Config = HPSv2Config()
+    imagereward: ImageRewardConfig = ImageRewardConfig()
+    aesthetic: AestheticConfig = AestheticConfig()

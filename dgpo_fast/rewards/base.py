@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
@@ -29,7 +29,7 @@ class Reward(Protocol):
 
 R = TypeVar("R", bound=Callable[[], Any])
 
-REWARDS_TO_COME = ("geneval", "ocr", "pickscore")
+REWARDS_TO_COME = ("geneval", "ocr")
 """Of the published recipes; not part of this version."""
 
 
@@ -45,6 +45,13 @@ class BuiltIn(NamedTuple):
 _FACTORIES: dict[str, Callable[[], Reward]] = {}
 _BUILT_IN = {
     "shapes": BuiltIn("dgpo_fast.rewards.shapes:ShapesReward"),
+    "pickscore": BuiltIn("dgpo_fast.rewards.pickscore:PickScore"),
+    "clipscore": BuiltIn("dgpo_fast.rewards.clipscore:CLIPScore"),
+    "hpsv2": BuiltIn("dgpo_fast.rewards.hpsv2:HPSv2"),
+    "imagereward": BuiltIn("dgpo_fast.rewards.imagereward:ImageReward"),
+    "aesthetic": BuiltIn("dgpo_fast.rewards.aesthetic:Aesthetic"),
+    "jpeg_compressibility": BuiltIn("dgpo_fast.rewards.jpeg:JpegCompressibility"),
+    "jpeg_incompressibility": BuiltIn("dgpo_fast.rewards.jpeg:JpegIncompressibility"),
 }  # fmt: skip
 
 
@@ -91,21 +98,42 @@ def load_reward(name: str, settings: RewardsConfig | None = None, *, device: tor
     return cast(Reward, reward)
 
 
+def absent_weights(name: str, settings: RewardsConfig) -> Iterator[str]:
+    """What a first run will download for a reward, a line each: nothing is loaded, and no network is asked.
+
+    Raises:
+        UserError: as `load_reward`, or the recipe names a directory that lacks a file.
+    """
+    for weights, path in _find(name).weights(getattr(settings, name)):
+        absence = weights.absence(path)
+        if absence is not None:
+            yield f"reward {name!r}: {absence}"
+
+
+def has_weights(name: str) -> bool:
+    """Whether it is a reward of the package that is made of published weights."""
+    return name in _BUILT_IN and name not in _FACTORIES and name in RewardsConfig.model_fields
+
+
 def _make(name: str, settings: RewardsConfig, device: torch.device) -> Any:
     if name in _FACTORIES:
         return _FACTORIES[name]()
+    found = _find(name)
+    if has_weights(name):
+        return found(getattr(settings, name), device=device)
+    return found() if isinstance(found, type) else found
+
+
+def _find(name: str) -> Any:
     built_in = _BUILT_IN.get(name)
     try:
-        found = _import(built_in.target if built_in else name)
+        return _import(built_in.target if built_in else name)
     except ModuleNotFoundError as error:
         if built_in is None or built_in.extra is None:
             raise
         raise UserError(
             f"rewards: {name!r} needs {error.name}, which is not installed: pip install 'dgpo-fast[{built_in.extra}]'"
         ) from None
-    if built_in is not None and name in RewardsConfig.model_fields:
-        return found(getattr(settings, name), device=device)
-    return found() if isinstance(found, type) else found
 
 
 def _import(target: str) -> Any:
