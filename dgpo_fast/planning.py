@@ -232,12 +232,10 @@ def _describe_model(source: ModelSource, config: Config) -> tuple[str, list[str]
 
 
 def _missing_rewards(config: Config) -> Iterator[str]:
-    from dgpo_fast.rewards.base import REWARDS_TO_COME, absent_weights, has_weights, known_rewards, load_reward
+    from dgpo_fast.rewards.base import absent_weights, has_weights, load_reward
 
     for term in config.rewards.terms:
-        if term.name in REWARDS_TO_COME and term.name not in known_rewards():
-            yield f"reward {term.name!r} is not part of this version: give your own as package.module:Class"
-        elif has_weights(term.name):
+        if has_weights(term.name):
             yield from absent_weights(term.name, config.rewards)
         else:
             load_reward(term.name, config.rewards)

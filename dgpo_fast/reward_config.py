@@ -32,6 +32,27 @@ class GenEvalConfig(PretrainedConfig):
     """A local directory with CLIP ViT-L/14; null likewise."""
 
 
+class HPSv2Config(PretrainedConfig):
+    """HPS v2.1, whose checkpoint comes without the tokenizer of the model that it began from."""
+
+    tokenizer_path: str | None = None
+    """A local directory with CLIP's tokenizer.json; null likewise."""
+
+
+class ImageRewardConfig(PretrainedConfig):
+    """ImageReward, whose checkpoint comes without BERT's tokenizer."""
+
+    tokenizer_path: str | None = None
+    """A local directory with the tokenizer.json of bert-base-uncased; null likewise."""
+
+
+class AestheticConfig(PretrainedConfig):
+    """The aesthetic predictor: `path` has its head, which sees images through CLIP."""
+
+    clip_path: str | None = None
+    """A local directory with CLIP ViT-L/14; null likewise."""
+
+
 class OcrConfig(Section):
     """The reward `ocr`: is the text that the prompt asks for in the image?"""
 
@@ -80,3 +101,7 @@ class RewardsConfig(Section):
     pickscore: PretrainedConfig = PretrainedConfig()
     ocr: OcrConfig = OcrConfig()
     judge: JudgeConfig = JudgeConfig()
+    clipscore: PretrainedConfig = PretrainedConfig()
+    hpsv2: HPSv2Config = HPSv2Config()
+    imagereward: ImageRewardConfig = ImageRewardConfig()
+    aesthetic: AestheticConfig = AestheticConfig()

@@ -295,13 +295,14 @@ def test_the_embedded_recipe_is_ready_to_run() -> None:
     assert "embedded" in found.model
 
 
-def test_a_recipe_lacks_weights_reward_and_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_lacks_weights_and_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args, **options: None)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    weights, reward, train, test = planned("sd35m-pickscore", "prompts.train=null", "prompts.test=null").warnings
+    weights, train, test = planned(
+        "sd35m-pickscore", "prompts.train=null", "prompts.test=null", "rewards.terms=[{name: shapes}]"
+    ).warnings
     assert "hf download stabilityai/stable-diffusion-3.5-medium" in weights
     assert "no Hugging Face token" in weights
-    assert "reward 'pickscore' is not part of this version" in reward
     assert "--set prompts.train=FILE" in train
     assert "--set prompts.test=FILE" in test
 

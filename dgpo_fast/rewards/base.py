@@ -29,9 +29,6 @@ class Reward(Protocol):
 
 R = TypeVar("R", bound=Callable[[], Any])
 
-REWARDS_TO_COME = ("pickscore",)
-"""Of the published recipes; not part of this version."""
-
 
 class BuiltIn(NamedTuple):
     """A reward that comes with the package."""
@@ -44,9 +41,16 @@ class BuiltIn(NamedTuple):
 
 _FACTORIES: dict[str, Callable[[], Reward]] = {}
 _BUILT_IN = {
+    "aesthetic": BuiltIn("dgpo_fast.rewards.aesthetic:Aesthetic"),
+    "clipscore": BuiltIn("dgpo_fast.rewards.clipscore:CLIPScore"),
     "geneval": BuiltIn("dgpo_fast.rewards.geneval:GenEvalReward"),
+    "hpsv2": BuiltIn("dgpo_fast.rewards.hpsv2:HPSv2"),
+    "imagereward": BuiltIn("dgpo_fast.rewards.imagereward:ImageReward"),
+    "jpeg_compressibility": BuiltIn("dgpo_fast.rewards.jpeg:JpegCompressibility"),
+    "jpeg_incompressibility": BuiltIn("dgpo_fast.rewards.jpeg:JpegIncompressibility"),
     "judge": BuiltIn("dgpo_fast.rewards.judge:JudgeReward"),
     "ocr": BuiltIn("dgpo_fast.rewards.ocr:OcrReward", extra="ocr"),
+    "pickscore": BuiltIn("dgpo_fast.rewards.pickscore:PickScore"),
     "shapes": BuiltIn("dgpo_fast.rewards.shapes:ShapesReward"),
 }  # fmt: skip
 
@@ -77,11 +81,9 @@ def load_reward(name: str, settings: RewardsConfig | None = None, *, device: tor
         UserError: nothing of that name, it cannot be imported or made, or it is not callable.
     """
     if ":" not in name and name not in known_rewards():
-        hint = (
-            "; it is not part of this version, give your own as package.module:Class" if name in REWARDS_TO_COME else ""
-        )
         raise UserError(
-            f"rewards: no reward {name!r}{suggest(name, known_rewards())} known: {', '.join(known_rewards())}{hint}"
+            f"rewards: no reward {name!r}{suggest(name, known_rewards())} known: {', '.join(known_rewards())}; or your "
+            "own, as package.module:Class"
         )
     try:
         reward = _make(name, settings or RewardsConfig(terms=(RewardConfig(name=name),)), torch.device(device))

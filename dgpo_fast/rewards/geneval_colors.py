@@ -6,7 +6,7 @@ three sentences for each colour. Embeddings are normalised, their mean over a co
 
 Sources: djghosh13/geneval, evaluation/evaluate_images.py (sentences, colours, grey); LAION's CLIP_benchmark 1.4.0,
 metrics/zeroshot_classification.py (the ensemble); open_clip 2.20 (preprocessing). Departures: the encoders compute in
-float32, where CLIP_benchmark lets CUDA round to float16; only the part of an elongated crop that is seen is enlarged.
+float32, where CLIP_benchmark lets CUDA round to float16.
 DGPO's own copy of the server loads OpenAI's weights into open_clip's ViT-L-14 without its QuickGELU, another activation
 than they were trained with; this has the right one, as GenEval does.
 
@@ -25,17 +25,18 @@ from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPTokenizer
 
 from dgpo_fast.prompts.geneval import COLORS
-from dgpo_fast.rewards.geneval_loading import load_model, load_tokenizer
+from dgpo_fast.rewards.clip import CLIP_FILES
+from dgpo_fast.rewards.loading import load_model, load_tokenizer
+from dgpo_fast.rewards.preprocessing import Preprocessing
 from dgpo_fast.rewards.pretrained import Pretrained
 
 WEIGHTS = Pretrained(
     repo="openai/clip-vit-large-patch14", key="rewards.geneval.clip_path",
-    files=("config.json", "model.safetensors", "tokenizer.json"), gigabytes=1.71, licence="MIT",
+    files=CLIP_FILES, gigabytes=1.71, licence="MIT",
 )  # fmt: skip
 
 SENTENCES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 GREY = 0x99
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CROPS_PER_FORWARD = 32
 
 
@@ -99,36 +100,9 @@ class ColorReader:
 def prepare(crop: Crop, *, size: int) -> Tensor:
     """CLIP's input of a crop, float32 [3, size, size]: the shorter side made `size` pixels, the middle of it."""
     left, top, right, bottom = crop.box
-    levels = crop.levels_CHW[:, top:bottom, left:right].double()
-    levels = levels.where(crop.mask_HW[top:bottom, left:right], GREY)
-    height, width = levels.shape[-2:]
-    short = min(height, width)
-    down, across = (_weights(side, size * side // short, size, device=levels.device) for side in (height, width))
-    # Pillow's order: rows, rounded to 8 bits, then columns.
-    resized = _to_8_bits(down @ _to_8_bits(levels @ across.T)).float()
-    mean, std = (resized.new_tensor(values)[:, None, None] for values in (MEAN, STD))
-    return (resized / 255 - mean) / std
-
-
-def _weights(length: int, new_length: int, seen: int, *, device: torch.device) -> Tensor:
-    """What the middle `seen` pixels of a side of `new_length` take of one of `length`: float64 [seen, length].
-
-    Keys' cubic kernel with a = -1/2, as wide as the new pixels where these are the larger ones, as Pillow has it.
-    """
-    scale = length / new_length
-    reach = max(scale, 1.0)
-    first = round((new_length - seen) / 2)
-    centres = (torch.arange(first, first + seen, dtype=torch.float64, device=device) + 0.5) * scale
-    pixels = torch.arange(length, dtype=torch.float64, device=device) + 0.5
-    distance = ((pixels - centres[:, None]) / reach).abs()
-    near = (1.5 * distance - 2.5) * distance**2 + 1
-    far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
-    weights = torch.where(distance < 1, near, far.where(distance < 2, 0.0))
-    return weights / weights.sum(1, keepdim=True)
-
-
-def _to_8_bits(levels: Tensor) -> Tensor:
-    return (levels + 0.5).floor().clamp(0, 255)
+    levels_CHW = crop.levels_CHW[:, top:bottom, left:right].where(crop.mask_HW[top:bottom, left:right], GREY)
+    preprocessing = Preprocessing(size=size, odd_margin="even")
+    return preprocessing(levels_CHW[None] / 255, dtype=torch.float32)[0]
 
 
 def levels_of(images_BCHW: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from torch.nn.functional import interpolate, pad
 from transformers import Mask2FormerForUniversalSegmentation
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.rewards.geneval_loading import load_model
+from dgpo_fast.rewards.loading import load_model
 from dgpo_fast.rewards.pretrained import Pretrained
 
 WEIGHTS = Pretrained(

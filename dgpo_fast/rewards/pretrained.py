@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +25,16 @@ class Pretrained:
     def find(self, path: str | None) -> Path:
         """The directory with the files: `path`, or where the hub's are on this machine, once they are.
 
+        What is in the cache is used as it is: the hub is not asked, so that a run goes on with the weights it began
+        with, network or not.
+
         Raises:
             UserError: `path` lacks a file; or the weights are not in the cache and cannot be downloaded. One line says
                 what to download, and where to put it.
         """
-        return self._checked(Path(path)) if path is not None else self._from_hub()
+        if path is not None:
+            return self._checked(Path(path).expanduser())
+        return self._cached() or self._downloaded()
 
     def absence(self, path: str | None) -> str | None:
         """What a first run will download, in a line; None where the files are on this machine.
@@ -37,44 +43,68 @@ class Pretrained:
             UserError: `path` lacks a file.
         """
         if path is not None:
-            self._checked(Path(path))
+            self._checked(Path(path).expanduser())
             return None
-        if self._is_cached():
+        if self._cached() is not None:
             return None
-        return (
-            f"the weights {self.repo} ({self.gigabytes:g} GB, {self.licence}) are not in the local cache: "
-            f"`hf download {self.repo}` or the first run fetches them"
-        )
+        return f"{self._description} are not in the local cache: `{self._command}` or the first run fetches them"
 
-    def _is_cached(self) -> bool:
-        from huggingface_hub import snapshot_download
+    def _checked(self, directory: Path) -> Path:
+        if not directory.is_dir():
+            what = "a file" if directory.exists() else "not there"
+            raise UserError(f"{self.key}: {directory} is {what}; expected a directory with {self._origin}")
+        missing = self._missing(directory)
+        if missing:
+            raise UserError(f"{self.key}: {directory} has no {missing[0]}; expected {self._origin}")
+        return directory
+
+    def _missing(self, directory: Path) -> list[str]:
+        return [pattern for pattern in self.files if not any(directory.glob(pattern))]
+
+    def _cached(self) -> Path | None:
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         try:
-            cached = Path(snapshot_download(self.repo, allow_patterns=list(self.files), local_files_only=True))
+            directory = self._snapshot(local_files_only=True)
         except LocalEntryNotFoundError:
-            return False
-        return all(any(cached.glob(pattern)) for pattern in self.files)  # of a download that was not interrupted
+            return None
+        return None if self._missing(directory) else directory  # a download that was interrupted
 
-    def _checked(self, directory: Path) -> Path:
-        missing = [pattern for pattern in self.files if not any(directory.glob(pattern))]
+    def _downloaded(self) -> Path:
+        try:
+            directory = self._snapshot(local_files_only=False)
+        except Exception as error:  # of the hub, of its client, of the network, of the disk: they do not come
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            raise UserError(self._unavailable(reason)) from None
+        missing = self._missing(directory)
         if missing:
-            raise UserError(
-                f"{self.key}: {directory} has no {missing[0]}; expected the files of "
-                f"https://huggingface.co/{self.repo}: {', '.join(self.files)}"
-            )
+            raise UserError(self._unavailable(f"{missing[0]} did not come"))
         return directory
 
-    def _from_hub(self) -> Path:
+    def _snapshot(self, *, local_files_only: bool) -> Path:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-        try:
-            return Path(snapshot_download(self.repo, allow_patterns=list(self.files)))
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{self.key}: the weights {self.repo} ({self.gigabytes:g} GB, {self.licence}) are not on this machine "
-                f"and cannot be downloaded: run `hf download {self.repo} --local-dir DIR` where there is a network, "
-                f"and set {self.key}=DIR ({type(error).__name__}: {reason[:120]})"
-            ) from None
+        return Path(snapshot_download(self.repo, allow_patterns=list(self.files), local_files_only=local_files_only))
+
+    def _unavailable(self, reason: str) -> str:
+        return (
+            f"{self.key}: {self._description} are not on this machine and cannot be downloaded: run `{self._command}` "
+            f"where there is a network, and set {self.key}=DIR ({reason})"
+        )
+
+    @property
+    def _description(self) -> str:
+        megabytes = 1000 * self.gigabytes
+        size = f"{self.gigabytes:g} GB" if megabytes >= 100 else f"{megabytes:g} MB"
+        return f"the weights {self.repo} ({size}, {self.licence})"
+
+    @property
+    def _origin(self) -> str:
+        return f"the files of https://huggingface.co/{self.repo}: {', '.join(self.files)}"
+
+    @property
+    def _command(self) -> str:
+        """Downloads what is used and no more: some of these repositories have the same weights four times."""
+        plain = all("*" not in pattern for pattern in self.files)
+        words = self.files if plain else [word for pattern in self.files for word in ("--include", pattern)]
+        return f"{shlex.join(['hf', 'download', self.repo, *words])} --local-dir DIR"

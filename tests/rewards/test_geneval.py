@@ -243,11 +243,10 @@ def with_pillow(crop: Crop, *, size: int) -> Tensor:
 )
 @pytest.mark.parametrize("size", [56, 224, 16])
 def test_crops_are_those_of_pillow(box: tuple[int, int, int, int], size: int) -> None:
-    """To one level of 255, which Pillow's fixed-point weights may round the other way, and nearly everywhere equal."""
+    """To the bit before they are normalised, in which three float32 roundings of numbers up to 3 differ."""
     crop = crop_of(pictures(1, 48, 64)[0], box)
     found, expected = prepare(crop, size=size), with_pillow(crop, size=size)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1.01 / 255 / 0.26)
-    assert ((found - expected).abs() < 1e-5).float().mean() > 0.99
+    torch.testing.assert_close(found, expected, rtol=0, atol=3 * 4 * 2**-24)
 
 
 def test_an_elongated_crop_is_not_enlarged_beyond_what_is_seen() -> None:
@@ -418,7 +417,9 @@ def test_files_that_cannot_be_read(directories: tuple[Path, Path], tmp_path: Pat
     with pytest.raises(UserError, match=r"rewards\.geneval\.clip_path: .* cannot be read: ") as error:
         ColorReader.from_directory(tmp_path, device=CPU)
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"is no CLIPModel of the published kind: it lacks \d+ weights, among them "):
+    with pytest.raises(
+        UserError, match=r"is no CLIPModel of the published kind: \d+ weights are missing or of another shape"
+    ):
         (tmp_path / "config.json").write_bytes((directories[1] / "config.json").read_bytes())
         (tmp_path / "model.safetensors").write_bytes((directories[0] / "model.safetensors").read_bytes())
         ColorReader.from_directory(tmp_path, device=CPU)

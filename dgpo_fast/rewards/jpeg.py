@@ -1,0 +1,48 @@
+"""How large images are as JPEG files: rewards that need no model.
+
+Source: Black et al., arXiv 2305.13301, section 5.1; github.com/kvablack/ddpo-pytorch, ddpo_pytorch/rewards.py.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+QUALITY = 95
+BYTES_PER_KILOBYTE = 1000
+
+
+class JpegIncompressibility:
+    """Kilobytes (1000 bytes) of the image as a JPEG of quality 95 with Pillow's other settings; prompts are not read.
+
+    NaN for an image that is not finite. One image after another: Pillow (src/encode.c) keeps Python's lock while it
+    encodes to memory, so that threads would wait for each other.
+    """
+
+    def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> list[float]:
+        finite_B = images_BCHW.isfinite().flatten(1).all(1).tolist()
+        levels_BCHW = (images_BCHW * 255).round().clamp(0, 255).byte()
+        levels_BHWC = levels_BCHW.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        return [_kilobytes(image) if finite else math.nan for image, finite in zip(levels_BHWC, finite_B, strict=True)]
+
+
+class JpegCompressibility:
+    """Minus those kilobytes, as in DDPO. Flow-GRPO's code divides by 500, which only a sum of rewards feels."""
+
+    def __init__(self) -> None:
+        self._incompressibility = JpegIncompressibility()
+
+    def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> list[float]:
+        return [-kilobytes for kilobytes in self._incompressibility(images_BCHW, prompts)]
+
+
+def _kilobytes(levels_HWC: NDArray[np.uint8]) -> float:
+    file = io.BytesIO()
+    Image.fromarray(levels_HWC).save(file, format="JPEG", quality=QUALITY)
+    return file.tell() / BYTES_PER_KILOBYTE
