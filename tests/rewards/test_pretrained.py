@@ -136,7 +136,7 @@ def test_an_interrupted_download_is_not_taken_for_whole(cache: Path) -> None:
 def test_what_a_plan_says() -> None:
     assert WEIGHTS.absence(None) == (
         "the weights somebody/model (3.5 GB, MIT) are not in the local cache: `hf download somebody/model config.json "
-        "model.safetensors --local-dir DIR` or the first run fetches them"
+        "model.safetensors` or the first run fetches them"
     )
 
 
