@@ -88,8 +88,8 @@ class Pretrained:
 
     def _unavailable(self, reason: str) -> str:
         return (
-            f"{self.key}: {self._description} are not on this machine and cannot be downloaded: run `{self._command}` "
-            f"where there is a network, and set {self.key}=DIR ({reason})"
+            f"{self.key}: {self._description} are not on this machine and cannot be downloaded: run `{self._command} "
+            f"--local-dir DIR` where there is a network, and set {self.key}=DIR ({reason})"
         )
 
     @property
@@ -107,4 +107,4 @@ class Pretrained:
         """Downloads what is used and no more: some of these repositories have the same weights four times."""
         plain = all("*" not in pattern for pattern in self.files)
         words = self.files if plain else [word for pattern in self.files for word in ("--include", pattern)]
-        return f"{shlex.join(['hf', 'download', self.repo, *words])} --local-dir DIR"
+        return shlex.join(["hf", "download", self.repo, *words])

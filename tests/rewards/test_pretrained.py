@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
 from dgpo_fast import load_recipe
 from dgpo_fast.errors import UserError
@@ -26,16 +26,16 @@ COMMIT = 40 * "a"
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and no network, as HF_HUB_OFFLINE=1 has it."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "cache"
 
 
 @pytest.fixture
 def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     """The network is allowed, but nobody answers where the hub should be."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
 
 
 def refusal(call: Callable[[], Any]) -> str:
@@ -136,7 +136,7 @@ def test_an_interrupted_download_is_not_taken_for_whole(cache: Path) -> None:
 def test_what_a_plan_says() -> None:
     assert WEIGHTS.absence(None) == (
         "the weights somebody/model (3.5 GB, MIT) are not in the local cache: `hf download somebody/model config.json "
-        "model.safetensors --local-dir DIR` or the first run fetches them"
+        "model.safetensors` or the first run fetches them"
     )
 
 
