@@ -8,12 +8,15 @@ from typing import Literal, cast
 
 from dgpo_fast import rng
 from dgpo_fast.errors import UserError
+from dgpo_fast.prompts.drawbench_style import DRAWBENCH_STYLE, drawbench_style_prompts
 
 SHAPES_SOURCES = ("shapes:train", "shapes:test")
+SOURCES = (*SHAPES_SOURCES, DRAWBENCH_STYLE)
+"""That come with the package."""
 
 
 def load_prompts(source: str | None, *, key: str) -> list[str]:
-    """The prompts of a source: `shapes:train`, `shapes:test`, or a UTF-8 text file with a prompt on each line.
+    """The prompts of a source: one of `SOURCES`, or a UTF-8 text file with a prompt on each line.
 
     Raises:
         UserError: naming the recipe's `key`: no source given, no such file, or no prompt in it.
@@ -25,10 +28,12 @@ def load_prompts(source: str | None, *, key: str) -> list[str]:
 
         split = cast(Literal["train", "test"], source.partition(":")[2])
         return [str(caption) for caption in split_captions(split)]
+    if source == DRAWBENCH_STYLE:
+        return drawbench_style_prompts()
     try:
         text = Path(source).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{key}: no file {source!r} (and it is none of {', '.join(SHAPES_SOURCES)})") from None
+        raise UserError(f"{key}: no file {source!r} (and it is none of {', '.join(SOURCES)})") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{key}: cannot read {source!r}: {error}") from None
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
