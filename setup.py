@@ -83,7 +83,7 @@ def builds_cuda(torch_dir: Path, path: str) -> bool:
 setup(
     packages=[*find_packages(include=["dgpo_fast", "dgpo_fast.*"]), "dgpo_fast.kernels"],
     package_dir={"dgpo_fast.kernels": "kernels"},
-    package_data={"dgpo_fast": ["recipes/*.yaml", "assets/**", "**/*.html", "**/*.css", "**/*.js"]},
+    package_data={"dgpo_fast": ["recipes/**/*.yaml", "assets/**", "**/*.html", "**/*.css", "**/*.js"]},
     # Optional: an editable install would otherwise insist on copying a library that was not built.
     ext_modules=[Extension("dgpo_fast._cpu", sources=[], optional=True)],  # and _cuda beside it
     cmdclass={"build_ext": CMakeBuild},

@@ -1,4 +1,4 @@
-"""Line charts as SVG that fills whatever width it is given, its text staying the size of the page's.
+"""Line charts and histograms as SVG that fills whatever width it is given, its text staying the size of the page's.
 
 Places are percentages of the plot, which stylesheets give a height and margins for the labels. Only paths cannot be in
 percent: they lie in an inner SVG of `UNITS` x `UNITS` that stretches without regard to its aspect ratio, while the
@@ -23,6 +23,8 @@ Floats = npt.NDArray[np.float64]
 UNITS = 1000
 MAX_PATH_POINTS = 800
 """Points of a path; a wide screen shows about as many columns."""
+BARS_PER_TICK = 4
+"""Of a histogram."""
 MAX_READOUTS = 250
 """Points of a series that can be pointed at for their values."""
 
@@ -78,6 +80,35 @@ def line_chart(series: Sequence[Series], *, title: str, x_end: float, zero: bool
         units=UNITS,
         paths=paths,
         points=points,
+    )
+
+
+def histogram(values: Floats, *, title: str, color: str, mean: float, band: tuple[float, float]) -> Markup:
+    """An SVG of how many of `values` lie where: bars of equal width, the middle one around zero.
+
+    Args:
+        values: finite, at least one.
+        title: what a screen reader says.
+        color: a class of the stylesheet.
+        mean: where a line stands.
+        band: ends of a band around it, such as its interval; NaN for none.
+    """
+    ticks = value_axis(min(0.0, float(values.min())), max(0.0, float(values.max())))
+    width = (ticks.ticks[1] - ticks.ticks[0]) / BARS_PER_TICK
+    # Half a bar to each side, so that zero, and what lies on a tick, is in the middle of one and on no edge.
+    first, last = (round(end / width) for end in (ticks.low, ticks.high))
+    edges = (np.arange(first, last + 2) - 0.5) * width
+    counts, _ = np.histogram(values, edges)
+    x_axis, y_axis = Axis(float(edges[0]), float(edges[-1]), ticks.ticks), step_axis(float(counts.max()))
+    return Markup('<svg class="plot" role="img" aria-label="{title}">{grid}{bars}{marks}</svg>').format(
+        title=title,
+        grid=_grid(x_axis, y_axis),
+        bars=Markup().join(
+            _bar(x_axis, y_axis, left=left, width=width, count=count, color=color)
+            for left, count in zip(edges, counts.tolist(), strict=False)
+            if count
+        ),
+        marks=_marks(x_axis, mean=mean, band=band, color=color),
     )
 
 
@@ -186,6 +217,28 @@ def _grid(x_axis: Axis, y_axis: Axis) -> Markup:
         for tick, label in zip(x_axis.ticks, tick_labels(x_axis.ticks), strict=True)
     )
     return rows + columns
+
+
+def _bar(x_axis: Axis, y_axis: Axis, *, left: float, width: float, count: int, color: str) -> Markup:
+    start, end, height = x_axis.percent(left), x_axis.percent(left + width), y_axis.percent(count)
+    return Markup('<rect class="bar {}" x="{}%" y="{}%" width="{}%" height="{}%"/>').format(
+        color, start, round(100.0 - height, 3), round(end - start, 3), height
+    )
+
+
+def _marks(x_axis: Axis, *, mean: float, band: tuple[float, float], color: str) -> Markup:
+    """A line at zero and one at the mean, and the band around that, as far as the axis goes."""
+    zero, middle = x_axis.percent(0.0), x_axis.percent(mean)
+    lines = Markup(
+        '<line class="zero" x1="{0}%" x2="{0}%" y2="100%"/><line class="mean {2}" x1="{1}%" x2="{1}%" y2="100%"/>'
+    ).format(zero, middle, color)
+    if not all(map(math.isfinite, band)):
+        return lines
+    start, end = (min(max(x_axis.percent(value), 0.0), 100.0) for value in band)
+    return (
+        Markup('<rect class="band {}" x="{}%" width="{}%" height="100%"/>').format(color, start, round(end - start, 3))
+        + lines
+    )
 
 
 def _path(series: Series, x_axis: Axis, y_axis: Axis) -> Markup:

@@ -186,6 +186,20 @@ def last_checkpoint(run_dir: Path) -> Path:
     return checkpoints[-1]
 
 
+def find_checkpoint(run_dir: Path, step: int | None) -> Path:
+    """The checkpoint of a run after `step` steps, or for None the newest.
+
+    Raises:
+        UserError: there is none.
+    """
+    if step is None:
+        return last_checkpoint(run_dir)
+    steps = {_step_of(path): path for path in list_checkpoints(run_dir)}
+    if step not in steps:
+        raise UserError(f"--step {step}: {run_dir} has checkpoints of steps {', '.join(map(str, steps)) or 'none'}")
+    return steps[step]
+
+
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 

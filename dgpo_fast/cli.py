@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -23,6 +23,7 @@ from rich.table import Table
 
 from dgpo_fast.config import Config, load_recipe, recipe_names, refuse_used
 from dgpo_fast.errors import UserError
+from dgpo_fast.files import write_atomically
 from dgpo_fast.parallel import failures
 
 app = typer.Typer(
@@ -123,22 +124,54 @@ def evaluate(
     split: Annotated[Literal["train", "test"], typer.Option(help="Which prompts.")] = "test",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Save base above tuned images as a PNG.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME", help="An evaluation recipe that `recipes` lists, or a YAML file.")
+    ] = None,
+    rewards: Annotated[
+        list[str] | None, typer.Option("--reward", metavar="NAME", help="Instead of the run's rewards; repeatable.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Instead of the split's prompts: a file, or a source.")
+    ] = None,
+    num_prompts: Annotated[int | None, typer.Option(metavar="N", min=1, help="Else as many as the run takes.")] = None,
+    images_per_prompt: Annotated[int | None, typer.Option(metavar="N", min=1, help="Else the run's.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Such as rewards.pickscore.path=DIR.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of the checkpoint; else the newest.")] = None,
+    gallery: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write a page with all images and scores into a new directory.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every image's scores.")] = None,
 ) -> None:
     """Compare base and fine-tuned model on held-out prompts, from the same noise."""
-    if picture is not None:
-        if picture.is_dir():
-            raise UserError(f"--picture {picture} is a directory; expected a file such as {picture / 'eval.png'}")
-        _check_writable(picture.parent)
+    from dgpo_fast.evaluation_config import evaluation_config
+
+    config = evaluation_config(
+        run_dir, split=split, recipe=recipe, overrides=overrides or [], rewards=rewards or [], prompts=prompts,
+        num_prompts=num_prompts, images_per_prompt=images_per_prompt,
+    )  # fmt: skip
+    _check_file("--picture", picture, example="eval.png")
+    _check_file("--csv", csv, example="eval.csv")
+    if gallery is not None:
+        _check_writable(gallery)
+        if any(gallery.iterdir()):
+            raise UserError(f"--gallery {gallery} holds something already; name a new directory")
     from dgpo_fast.evaluate import evaluate_run
 
-    result: dict[str, Any] = evaluate_run(run_dir, split=split, picture=picture)
+    found = evaluate_run(run_dir, config=config, split=split, step=step, picture=picture, gallery=gallery)
     if not _is_first_rank():
         return
+    if csv is not None:
+        write_atomically(csv, found.as_csv().encode())
     if as_json:
-        print(json.dumps(result))
-    else:
-        title = f"{result['num_prompts']} prompts of {result['split']}"
-        Console().print(_score_table(title, base=result["base"], tuned=result["tuned"]))
+        print(json.dumps(found.as_json()))
+        return
+    console = Console()
+    console.print(found.as_table())
+    for path in (csv, gallery and gallery / "index.html"):
+        if path is not None:
+            console.print(path, soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -181,11 +214,16 @@ def export(
 
 @app.command()
 def recipes() -> None:
-    """List the recipes that come with the package."""
-    names = recipe_names()
-    width = max(len(name) for name in names)
+    """List the recipes that come with the package: for `train`, and below these for `eval`."""
+    from dgpo_fast.evaluation_config import evaluation_recipe_names, load_evaluation_recipe
+
+    names, for_eval = recipe_names(), evaluation_recipe_names()
+    width = max(len(name) for name in (*names, *for_eval))
     for name in names:
         print(f"{name:<{width}}  {load_recipe(name).description}")
+    print("", "For dgpo-fast eval RUN_DIR --recipe NAME:", sep="\n")
+    for name in for_eval:
+        print(f"{name:<{width}}  {load_evaluation_recipe(name)['description']}")
 
 
 @app.command()
@@ -285,6 +323,15 @@ def _check_writable(directory: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror}") from None
+
+
+def _check_file(option: str, file: Path | None, *, example: str) -> None:
+    """Makes sure that a file, if one is asked for, can be written."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise UserError(f"{option} {file} is a directory; expected a file such as {file / example}")
+    _check_writable(file.parent)
 
 
 def _is_first_rank() -> bool:

@@ -23,6 +23,7 @@ from dgpo_fast.reward_config import RewardConfig, RewardsConfig
 from dgpo_fast.sections import Count, NonNegative, Positive, Section, Sigma
 
 RECIPES = Path(__file__).parent / "recipes"
+EVALUATION_RECIPES = RECIPES / "evaluation"
 
 PUBLISHED_TARGETS = (
     "attn.to_q",
@@ -434,6 +435,18 @@ def load_run_config(run_dir: Path) -> Config:
     return load_recipe(run_dir / "config.yaml")
 
 
+def change_config(config: Config, changes: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str) -> Config:
+    """`config` with the values of `changes`, section by section, and then `a.b=value` overrides; `source` names it.
+
+    Raises:
+        UserError: as `load_recipe`.
+    """
+    data = _merge(config.model_dump(mode="json"), dict(changes))
+    for override in overrides:
+        _apply(data, override)
+    return parse_config(data, source=source)
+
+
 def refuse_used(out: Path) -> None:
     """Makes sure that `out` holds no run.
 
@@ -453,6 +466,21 @@ def parse_config(data: Mapping[str, Any], *, source: str) -> Config:
         return Config.model_validate_json(json.dumps({**data, **named}), strict=True)
     except ValidationError as error:
         raise UserError(f"{source}: {_explain(error)}") from None
+
+
+def read_recipe_file(path: Path) -> dict[str, Any]:
+    """The sections in a YAML file, not validated.
+
+    Raises:
+        UserError: it is not YAML, or no mapping.
+    """
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections, got {type(data).__name__}")
+    return data
 
 
 def recipe_names() -> list[str]:
@@ -489,21 +517,22 @@ _Loader.add_implicit_resolver(
 )
 
 
+_FOR_EVAL = "{0!r} is an evaluation recipe, and trains nothing: dgpo-fast eval RUN_DIR --recipe {0}"
+
+
 def _read_recipe(name_or_path: str, extended_by: tuple[str, ...] = ()) -> dict[str, Any]:
     is_file = name_or_path.endswith((".yaml", ".yml"))
     path = Path(name_or_path) if is_file else RECIPES / f"{name_or_path}.yaml"
     if not path.is_file():
         known = recipe_names()
         hint = "" if is_file else f"{suggest(name_or_path, known)} recipes: {', '.join(known)}"
-        raise UserError(f"no recipe {name_or_path!r}{hint}")
+        evaluates = (EVALUATION_RECIPES / path.name).is_file() and not is_file
+        raise UserError(_FOR_EVAL.format(name_or_path) if evaluates else f"no recipe {name_or_path!r}{hint}")
     if name_or_path in extended_by:
         raise UserError(f"recipes extend each other in a circle: {' -> '.join((*extended_by, name_or_path))}")
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: a recipe is a mapping of sections, got {type(data).__name__}")
+    data = read_recipe_file(path)
+    if data.get("kind") == "evaluation":
+        raise UserError(_FOR_EVAL.format(name_or_path))
     data.setdefault("name", path.stem)
     parent = data.pop("extends", None)
     if parent is None:

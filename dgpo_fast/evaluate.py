@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dgpo_fast import rng
-from dgpo_fast.checkpoint import last_checkpoint, load_checkpoint
+from dgpo_fast.checkpoint import find_checkpoint, load_checkpoint
+from dgpo_fast.comparison import Evaluation
 from dgpo_fast.config import Config, load_run_config
 from dgpo_fast.errors import UserError
 from dgpo_fast.flow.rollout import Sampler, sample_latents
+from dgpo_fast.gallery import picture_keeper, write_gallery
 from dgpo_fast.models.engines import View
 from dgpo_fast.models.policy import Policy
 from dgpo_fast.models.training import load_policy
 from dgpo_fast.parallel.world import World
 from dgpo_fast.profiling import stage
 from dgpo_fast.prompts import load_prompts
-from dgpo_fast.rewards import OverlappedScoring, Scorer
+from dgpo_fast.rewards import OverlappedScoring, Scorer, Scores
+from dgpo_fast.rewards.scoring import Measured
 from dgpo_fast.samples import save_grid
+from dgpo_fast.statistics import Floats
 
 Metrics = dict[str, float]
 
+SIDES: dict[str, View] = {"base": "ref", "tuned": "ema"}
+"""What is compared, and which view of the policy it is."""
 PICTURED_PROMPTS = 8
 """Prompts in the picture of an evaluation."""
 MAX_WAITING = 2
@@ -86,6 +93,44 @@ def evaluate_view(
     Raises:
         UserError: fewer prompts than ranks, or a reward fails and the recipe says `on_failure: stop`.
     """
+    with stage("evaluate"):
+        metrics = _score_share(policy, view, prompts, config, scorer, world, check=check).metrics
+        check()
+        scored = [values[values.isfinite()] for values in metrics.values()]
+        sums = [[values.double().sum().item() for values in scored], [float(len(values)) for values in scored]]
+        totals = world.sum(torch.tensor(sums, dtype=torch.float64).to(world.device))
+    return dict(zip(metrics, (totals[0] / totals[1]).tolist(), strict=True))
+
+
+def score_view(
+    policy: Policy, view: View, prompts: list[str], config: Config, scorer: Scorer, world: World
+) -> dict[str, Floats]:
+    """Every metric of every image: float64 [prompts, images_per_prompt], on every rank; NaN where it failed.
+
+    Raises:
+        UserError: as `evaluate_view`.
+    """
+    with stage("evaluate"):
+        metrics = _score_share(policy, view, prompts, config, scorer, world, check=lambda: None).metrics
+        of_ranks = world.gather_objects({name: values.double().numpy() for name, values in metrics.items()})
+    # A rank's prompts are consecutive, and ranks come in their order.
+    whole = {name: np.concatenate([of[name] for of in of_ranks]) for name in metrics}
+    return {
+        name: np.where(np.isfinite(values), values, np.nan).reshape(len(prompts), -1) for name, values in whole.items()
+    }
+
+
+def _score_share(
+    policy: Policy,
+    view: View,
+    prompts: list[str],
+    config: Config,
+    scorer: Scorer,
+    world: World,
+    *,
+    check: Callable[[], None],
+) -> Scores:
+    """Of this rank's images, prompt after prompt."""
     if len(prompts) < world.size:
         raise UserError(
             f"evaluation.num_prompts: {len(prompts)} held-out prompts for {world.size} ranks; each needs at least one"
@@ -98,24 +143,18 @@ def evaluate_view(
     scoring = OverlappedScoring(
         scorer, policy.model, images_per_decode=config.rollout.decoded_at_once, max_waiting=MAX_WAITING
     )
-    with stage("evaluate"):
-        with scoring:
-            policy.model.encode(prompts[mine.start : mine.stop])  # at once: the encoders come to the device for it
-            for start in range(mine.start, mine.start + largest_share, per_chunk):
-                check()
-                chunk = prompts[start : min(start + per_chunk, mine.stop)]
-                # Ranks with nothing left draw along: where weights are gathered to be used, all must use them as often.
-                x0_BCHW = draw_latents(
-                    policy, view, chunk or along, config, images_per_prompt=images_per_prompt, first_prompt=start
-                )
-                if chunk:
-                    scoring.add(x0_BCHW, [prompt for prompt in chunk for _ in range(images_per_prompt)])
-        metrics = scoring.scores().metrics
-        check()
-        scored = [values[values.isfinite()] for values in metrics.values()]
-        sums = [[values.double().sum().item() for values in scored], [float(len(values)) for values in scored]]
-        totals = world.sum(torch.tensor(sums, dtype=torch.float64).to(world.device))
-    return dict(zip(metrics, (totals[0] / totals[1]).tolist(), strict=True))
+    with scoring:
+        policy.model.encode(prompts[mine.start : mine.stop])  # at once: the encoders come to the device for it
+        for start in range(mine.start, mine.start + largest_share, per_chunk):
+            check()
+            chunk = prompts[start : min(start + per_chunk, mine.stop)]
+            # Ranks with nothing left draw along: where weights are gathered to be used, all must use them as often.
+            x0_BCHW = draw_latents(
+                policy, view, chunk or along, config, images_per_prompt=images_per_prompt, first_prompt=start
+            )
+            if chunk:
+                scoring.add(x0_BCHW, [prompt for prompt in chunk for _ in range(images_per_prompt)])
+    return scoring.scores()
 
 
 def headline(metrics: Metrics, config: Config) -> float:
@@ -124,31 +163,72 @@ def headline(metrics: Metrics, config: Config) -> float:
     return metrics["strict"] if "strict" in metrics else metrics[chosen]
 
 
+class _KeepingScorer(Scorer):
+    """Scores images, once it has handed them on in their order."""
+
+    keep: Callable[[Tensor], None] | None = None
+
+    def measure(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Measured:
+        if self.keep is not None:
+            self.keep(images_BCHW)
+        return super().measure(images_BCHW, prompts)
+
+
 def evaluate_run(
-    run_dir: Path, *, split: Literal["train", "test"] = "test", picture: Path | None = None
-) -> dict[str, object]:
-    """{"split", "num_prompts", "base": metrics, "tuned": metrics} of the newest checkpoint: `dgpo-fast eval`.
+    run_dir: Path,
+    *,
+    config: Config | None = None,
+    split: Literal["train", "test"] = "test",
+    step: int | None = None,
+    picture: Path | None = None,
+    gallery: Path | None = None,
+) -> Evaluation:
+    """Base and tuned model of a run, scored on the same prompts from the same noise: what `dgpo-fast eval` does.
+
+    Several ranks share the prompts out among themselves; all return the same. With a `gallery` each writes the images
+    that it draws, so that it must be the same directory on every machine.
 
     Args:
+        config: the run's, as `evaluation_config` may have changed it; None for the run's own.
+        split: whose prompts.
+        step: of the checkpoint; None for the newest.
         picture: where to save the first images of the base, and below them those of the tuned model.
+        gallery: a directory for a page with every image, `write_gallery`.
 
     Raises:
-        UserError: `run_dir` is no run, has no checkpoint, or has no prompts of that split.
+        UserError: `run_dir` is no run, has no such checkpoint, or has no prompts of that split.
     """
-    config = load_run_config(run_dir)
+    config = config or load_run_config(run_dir)
     source = config.prompts.test if split == "test" else config.prompts.train
     prompts = load_prompts(source, key=f"prompts.{split}")[: config.evaluation.num_prompts]
     world = World.from_environment(config)
-    checkpoint = load_checkpoint(last_checkpoint(run_dir), world)
+    checkpoint = load_checkpoint(find_checkpoint(run_dir, step), world)
+    scorer = _KeepingScorer(config.rewards, device=world.device)
     policy = load_policy(config, world)
     policy.take_ema(partial(checkpoint.read, "ema"))
     policy.check_trained()
-    scorer = Scorer(config.rewards, device=world.device)
-    base, tuned = (evaluate_view(policy, view, prompts, config, scorer, world) for view in ("ref", "ema"))
-    if picture is not None and world.is_first:
-        shown = prompts[:PICTURED_PROMPTS]
-        images = [draw_images(policy, view, shown, config, images_per_prompt=1) for view in ("ref", "ema")]
-        captions = [f"{prompt} ({side})" for side in ("base", "tuned") for prompt in shown]
-        save_grid(torch.cat(images), captions, picture, columns=len(shown))
+    scores = {}
+    for side, view in SIDES.items():
+        if gallery is not None:
+            first_image = world.share(len(prompts)).start * config.evaluation.images_per_prompt
+            scorer.keep = picture_keeper(
+                gallery, side, first_image=first_image, images_per_prompt=config.evaluation.images_per_prompt
+            )
+        scores[side] = score_view(policy, view, prompts, config, scorer, world)
+    evaluation = Evaluation(
+        run=run_dir.resolve().name, step=checkpoint.step, split=split, source=str(source), prompts=tuple(prompts),
+        images_per_prompt=config.evaluation.images_per_prompt, base=scores["base"], tuned=scores["tuned"],
+    )  # fmt: skip
+    if world.is_first:
+        if picture is not None:
+            _save_picture(policy, prompts[:PICTURED_PROMPTS], config, picture)
+        if gallery is not None:
+            write_gallery(evaluation, gallery, pixels=config.model.resolution)
     world.leave()
-    return {"split": split, "num_prompts": len(prompts), "base": base, "tuned": tuned}
+    return evaluation
+
+
+def _save_picture(policy: Policy, prompts: list[str], config: Config, path: Path) -> None:
+    images = [draw_images(policy, view, prompts, config, images_per_prompt=1) for view in SIDES.values()]
+    captions = [f"{prompt} ({side})" for side in SIDES for prompt in prompts]
+    save_grid(torch.cat(images), captions, path, columns=len(prompts))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dgpo_fast.checkpoint import Checkpoint, last_checkpoint, list_checkpoints, load_checkpoint
+from dgpo_fast.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from dgpo_fast.config import Config, load_run_config
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.sd3 import load_pipeline
@@ -27,7 +27,7 @@ def export_run(run_dir: Path, out: Path, *, step: int | None = None) -> Path:
         UserError: `run_dir` is no run or has no such checkpoint, `out` holds something, or cannot be written.
     """
     config = load_run_config(run_dir)
-    checkpoint = load_checkpoint(last_checkpoint(run_dir) if step is None else _of_step(run_dir, step))
+    checkpoint = load_checkpoint(find_checkpoint(run_dir, step))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} holds something already; name a new directory")
     try:
@@ -50,10 +50,3 @@ def _export_pipeline(config: Config, checkpoint: Checkpoint, out: Path) -> None:
         checkpoint.read("ema", [Piece(name, 0, values)], shapes)
         parameter.copy_(values.view(parameter.shape))
     pipeline.save_pretrained(out)
-
-
-def _of_step(run_dir: Path, step: int) -> Path:
-    steps = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(run_dir)}
-    if step not in steps:
-        raise UserError(f"--step {step}: {run_dir} has checkpoints of steps {', '.join(map(str, steps)) or 'none'}")
-    return steps[step]

@@ -131,7 +131,7 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         UserError: `run_dir` is no run directory, or one of its files is damaged.
     """
-    page = _environment().get_template("report.html").render(_context(read_run(run_dir)))
+    page = page_environment(ASSETS).get_template("report.html").render(_context(read_run(run_dir)))
     path = run_dir / "report.html"
     write_atomically(path, page.encode())
     return path
@@ -386,9 +386,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _environment() -> Environment:
+def page_environment(*folders: Path) -> Environment:
+    """What makes pages of the templates in `folders`: everything is escaped, numbers are written for people."""
     environment = Environment(
-        loader=FileSystemLoader(ASSETS),
+        loader=FileSystemLoader(folders),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

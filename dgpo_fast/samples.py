@@ -47,7 +47,7 @@ def save_grid(images_BCHW: Tensor, prompts: Sequence[str], path: Path, *, column
         columns: images in a row; None for a grid wider than high.
     """
     enlargement = max(1, math.ceil(MIN_TILE / images_BCHW.shape[-1]))
-    images = [_to_image(pixels_HWC, enlargement) for pixels_HWC in _to_bytes(images_BCHW)]
+    images = [_enlarge(picture, enlargement) for picture in to_pictures(images_BCHW)]
     side = images[0].width
     gap, font_size = side // 12, side // 14
     font = ImageFont.load_default(size=font_size)
@@ -72,6 +72,11 @@ def save_grid(images_BCHW: Tensor, prompts: Sequence[str], path: Path, *, column
     write_atomically(path, buffer.getvalue())
 
 
+def to_pictures(images_BCHW: Tensor) -> list[Image.Image]:
+    """Images, float in [0, 1] on any device, as pictures of as many pixels; values outside are clamped."""
+    return [Image.fromarray(pixels_HWC.numpy()) for pixels_HWC in _to_bytes(images_BCHW)]
+
+
 def read_grid(path: Path) -> list[Tile]:
     """The prompts and images that `save_grid` wrote, in their order; small images come back enlarged.
 
@@ -91,8 +96,7 @@ def _to_bytes(images_BCHW: Tensor) -> Tensor:
     return images_BCHW.detach().float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu()
 
 
-def _to_image(pixels_HWC: Tensor, enlargement: int) -> Image.Image:
-    image = Image.fromarray(pixels_HWC.numpy())
+def _enlarge(image: Image.Image, enlargement: int) -> Image.Image:
     size = (image.width * enlargement, image.height * enlargement)
     return image.resize(size, Image.Resampling.LANCZOS)
 

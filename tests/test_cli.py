@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import io
 import json
@@ -22,8 +23,10 @@ from safetensors.numpy import save_file
 
 from dgpo_fast import cli
 from dgpo_fast.cli import main
+from dgpo_fast.comparison import Evaluation
 from dgpo_fast.config import load_recipe, recipe_names
 from dgpo_fast.errors import UserError
+from dgpo_fast.evaluation_config import evaluation_recipe_names
 from dgpo_fast.samples import read_grid
 
 
@@ -61,6 +64,8 @@ def dgpo_fast(capfd: pytest.CaptureFixture[str]) -> CommandLine:
         (["train", "--help"], 0),
         (["recipes"], 0),
         (["train", "tiny-dgpo", "--set", "groups.size=1"], 2),
+        (["train", "drawbench"], 2),
+        (["eval", "nowhere", "--recipe", "drawbench"], 2),
     ],
 )
 def test_it_answers_without_torch(arguments: list[str], status: int) -> None:
@@ -79,7 +84,11 @@ def test_it_answers_without_torch(arguments: list[str], status: int) -> None:
 def test_the_module_is_the_command() -> None:
     process = subprocess.run([sys.executable, "-m", "dgpo_fast", "recipes"], capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (0, "")
-    assert [line.split()[0] for line in process.stdout.splitlines()] == recipe_names()
+    to_train, to_evaluate = process.stdout.split("\n\n")
+    assert [line.split()[0] for line in to_train.splitlines()] == recipe_names()
+    heading, *lines = to_evaluate.splitlines()
+    assert heading == "For dgpo-fast eval RUN_DIR --recipe NAME:"
+    assert [line.split()[0] for line in lines] == evaluation_recipe_names()
 
 
 # Exit statuses
@@ -228,16 +237,87 @@ def test_eval_prints_one_json_object(dgpo_fast: CommandLine, straight_run: Path)
     status, stdout, stderr = dgpo_fast("eval", straight_run, "--json")
     assert (status, stderr) == (0, "")
     result = json.loads(stdout)
-    assert result.keys() == {"split", "num_prompts", "base", "tuned"}
-    assert result["base"].keys() == result["tuned"].keys() >= {"strict", "soft"}
+    assert result.keys() >= {"split", "num_prompts", "base", "tuned", "difference"}
+    assert result["base"].keys() == result["tuned"].keys() == result["difference"].keys() >= {"strict", "soft"}
 
 
-def test_eval_prints_a_table(dgpo_fast: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = {"split": "test", "num_prompts": 64, "base": {"strict": 0.4}, "tuned": {"strict": 0.9}}
-    monkeypatch.setattr("dgpo_fast.evaluate.evaluate_run", lambda run_dir, **options: scores)
-    status, stdout, stderr = dgpo_fast("eval", "anywhere")
+def test_eval_prints_a_table(dgpo_fast: CommandLine, straight_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten prompts, of which five go from 0 to 1, four are at 1, and one is at 0."""
+    base, tuned = np.array([[0.0]] * 6 + [[1.0]] * 4), np.array([[1.0]] * 5 + [[0.0]] + [[1.0]] * 4)
+    found = Evaluation(
+        run="run", step=6, split="test", source="shapes:test", prompts=("a red circle",) * 10, images_per_prompt=1,
+        base={"strict": base}, tuned={"strict": tuned},
+    )  # fmt: skip
+    monkeypatch.setattr("dgpo_fast.evaluate.evaluate_run", lambda run_dir, **options: found)
+    status, stdout, stderr = dgpo_fast("eval", straight_run)
     assert (status, stderr) == (0, "")
-    assert re.search(r"strict\W+0\.400\W+0\.900\W+\+0\.500", stdout)
+    assert "10 prompts of shapes:test x 1 images, step 6" in stdout
+    # 0.5 +- t_9 sqrt(0.25 / 9), and Wilson's interval of 7.5 wins in 10.
+    assert re.search(r"strict\W+0\.400\W+0\.900\W+\+0\.500\W+\+0\.123 to \+0\.877\W+0\.015\W+75 % \(44-92\)", stdout)
+
+
+def test_eval_scores_what_it_is_told_to(dgpo_fast: CommandLine, straight_run: Path, tmp_path: Path) -> None:
+    """By other rewards, on other prompts, of an earlier checkpoint: as JSON, CSV and page."""
+    (tmp_path / "prompts.txt").write_text('a blue circle\n"two", <red> squares\nnever drawn\n')
+    status, stdout, stderr = dgpo_fast(
+        *("eval", straight_run, "--json", "--reward", "misbehaving:Brightness", "--prompts", tmp_path / "prompts.txt"),
+        *("--num-prompts", 2, "--images-per-prompt", 3, "--step", 3, "--set", "rollout.images_per_forward=2"),
+        *("--csv", tmp_path / "new" / "scores.csv", "--gallery", tmp_path / "gallery"),
+    )
+    assert (status, stderr) == (0, "")
+    result = json.loads(stdout)
+    assert (result["num_prompts"], result["images_per_prompt"], result["step"]) == (2, 3, 3)
+    assert result["prompts"] == str(tmp_path / "prompts.txt")
+    assert [*result["base"]] == ["brightness", "contrast"]
+    with (tmp_path / "new" / "scores.csv").open(newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert [(row["number"], row["image"], row["model"]) for row in rows] == [
+        (str(number), str(image), model) for number in range(2) for image in range(3) for model in ("base", "tuned")
+    ]
+    assert {row["prompt"] for row in rows} == {"a blue circle", '"two", <red> squares'}
+    for model in ("base", "tuned"):
+        scores = [float(row["contrast"]) for row in rows if row["model"] == model]
+        assert len({*scores}) == 6 and np.mean(scores) == pytest.approx(result[model]["contrast"], rel=1e-6)
+    assert "&lt;red&gt; squares" in (tmp_path / "gallery" / "index.html").read_text()
+    assert len([*(tmp_path / "gallery" / "images").iterdir()]) == 12
+
+
+def test_eval_says_where_its_files_are(dgpo_fast: CommandLine, straight_run: Path, tmp_path: Path) -> None:
+    status, stdout, _ = dgpo_fast(
+        *("eval", straight_run, "--csv", tmp_path / "a.csv", "--gallery", tmp_path / "b", "--images-per-prompt", 1)
+    )
+    assert status == 0
+    assert stdout.splitlines()[-2:] == [str(tmp_path / "a.csv"), str(tmp_path / "b" / "index.html")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--step", "5"], "--step 5: RUN has checkpoints of steps 3, 6"),
+        (["--reward", "shape"], "rewards: no reward 'shape'; did you mean 'shapes'?"),
+        (["--prompts", "nowhere.txt"], "prompts.test: no file 'nowhere.txt' (and it is none of shapes:train"),
+        (["--recipe", "shape"], "--recipe: no evaluation recipe 'shape'; did you mean 'shapes'?"),
+        (["--recipe", "nowhere.yaml"], "--recipe: no evaluation recipe 'nowhere.yaml'"),
+        (["--set", "optimizer.lr=1"], "--set optimizer.lr=1: eval takes settings of rewards, prompts, evaluation"),
+        (["--set", "rewards.pickscores.path=x"], "unknown key 'rewards.pickscores'; did you mean 'pickscore'?"),
+        (["--gallery", "RUN"], "--gallery RUN holds something already; name a new directory"),
+        (["--csv", "RUN"], "--csv RUN is a directory; expected a file such as RUN/eval.csv"),
+    ],
+)
+def test_eval_refuses(arguments: list[str], message: str, dgpo_fast: CommandLine, straight_run: Path) -> None:
+    given = [argument.replace("RUN", str(straight_run)) for argument in arguments]
+    status, stdout, stderr = dgpo_fast("eval", straight_run, *given)
+    assert (status, stdout) == (2, "")
+    assert re.fullmatch(rf"error: .*{re.escape(message.replace('RUN', str(straight_run)))}.*\n", stderr)
+
+
+def test_train_refuses_an_evaluation_recipe(dgpo_fast: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("kind: evaluation\nrewards: {terms: [{name: shapes}]}\n")
+    for name in ("drawbench", "evaluation/drawbench", str(tmp_path / "mine.yaml")):
+        assert dgpo_fast("train", name) == (
+            2, "",
+            f"error: {name!r} is an evaluation recipe, and trains nothing: dgpo-fast eval RUN_DIR --recipe {name}\n",
+        )  # fmt: skip
 
 
 def test_eval_saves_a_picture(dgpo_fast: CommandLine, straight_run: Path, tmp_path: Path) -> None:

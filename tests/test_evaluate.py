@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from dgpo_fast import load_recipe
-from dgpo_fast.config import Config
+from dgpo_fast.config import Config, change_config, load_run_config
 from dgpo_fast.errors import UserError
-from dgpo_fast.evaluate import draw_images, evaluate_run, evaluate_view, headline
+from dgpo_fast.evaluate import draw_images, evaluate_run, evaluate_view, headline, score_view
+from dgpo_fast.evaluation_config import evaluation_config
 from dgpo_fast.metrics import read_evaluations
 from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.sd3 import load_model
@@ -48,13 +52,14 @@ def draw_one_by_one(policy: AdapterPolicy, config: Config) -> Tensor:
 
 def test_a_run_is_evaluated_as_it_evaluated_itself(straight_run: Path) -> None:
     last = read_evaluations(straight_run)[-1]
-    result = evaluate_run(straight_run)
-    assert result == {key: last[key] for key in ("split", "num_prompts", "base", "tuned")}
-    assert json.loads(json.dumps(result)) == result
+    result = evaluate_run(straight_run).as_json()
+    compared = ("split", "num_prompts", "images_per_prompt", "step", "base", "tuned")
+    assert {key: result[key] for key in compared} == {key: last[key] for key in compared}
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
 def test_another_split_has_other_prompts(straight_run: Path) -> None:
-    train, test = evaluate_run(straight_run, split="train"), read_evaluations(straight_run)[-1]
+    train, test = evaluate_run(straight_run, split="train").as_json(), read_evaluations(straight_run)[-1]
     assert (train["split"], train["num_prompts"]) == ("train", 2)
     assert train["base"] != test["base"]
 
@@ -196,6 +201,104 @@ def test_more_ranks_than_prompts_is_a_mistake_of_the_user(policy: AdapterPolicy,
     last_of_four = World(rank=3, size=4, device=torch.device("cpu"))
     with pytest.raises(UserError, match=r"evaluation\.num_prompts: 3 held-out prompts for 4 ranks; .* at least one"):
         evaluate_view(policy, "ref", PROMPTS, config, Scorer(config.rewards), last_of_four)
+
+
+def test_every_image_has_its_scores_in_the_order_of_prompts(policy: AdapterPolicy, config: Config) -> None:
+    scores = score_view(policy, "ref", PROMPTS, config, Scorer(config.rewards), ALONE)
+    expected = Scorer(config.rewards)(draw_one_by_one(policy, config), PROMPTS).metrics
+    assert [*scores] == [*expected] and len(scores) == 4
+    for name, values_PI in scores.items():
+        np.testing.assert_array_equal(values_PI, expected[name].double().numpy()[:, None])
+    means = evaluate_view(policy, "ref", PROMPTS, config, Scorer(config.rewards), ALONE)
+    assert {name: values_PI.mean() for name, values_PI in scores.items()} == pytest.approx(means, rel=1e-12)
+
+
+class Asked(Exception):
+    """A rank has come to where it hears of the others."""
+
+
+def test_scores_of_images_know_nothing_of_ranks(
+    policy: AdapterPolicy, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit: the shares of two ranks, one of one prompt and one of two, are what one rank finds."""
+    config = change_config(config, {"evaluation": {"images_per_prompt": 2}}, source="test")
+    alone = score_view(policy, "ref", PROMPTS, config, Scorer(config.rewards), ALONE)
+    shares: list[object] = []
+
+    def ask(self: World, share: object) -> None:
+        shares.append(share)
+        raise Asked
+
+    worlds = [World(rank=rank, size=2, device=torch.device("cpu")) for rank in range(2)]
+    monkeypatch.setattr(World, "gather_objects", ask)
+    for world in worlds:
+        with pytest.raises(Asked):
+            score_view(policy, "ref", PROMPTS, config, Scorer(config.rewards), world)
+    monkeypatch.setattr(World, "gather_objects", lambda self, share: shares)
+    together = score_view(policy, "ref", PROMPTS, config, Scorer(config.rewards), worlds[1])
+    assert [*together] == [*alone]
+    for name, values_PI in alone.items():
+        assert values_PI.shape == (3, 2)
+        np.testing.assert_array_equal(together[name], values_PI)
+
+
+@pytest.mark.parametrize("images_per_forward", [4, 6, 64])
+def test_scores_of_images_know_nothing_of_batches(
+    images_per_forward: int, policy: AdapterPolicy, config: Config
+) -> None:
+    """But for the rounding of kernels, which depends on a batch's shape: see the noise of prompts drawn together."""
+    settings = {"evaluation": {"images_per_prompt": 2}, "rollout": {"images_per_forward": 1}}
+    config = change_config(config, settings, source="test")
+    other = change_config(config, {"rollout": {"images_per_forward": images_per_forward}}, source="test")
+    one, some = (score_view(policy, "ref", PROMPTS, each, Scorer(each.rewards), ALONE) for each in (config, other))
+    for name in ("brightness", "contrast"):
+        np.testing.assert_allclose(some[name], one[name], rtol=0, atol=1e-4)
+        assert np.ptp(one[name]) > 0.01
+
+
+def test_two_ranks_write_what_one_writes(straight_run: Path, child_environment: dict[str, str], tmp_path: Path) -> None:
+    """Of three prompts with two images, a forward each: the same bits in every score, page and picture."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    settings = ["rollout.images_per_forward=2"]
+    config = evaluation_config(
+        straight_run, prompts=str(tmp_path / "prompts.txt"), num_prompts=3, images_per_prompt=2, overrides=settings
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    one = evaluate_run(straight_run, config=config, gallery=tmp_path / "one")
+    torch.set_num_threads(threads)
+    process = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dgpo_fast",
+         "eval", straight_run, "--json", "--csv", tmp_path / "two.csv", "--gallery", tmp_path / "two",
+         "--prompts", tmp_path / "prompts.txt", "--images-per-prompt=2", f"--set={settings[0]}",
+         "--num-prompts=3"],
+        env={**child_environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout) == one.as_json()
+    assert one.as_json()["base"]["brightness"] != one.as_json()["tuned"]["brightness"]
+    assert (tmp_path / "two.csv").read_text() == one.as_csv()
+    first, second = (
+        {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        for out in (tmp_path / "one", tmp_path / "two")
+    )
+    assert len(first) == 1 + 3 * 2 * 2
+    assert first == second
+
+
+@pytest.mark.parametrize("how", ["nan", "-inf"])
+def test_a_pair_without_a_score_is_left_out(how: str, straight_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reward fails for the first image that the base draws; its partner counts for nothing either."""
+    whole = evaluate_run(straight_run)
+    monkeypatch.setenv("MISBEHAVE", f"1:{how}")
+    config = change_config(load_run_config(straight_run), {"rewards": {"on_failure": "skip"}}, source="test")
+    found = evaluate_run(straight_run, config=config)
+    assert [one.num_failed for one in found.comparisons.values()] == [1, 1, 0, 0]
+    rest = {side: getattr(whole, side)["brightness"].ravel()[1:].mean() for side in ("base", "tuned")}
+    result = found.as_json()
+    assert {side: result[side]["brightness"] for side in rest} == pytest.approx(rest, rel=1e-12)
+    assert result["difference"]["brightness"]["num_failed"] == 1
+    assert "left out, since base or tuned has no score: 1 of brightness, 1 of contrast" in str(found.as_table().caption)
 
 
 def test_the_headline_is_strict_or_the_trained_metric(config: Config, quick: tuple[str, ...]) -> None:

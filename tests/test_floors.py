@@ -13,7 +13,7 @@ PACKAGE = ROOT / "dgpo_fast"
 
 FLOORS = (
     (
-        *("config", "algorithm_config", "reward_config", "sections"),
+        *("config", "algorithm_config", "evaluation_config", "reward_config", "sections"),
         *("environment", "errors", "files", "records", "rng", "profiling"),
     ),
     ("kernels",),
@@ -25,12 +25,15 @@ FLOORS = (
             "trainer",
             "learner",
             "checkpoint",
+            "comparison",
             "evaluate",
+            "gallery",
             "interruption",
             "metrics",
             "progress",
             "report",
             "run_directory",
+            "statistics",
         ),
         *("charts", "export", "memory", "planning", "profile_run", "samples", "sampling", "throughput"),
     ),

@@ -111,7 +111,7 @@ def test_the_gradient_is_that_of_autograd(config: Config) -> None:
 
 def test_what_is_evaluated_is_what_was_saved(run: Path) -> None:
     last = read_evaluations(run)[-1]
-    again = evaluate_run(run)
+    again = evaluate_run(run).as_json()
     assert again["base"] == last["base"]
     assert again["tuned"] == last["tuned"]
     assert last["tuned"] != last["base"]

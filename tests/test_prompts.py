@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.prompts import PromptSampler, load_prompts
+from dgpo_fast.records import Prompt
 from dgpo_fast.shapes.captions import parse_caption
 
 
@@ -69,6 +70,15 @@ def test_shapes_prompts_keep_to_their_split() -> None:
     assert not any(parse_caption(prompt).held_out for prompt in train)
     assert all(parse_caption(prompt).held_out for prompt in test)
     assert len(set(test)) == len(test) >= 64
+
+
+def test_prompts_in_the_style_of_drawbench_are_eight_of_each_category() -> None:
+    prompts = load_prompts("drawbench-style:test", key="prompts.test")
+    assert len({*prompts}) == len(prompts) == 64
+    categories = Counter(prompt.metadata["category"] for prompt in prompts if isinstance(prompt, Prompt))
+    assert categories == dict.fromkeys(
+        ("colours", "counting", "conflicting", "descriptions", "text", "positional", "rare words", "misspellings"), 8
+    )
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ TEST_PROMPTS: dict[str, int] = {
 }  # fmt: skip
 """As many of each task as GenEval has."""
 OFFICIAL = "geneval-official.txt"
-"""In assets/: a hash of what each of GenEval's own test prompts means."""
+"""In assets/prompts/: a hash of what each of GenEval's own test prompts means."""
 
 
 def geneval_prompts(split: Literal["train", "test"]) -> list[str]:
@@ -210,5 +210,7 @@ def _train_counts() -> dict[str, int]:
 @cache
 def official_meanings() -> frozenset[str]:
     """What GenEval's own 553 test prompts mean, each by its `meaning`."""
-    lines = resources.files("dgpo_fast").joinpath("assets", OFFICIAL).read_text(encoding="utf-8").splitlines()
+    lines = (
+        resources.files("dgpo_fast").joinpath("assets", "prompts", OFFICIAL).read_text(encoding="utf-8").splitlines()
+    )
     return frozenset(line for line in lines if not line.startswith("#"))

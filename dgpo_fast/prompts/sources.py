@@ -3,6 +3,7 @@
     shapes:train, shapes:test       captions of the shapes world
     geneval:train, geneval:test     GenEval's six tasks, with what the reward `geneval` looks for
     ocr:train, ocr:test             sentences with a quoted text to be rendered, for the reward `ocr`
+    drawbench-style:test            far from what was trained on: counting, rare words, conflicts, text and so on
     FILE                            a UTF-8 text file, a prompt on each line
     FILE.jsonl[#KEY]                a JSON object on each line: its `prompt`, or KEY, and the rest as metadata
     FILE.parquet[#COLUMN]           the column `prompt`, or COLUMN; other columns as metadata
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dgpo_fast.errors import UserError, suggest
+from dgpo_fast.prompts.drawbench_style import DRAWBENCH_STYLE, drawbench_style_prompts
 from dgpo_fast.prompts.geneval import geneval_prompts
 from dgpo_fast.prompts.ocr import ocr_prompts
 from dgpo_fast.records import Prompt
@@ -37,6 +39,7 @@ GENERATORS: dict[str, Callable[[], list[str]]] = {
     "geneval:test": lambda: geneval_prompts("test"),
     "ocr:train": lambda: ocr_prompts("train"),
     "ocr:test": lambda: ocr_prompts("test"),
+    DRAWBENCH_STYLE: drawbench_style_prompts,
 }
 COLUMN = "prompt"
 

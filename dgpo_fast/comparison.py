@@ -1,0 +1,157 @@
+"""What an evaluation found: base and tuned model on the same prompts from the same noise, as JSON, table and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from dgpo_fast.statistics import LEVEL, Comparison, Estimate, Floats, compare
+
+INTERVAL = f"{LEVEL:.0%} interval".replace("%", " %")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Scores of every image, by metric: float64 [P prompts, I images of each], NaN where a reward failed."""
+
+    run: str
+    """Name of the run's directory."""
+    step: int
+    """Of the checkpoint."""
+    split: str
+    source: str
+    """Of the prompts."""
+    prompts: tuple[str, ...]
+    images_per_prompt: int
+    base: Mapping[str, Floats]
+    tuned: Mapping[str, Floats]
+
+    @property
+    def comparisons(self) -> dict[str, Comparison]:
+        """What each metric says."""
+        return {metric: compare(base_PI, self.tuned[metric]) for metric, base_PI in self.base.items()}
+
+    def as_json(self) -> dict[str, Any]:
+        """What `dgpo-fast eval --json` prints; null where there is no number.
+
+        `base` and `tuned` are means over the images that have a score from both; without failures they are those of an
+        evaluation during training.
+        """
+        found = self.comparisons
+        return {
+            "split": self.split,
+            "num_prompts": len(self.prompts),
+            "base": {metric: _number(one.base.mean) for metric, one in found.items()},
+            "tuned": {metric: _number(one.tuned.mean) for metric, one in found.items()},
+            "base_interval": {metric: _ends(one.base) for metric, one in found.items()},
+            "tuned_interval": {metric: _ends(one.tuned) for metric, one in found.items()},
+            "difference": {metric: _difference(one) for metric, one in found.items()},
+            "images_per_prompt": self.images_per_prompt,
+            "prompts": self.source,
+            "step": self.step,
+        }
+
+    def as_csv(self) -> str:
+        """A line for each image of each model; a metric is empty where it failed."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["number", "image", "model", *self.base, "prompt"])
+        for number, prompt in enumerate(self.prompts):
+            for image in range(self.images_per_prompt):
+                for model, metrics in (("base", self.base), ("tuned", self.tuned)):
+                    scores = [_cell(values_PI[number, image]) for values_PI in metrics.values()]
+                    writer.writerow([number, image, model, *scores, prompt])
+        return text.getvalue()
+
+    def as_table(self) -> Table:
+        """A row for each metric, for a terminal."""
+        found, each = self.comparisons, self.images_per_prompt
+        title = f"{len(self.prompts)} prompts of {self.source} x {each} images, step {self.step}"
+        # Without lines between columns: seven of them, with intervals, then fit into 80 characters too.
+        table = Table(
+            title=escape(title), title_justify="left", caption=escape(_caption(found)), caption_justify="left",
+            box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+        )  # fmt: skip
+        table.add_column("metric", no_wrap=True)
+        for column in ("base", "tuned", "change", INTERVAL, "p"):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("win rate", justify="right")
+        for metric, one in found.items():
+            table.add_row(escape(metric), *_cells(one))
+        return table
+
+
+def format_p(p: float) -> str:
+    """A p-value for people."""
+    return "-" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _cells(one: Comparison) -> list[str]:
+    digits = _decimals(one.change)
+    known = not math.isnan(one.change.low)
+    return [
+        f"{one.base.mean:.{digits}f}",
+        f"{one.tuned.mean:.{digits}f}",
+        f"{one.change.mean:+.{digits}f}",
+        f"{one.change.low:+.{digits}f} to {one.change.high:+.{digits}f}" if known else "-",
+        format_p(one.p),
+        _win_rate(one.win_rate),
+    ]
+
+
+def _win_rate(rate: Estimate) -> str:
+    if math.isnan(rate.mean):
+        return "-"
+    return f"{100 * rate.mean:.0f} % ({100 * rate.low:.0f}-{100 * rate.high:.0f})"
+
+
+def _decimals(change: Estimate) -> int:
+    """Three, or as many more as half the interval has two digits with."""
+    half = (change.high - change.low) / 2
+    return min(6, max(3, 1 + math.ceil(-math.log10(half)))) if half > 0 else 3
+
+
+def _caption(found: Mapping[str, Comparison]) -> str:
+    caption = "same noise for both; intervals and p by prompts; win rate: prompts that are better when tuned"
+    failed = {metric: one.num_failed for metric, one in found.items() if one.num_failed}
+    if failed:
+        counts = ", ".join(f"{count} of {metric}" for metric, count in failed.items())
+        caption += f"\nleft out, since base or tuned has no score: {counts}"
+    return caption
+
+
+def _difference(one: Comparison) -> dict[str, Any]:
+    return {
+        "mean": _number(one.change.mean),
+        "low": _number(one.change.low),
+        "high": _number(one.change.high),
+        "p": _number(one.p),
+        "win_rate": _number(one.win_rate.mean),
+        "win_rate_interval": _ends(one.win_rate),
+        "num_prompts": one.num_prompts,
+        "num_pairs": one.num_pairs,
+        "num_failed": one.num_failed,
+    }
+
+
+def _ends(estimate: Estimate) -> list[float | None]:
+    return [_number(estimate.low), _number(estimate.high)]
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def _cell(score: float) -> str:
+    """The shortest text that is this float32 and no other."""
+    return str(np.float32(score)) if math.isfinite(score) else ""
