@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -66,6 +66,8 @@ class JudgeConfig(Section):
     Its key, where it asks for one, is the environment variable DGPO_FAST_JUDGE_KEY: a recipe is written to disk.
     """
 
+    section: ClassVar[str] = "judge"
+
     url: str | None = None
     """Of the server's API, as `http://localhost:8000/v1`."""
     model: str | None = None
@@ -90,6 +92,24 @@ class JudgeConfig(Section):
     backoff_s: NonNegative = 1.0
     """Wait before the first retry; it doubles with each one, and a random part of up to a half is taken off it."""
 
+    @property
+    def key(self) -> str:
+        """Of the section, in errors."""
+        return f"rewards.{self.section}"
+
+
+class DeQAConfig(JudgeConfig):
+    """The reward `deqa`: a judge of image quality by DeQA-Score's levels (arXiv 2501.11561), whatever was asked for."""
+
+    section: ClassVar[str] = "deqa"
+    template: str = "deqa"
+
+
+class UnifiedRewardConfig(JudgeConfig):
+    """The reward `unifiedreward`: a judge as UnifiedReward is asked (arXiv 2503.05236)."""
+
+    section: ClassVar[str] = "unifiedreward"
+
 
 class RewardsConfig(Section):
     """What the images are scored by: a weighted sum."""
@@ -101,6 +121,8 @@ class RewardsConfig(Section):
     pickscore: PretrainedConfig = PretrainedConfig()
     ocr: OcrConfig = OcrConfig()
     judge: JudgeConfig = JudgeConfig()
+    deqa: DeQAConfig = DeQAConfig()
+    unifiedreward: UnifiedRewardConfig = UnifiedRewardConfig()
     clipscore: PretrainedConfig = PretrainedConfig()
     hpsv2: HPSv2Config = HPSv2Config()
     imagereward: ImageRewardConfig = ImageRewardConfig()

@@ -97,6 +97,8 @@ def test_recipes_of_the_package(name: str, run: Path) -> None:
 def test_evaluation_recipes_are_these(run: Path) -> None:
     assert evaluation_recipe_names() == ["drawbench", "shapes"]
     assert not {*evaluation_recipe_names()} & {*recipe_names()}
-    assert terms(evaluation_config(run, recipe="drawbench")) == ["aesthetic", "imagereward", "pickscore", "judge"]
+    assert terms(evaluation_config(run, recipe="drawbench")) == [
+        "aesthetic", "imagereward", "pickscore", "deqa", "unifiedreward",
+    ]  # fmt: skip
     every = evaluation_config(run, recipe="shapes").evaluation.num_prompts
     assert every == len(load_prompts("shapes:test", key="prompts.test"))

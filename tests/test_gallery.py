@@ -300,11 +300,11 @@ def test_every_value_is_in_a_bar(values: list[float]) -> None:
 @pytest.mark.parametrize("width", [80, 100])
 def test_a_table_is_readable_in_a_terminal(width: int) -> None:
     """As wide as numbers get, with every name of the drawbench recipe whole."""
-    names = ("aesthetic", "imagereward", "pickscore", "judge")
+    names = ("aesthetic", "imagereward", "pickscore", "deqa", "unifiedreward")
     rng = np.random.default_rng(0)
     base = {name: rng.normal(22, 1, (8, 2)) for name in names}
     tuned = {name: values - 0.3 for name, values in base.items()}
-    tuned["judge"][0, 0] = math.nan
+    tuned["deqa"][0, 0] = math.nan
     console = Console(width=width, file=None, record=True, quiet=False)
     with console.capture() as capture:
         console.print(evaluation(("a",) * 8, base, tuned).as_table())
@@ -313,4 +313,4 @@ def test_a_table_is_readable_in_a_terminal(width: int) -> None:
     for name in names:
         (row,) = (line for line in lines if line.strip().startswith(name))
         assert re.search(r"-0\.300 +-0\.300 to -0\.300 +< 0\.001 +0 % \(0-32\)", row), row
-    assert "1 of judge" in capture.get()
+    assert "1 of deqa" in capture.get()

@@ -43,6 +43,7 @@ _FACTORIES: dict[str, Callable[[], Reward]] = {}
 _BUILT_IN = {
     "aesthetic": BuiltIn("dgpo_fast.rewards.aesthetic:Aesthetic"),
     "clipscore": BuiltIn("dgpo_fast.rewards.clipscore:CLIPScore"),
+    "deqa": BuiltIn("dgpo_fast.rewards.judge:JudgeReward"),
     "geneval": BuiltIn("dgpo_fast.rewards.geneval:GenEvalReward"),
     "hpsv2": BuiltIn("dgpo_fast.rewards.hpsv2:HPSv2"),
     "imagereward": BuiltIn("dgpo_fast.rewards.imagereward:ImageReward"),
@@ -52,6 +53,7 @@ _BUILT_IN = {
     "ocr": BuiltIn("dgpo_fast.rewards.ocr:OcrReward", extra="ocr"),
     "pickscore": BuiltIn("dgpo_fast.rewards.pickscore:PickScore"),
     "shapes": BuiltIn("dgpo_fast.rewards.shapes:ShapesReward"),
+    "unifiedreward": BuiltIn("dgpo_fast.rewards.judge:JudgeReward"),
 }  # fmt: skip
 
 

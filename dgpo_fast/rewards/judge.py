@@ -1,4 +1,4 @@
-"""The reward `judge`: what a vision-language model behind an OpenAI-compatible server says of an image."""
+"""The rewards `judge`, `deqa`, `unifiedreward`: what a vision-language model behind a server says of an image."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class _RetryError(Exception):
 
 
 class JudgeReward:
-    """Metrics `judge`, the score in [0, 1], and `answer`, the same on the judge's own scale; NaN where there is none.
+    """A metric of its section's name, in [0, 1], and `answer`, the same on the judge's own scale; NaN for no score.
 
     Each image is one request to `{url}/chat/completions`: a message of the user's with the image, as a PNG in a data
     URL, and the template's text with the prompt in place of {prompt}. No more than `concurrency` are under way at a
@@ -131,9 +131,9 @@ class JudgeReward:
 
     def __init__(self, settings: JudgeConfig, *, device: torch.device) -> None:
         self._settings = settings
-        self._url = _checked_url(settings.url)
+        self._url = _checked_url(settings)
         if settings.model is None:
-            raise UserError("rewards.judge.model: not set; expected what the server calls its model")
+            raise UserError(f"{settings.key}.model: not set; expected what the server calls its model")
         self._template = _template(settings)
         self._headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY_VARIABLE):
@@ -156,7 +156,7 @@ class JudgeReward:
         self._report([outcome for outcome in outcomes if isinstance(outcome, NoScoreError)], len(outcomes))
         answers = [math.nan if isinstance(outcome, NoScoreError) else outcome for outcome in outcomes]
         worst, best = self._template.scale
-        return {"judge": [(answer - worst) / (best - worst) for answer in answers], "answer": answers}
+        return {self._settings.section: [(answer - worst) / (best - worst) for answer in answers], "answer": answers}
 
     def _outcome(self, pixels_HWC: NDArray[np.uint8], prompt: str) -> float | NoScoreError:
         try:
@@ -227,8 +227,8 @@ class JudgeReward:
         reason = f"{status} {http.client.responses.get(status, '')}: {_start(content.decode(errors='replace'))}"
         if status in (401, 403, 404):  # the next image would fare no better
             raise UserError(
-                f"rewards.judge: {self._url}/chat/completions answered {reason}; check rewards.judge.url, "
-                f"rewards.judge.model ({self._settings.model}) and the environment variable {KEY_VARIABLE}"
+                f"{self._settings.key}: {self._url}/chat/completions answered {reason}; check url and model "
+                f"({self._settings.model}) there, and the environment variable {KEY_VARIABLE}"
             )
         if status in (408, 429) or status >= 500:
             raise _RetryError(reason)
@@ -239,11 +239,11 @@ class JudgeReward:
             return
         if len(failures) == num_images and all(isinstance(failure, UnreachableError) for failure in failures):
             raise UserError(
-                f"rewards.judge.url: {self._url} takes no connection ({failures[0]}), after "
+                f"{self._settings.key}.url: {self._url} takes no connection ({failures[0]}), after "
                 f"{self._settings.retries} retries; is the server running?"
             )
         warnings.warn(
-            f"rewards.judge: {len(failures)} of {num_images} images have no score; the first: {failures[0]}",
+            f"{self._settings.key}: {len(failures)} of {num_images} images have no score; the first: {failures[0]}",
             stacklevel=3,
         )
 
@@ -313,17 +313,18 @@ def expected_level(log_prob_of: Mapping[str, float], levels: Mapping[str, float]
     return sum(weight * levels[level] for level, weight in weights.items()) / total
 
 
-def _checked_url(url: str | None) -> str:
+def _checked_url(settings: JudgeConfig) -> str:
+    url = settings.url
     expected = "expected the address of an OpenAI-compatible server's API, as http://localhost:8000/v1"
     if url is None:
-        raise UserError(f"rewards.judge.url: not set; {expected}")
+        raise UserError(f"{settings.key}.url: not set; {expected}")
     try:
         parts = urlsplit(url)
         is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is no number
         is_address = False
     if not is_address:
-        raise UserError(f"rewards.judge.url: {expected}, got {url!r}")
+        raise UserError(f"{settings.key}.url: {expected}, got {url!r}")
     return url.rstrip("/")
 
 
@@ -332,39 +333,41 @@ def _template(settings: JudgeConfig) -> Template:
     named = TEMPLATES.get(settings.template)
     if named is None and not re.search(r"\s|{prompt}", settings.template):
         raise UserError(
-            f"rewards.judge.template: no template {settings.template!r}{suggest(settings.template, TEMPLATES)} known: "
+            f"{settings.key}.template: no template {settings.template!r}{suggest(settings.template, TEMPLATES)} known: "
             f"{', '.join(TEMPLATES)}; or give a text of your own, with {{prompt}} where the prompt goes"
         )
     template = named or _own_template(settings)
     if settings.pattern is not None:
-        template = replace(template, pattern=_checked_pattern(settings.pattern), levels=None)
+        template = replace(template, pattern=_checked_pattern(settings, settings.pattern), levels=None)
     if settings.scale is not None:
-        template = replace(template, scale=_checked_scale(settings.scale))
+        template = replace(template, scale=_checked_scale(settings, settings.scale))
     return template
 
 
 def _own_template(settings: JudgeConfig) -> Template:
     for key in ("pattern", "scale"):
         if getattr(settings, key) is None:
-            raise UserError(f"rewards.judge.{key}: not set; expected one, since rewards.judge.template is of your own")
+            raise UserError(
+                f"{settings.key}.{key}: not set; expected one, since {settings.key}.template is of your own"
+            )
     assert settings.scale is not None
     return Template(text=settings.template, pattern=settings.pattern, scale=settings.scale)
 
 
-def _checked_scale(scale: tuple[float, float]) -> tuple[float, float]:
+def _checked_scale(settings: JudgeConfig, scale: tuple[float, float]) -> tuple[float, float]:
     if scale[0] == scale[1]:
-        raise UserError(f"rewards.judge.scale: expected two different numbers, got {list(scale)}")
+        raise UserError(f"{settings.key}.scale: expected two different numbers, got {list(scale)}")
     return scale
 
 
-def _checked_pattern(pattern: str) -> str:
+def _checked_pattern(settings: JudgeConfig, pattern: str) -> str:
     try:
         num_groups = re.compile(pattern).groups
     except re.error as error:
-        raise UserError(f"rewards.judge.pattern: {pattern!r} is no regular expression: {error}") from None
+        raise UserError(f"{settings.key}.pattern: {pattern!r} is no regular expression: {error}") from None
     if num_groups == 0:
         raise UserError(
-            f"rewards.judge.pattern: expected a group for the score, as 'Score: ([0-9.]+)', got {pattern!r}"
+            f"{settings.key}.pattern: expected a group for the score, as 'Score: ([0-9.]+)', got {pattern!r}"
         )
     return pattern
 

@@ -24,8 +24,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.reward_config import JudgeConfig, RewardConfig, RewardsConfig
-from dgpo_fast.rewards import Scorer
+from dgpo_fast.reward_config import DeQAConfig, JudgeConfig, RewardConfig, RewardsConfig, UnifiedRewardConfig
+from dgpo_fast.rewards import Scorer, load_reward
 from dgpo_fast.rewards.judge import (
     KEY_VARIABLE,
     TEMPLATES,
@@ -466,3 +466,19 @@ def test_no_level_among_the_likeliest_tokens() -> None:
     assert expected_level({"BAD": -3.0, "\n": -0.1}, levels) == 1
     with pytest.raises(NoScoreError, match="expected one of excellent, good, fair, poor, bad, got 'The', 'goods'"):
         expected_level({"The": -0.1, "goods": -1.0}, levels)
+
+
+def test_two_judges_of_one_recipe(server: Server) -> None:
+    """Each has its own section, question and metric."""
+    answers = {"deqa": says("Score 5"), "unifiedreward": says("Final Score: 4")}
+    server.reply = lambda asked, before: answers[asked.body["model"]]
+    terms = (RewardConfig(name="unifiedreward"), RewardConfig(name="deqa"))
+    sections = {
+        "unifiedreward": UnifiedRewardConfig(url=server.url, model="unifiedreward"),
+        "deqa": DeQAConfig(url=server.url, model="deqa", pattern=r"Score (\d)"),
+    }
+    metrics = Scorer(RewardsConfig(terms=terms, **sections))(IMAGES[:1], PROMPTS[:1]).metrics
+    assert {name: metrics[name].tolist() for name in sections} == {"unifiedreward": [0.75], "deqa": [1.0]}
+    assert [asked.text.startswith("How good is the quality") for asked in server.asked] == [False, True]
+    with pytest.raises(UserError, match=r"rewards\.deqa\.url: not set"):
+        load_reward("deqa")
