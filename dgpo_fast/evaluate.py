@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,8 @@ from dgpo_fast.models.training import load_policy
 from dgpo_fast.parallel.world import World
 from dgpo_fast.profiling import stage
 from dgpo_fast.prompts import load_prompts
-from dgpo_fast.rewards import OverlappedScoring, Scorer
+from dgpo_fast.rewards import OverlappedScoring, Scorer, Scores
+from dgpo_fast.rewards.scoring import describe_failures, refuse_failures, total_failures
 from dgpo_fast.samples import save_grid
 
 Metrics = dict[str, float]
@@ -76,15 +78,17 @@ def evaluate_view(
     world: World,
     *,
     check: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Metrics:
     """Mean of every metric over the images of `prompts`, which the ranks share out among themselves.
 
     Args:
         check: called before each forward's worth of prompts and at the end, on every rank as often; may raise, to end
             the evaluation.
+        say: told, on every rank, in a line which images have no score and are left out of the means.
 
     Raises:
-        UserError: fewer prompts than ranks, or a reward fails and the recipe says `on_failure: stop`.
+        UserError: fewer prompts than ranks, or more images have no score than the recipe allows.
     """
     if len(prompts) < world.size:
         raise UserError(
@@ -96,8 +100,9 @@ def evaluate_view(
     largest_share = math.ceil(len(prompts) / world.size)
     along = prompts[mine.start : mine.start + 1]  # of its own: another would bring the text encoders to the device
     scoring = OverlappedScoring(
-        scorer, policy.model, images_per_decode=config.rollout.decoded_at_once, max_waiting=MAX_WAITING
-    )
+        scorer, policy.model, images_per_decode=config.rollout.decoded_at_once, max_waiting=MAX_WAITING,
+        num_images=len(prompts) * images_per_prompt,
+    )  # fmt: skip
     with stage("evaluate"):
         with scoring:
             policy.model.encode(prompts[mine.start : mine.stop])  # at once: the encoders come to the device for it
@@ -110,12 +115,26 @@ def evaluate_view(
                 )
                 if chunk:
                     scoring.add(x0_BCHW, [prompt for prompt in chunk for _ in range(images_per_prompt)])
-        metrics = scoring.scores().metrics
+        # A rank on which a reward has failed for all has the names of its metrics from another.
+        for names in world.gather_objects(scorer.metric_names):
+            scorer.metric_names = {**names, **scorer.metric_names}
+        scores = scoring.scores()
+        metrics = scores.metrics
         check()
+        _check_failures(scores, len(prompts) * images_per_prompt, config, world, say)
         scored = [values[values.isfinite()] for values in metrics.values()]
         sums = [[values.double().sum().item() for values in scored], [float(len(values)) for values in scored]]
         totals = world.sum(torch.tensor(sums, dtype=torch.float64).to(world.device))
     return dict(zip(metrics, (totals[0] / totals[1]).tolist(), strict=True))
+
+
+def _check_failures(scores: Scores, total: int, config: Config, world: World, say: Callable[[str], None]) -> None:
+    """Says what failed; raises on every rank where it is too much."""
+    num_failed = int(world.sum((~scores.reward_B.isfinite()).sum().to(world.device)))
+    if num_failed:
+        failed = total_failures(world.gather_objects(scores.failed))
+        refuse_failures(failed, num_failed, total=total, config=config.rewards)
+        say(f"{describe_failures(failed, total=total)}; they are left out of the evaluation")
 
 
 def headline(metrics: Metrics, config: Config) -> float:
@@ -143,8 +162,10 @@ def evaluate_run(
     policy = load_policy(config, world)
     policy.take_ema(partial(checkpoint.read, "ema"))
     policy.check_trained()
-    scorer = Scorer(config.rewards)
-    base, tuned = (evaluate_view(policy, view, prompts, config, scorer, world) for view in ("ref", "ema"))
+    with Scorer(config.rewards, device=world.device) as scorer:
+        base, tuned = (
+            evaluate_view(policy, view, prompts, config, scorer, world, say=_say_on(world)) for view in ("ref", "ema")
+        )
     if picture is not None and world.is_first:
         shown = prompts[:PICTURED_PROMPTS]
         images = [draw_images(policy, view, shown, config, images_per_prompt=1) for view in ("ref", "ema")]
@@ -152,3 +173,8 @@ def evaluate_run(
         save_grid(torch.cat(images), captions, picture, columns=len(shown))
     world.leave()
     return {"split": split, "num_prompts": len(prompts), "base": base, "tuned": tuned}
+
+
+def _say_on(world: World) -> Callable[[str], None]:
+    """Writes to stderr, on the first rank."""
+    return lambda line: print(line, file=sys.stderr) if world.is_first else None

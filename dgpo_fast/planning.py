@@ -23,6 +23,7 @@ from dgpo_fast.models.architectures import (
 )
 from dgpo_fast.models.sources import ModelSource, cached_file, clip_tokens, find_model, transformer_shape, vae_shape
 from dgpo_fast.parallel.placement import placement_of
+from dgpo_fast.reward_config import RunningConfig
 from dgpo_fast.throughput import Throughput, expected_throughputs, gpu_memory_bytes, gpu_name
 
 GB = 1e9
@@ -237,8 +238,8 @@ def _missing_rewards(config: Config) -> Iterator[str]:
     for term in config.rewards.terms:
         if term.name in REWARDS_TO_COME and term.name not in known_rewards():
             yield f"reward {term.name!r} is not part of this version: give your own as package.module:Class"
-        else:
-            load_reward(term.name)
+        elif config.rewards.running.get(term.name, RunningConfig()).url is None:
+            load_reward(term.name, config.rewards)
 
 
 def _missing_prompts(config: Config) -> Iterator[str]:

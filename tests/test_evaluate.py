@@ -19,7 +19,8 @@ from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.sd3 import load_model
 from dgpo_fast.parallel.world import World
 from dgpo_fast.prompts import load_prompts
-from dgpo_fast.rewards import Scorer
+from dgpo_fast.rewards import Scorer, calling
+from dgpo_fast.rewards.calling import Here
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 PROMPTS = load_prompts("shapes:test", key="prompts.test")[:3]
@@ -28,13 +29,19 @@ PROMPTS = load_prompts("shapes:test", key="prompts.test")[:3]
 @pytest.fixture(scope="module")
 def config(quick: tuple[str, ...]) -> Config:
     """One image per forward: kernels, and so bits, depend on the batch shape."""
-    settings = ("rollout.images_per_forward=1", "evaluation.images_per_prompt=1", "rewards.on_failure=skip")
+    settings = ("rollout.images_per_forward=1", "evaluation.images_per_prompt=1", "rewards.max_failed_share=0.4")
     return load_recipe("tiny-dgpo", [*quick, *settings])
 
 
 @pytest.fixture(scope="module")
 def policy(config: Config) -> AdapterPolicy:
     return AdapterPolicy(load_model(config.model, device="cpu"), config.adapter, seed=0)
+
+
+def unconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks without a process group, of which none hears of the others."""
+    monkeypatch.setattr(World, "sum", lambda self, tensor: tensor)
+    monkeypatch.setattr(World, "gather_objects", lambda self, value: [value])
 
 
 def draw_one_by_one(policy: AdapterPolicy, config: Config) -> Tensor:
@@ -114,7 +121,7 @@ def test_an_evaluation_can_be_ended_between_forwards(policy: AdapterPolicy, conf
         scored.extend(prompts)
         return [0.0] * len(prompts)
 
-    scorer.rewards = dict.fromkeys(scorer.rewards, score)
+    scorer.places = {name: Here(name, score) for name in scorer.places}
     with pytest.raises(InterruptedError):
         evaluate_view(policy, "ref", PROMPTS, config, scorer, ALONE, check=check)
     assert set(scored) <= set(PROMPTS[:1]), "nothing else was sampled"
@@ -132,7 +139,7 @@ def test_a_signal_during_the_last_reward_ends_an_evaluation(policy: AdapterPolic
         scored.extend(prompts)
         return {name: [0.0] * len(prompts) for name in ("brightness", "soft")}
 
-    scorer.rewards = dict.fromkeys(scorer.rewards, score)
+    scorer.places = {name: Here(name, score) for name in scorer.places}
     with pytest.raises(InterruptedError):
         evaluate_view(policy, "ref", PROMPTS, config, scorer, ALONE, check=check)
 
@@ -141,7 +148,7 @@ def test_uneven_ranks_check_equally_often(
     policy: AdapterPolicy, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A check is an all-reduce: the rank with fewer prompts must make as many."""
-    monkeypatch.setattr(World, "sum", lambda self, tensor: tensor)
+    unconnected(monkeypatch)
     counts = []
     for rank in range(2):
         calls: list[None] = []
@@ -156,7 +163,7 @@ def test_a_rank_that_runs_out_of_prompts_draws_along(
     policy: AdapterPolicy, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many forwards on every rank, for weights that are gathered to be used; of a prompt that it has encoded."""
-    monkeypatch.setattr(World, "sum", lambda self, tensor: tensor)
+    unconnected(monkeypatch)
     prompts = load_prompts("shapes:test", key="prompts.test")[:4]
     encoded: list[list[str]] = []
     views: list[list[str]] = []
@@ -167,7 +174,7 @@ def test_a_rank_that_runs_out_of_prompts_draws_along(
         scored.extend(prompts)
         return {name: [0.0] * len(prompts) for name in ("brightness", "soft")}
 
-    scorer.rewards = dict.fromkeys(scorer.rewards, score)
+    scorer.places = {name: Here(name, score) for name in scorer.places}
     monkeypatch.setattr(policy.model, "encode", lambda given: (encoded[-1].extend(given), encode(given))[1])
     monkeypatch.setattr(policy.engine, "velocity", lambda *given: (views[-1].append(given[0]), velocity(*given))[1])
     for rank in range(3):
@@ -178,7 +185,7 @@ def test_a_rank_that_runs_out_of_prompts_draws_along(
         share = world.share(len(prompts))
         assert {*encoded[-1]} <= {*prompts[share.start : share.stop], ""}
     assert views[0] == views[1] == views[2]
-    assert scored == [prompt for prompt in prompts for _ in scorer.rewards], "what was drawn along is not scored"
+    assert scored == [prompt for prompt in prompts for _ in scorer.places], "what was drawn along is not scored"
 
 
 @pytest.mark.parametrize("how", ["nan", "inf", "-inf"])
@@ -187,9 +194,35 @@ def test_an_image_without_a_score_is_left_out(
 ) -> None:
     images = draw_one_by_one(policy, config)
     others = Scorer(config.rewards)(images, PROMPTS).metrics["brightness"][1:]
-    monkeypatch.setenv("MISBEHAVE", f"1:{how}")
-    metrics = evaluate_view(policy, "ref", PROMPTS, config, Scorer(config.rewards), ALONE)
+    monkeypatch.setenv("MISBEHAVE", f"1-2:{how}")
+    said: list[str] = []
+    metrics = evaluate_view(policy, "ref", PROMPTS, config, Scorer(config.rewards), ALONE, say=said.append)
     assert metrics["brightness"] == others.double().mean().item()
+    failed = f"rewards: 'misbehaving:Brightness' failed for 1 of 3 images, last: returned {how}"
+    assert said == [f"{failed}; they are left out of the evaluation"]
+    strict = config.model_copy(update={"rewards": config.rewards.model_copy(update={"max_failed_share": 0.3})})
+    with pytest.raises(UserError, match=rf"{failed}; 33\.3% of the images"):
+        evaluate_view(policy, "ref", PROMPTS, strict, Scorer(strict.rewards), ALONE)
+
+
+def test_a_rank_whose_images_all_failed_knows_the_metrics_from_another(
+    policy: AdapterPolicy, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the reward has ever scored there: every rank must sum as many numbers."""
+    names = {"misbehaving:Brightness": ["brightness", "contrast"], "shapes": ["soft", "strict"]}
+    unconnected(monkeypatch)
+    monkeypatch.setattr(World, "gather_objects", lambda self, value: [value, names])
+    monkeypatch.setattr(calling, "BACKOFF_S", 0.0)
+    monkeypatch.setenv("MISBEHAVE", "1-99:raise")
+    sums: list[Tensor] = []
+    monkeypatch.setattr(World, "sum", lambda self, tensor: (sums.append(tensor.clone()), tensor)[1])
+    evaluations = []
+    monkeypatch.setattr("dgpo_fast.evaluate._check_failures", lambda scores, *rest: evaluations.append(scores.failed))
+    world = World(rank=0, size=3, device=torch.device("cpu"))
+    metrics = evaluate_view(policy, "ref", PROMPTS, config, Scorer(config.rewards), world)
+    assert list(metrics) == ["brightness", "contrast", "soft", "strict"]
+    assert sums[-1][1].tolist() == [0, 0, 1, 1]
+    assert evaluations[0]["misbehaving:Brightness"].num_images == 1
 
 
 def test_more_ranks_than_prompts_is_a_mistake_of_the_user(policy: AdapterPolicy, config: Config) -> None:
