@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dgpo_fast.config import Config, load_recipe, recipe_names, refuse_used
+from dgpo_fast.config import Config, load_recipe, load_rewards, recipe_names, refuse_used
 from dgpo_fast.errors import UserError
 from dgpo_fast.files import write_atomically
 from dgpo_fast.parallel import failures
@@ -236,6 +236,34 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         print(json.dumps(findings, indent=2))
     else:
         Console().print(render(findings))
+
+
+@app.command("serve-reward")
+def serve_reward(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="As recipes name it: built in, or package.module:Class of your own.")
+    ],
+    host: Annotated[
+        str,
+        typer.Option(metavar="HOST", help="Where to listen; beyond this machine only with $DGPO_FAST_REWARD_TOKEN."),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="PORT", min=0, max=65535, help="0 takes any that is free.")] = 8000,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="Whose settings of the reward to take; else the defaults.")
+    ] = None,
+    overrides: Overrides = None,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:1.")] = "auto",
+    max_images: Annotated[int, typer.Option(metavar="N", min=1, help="Of a request.")] = 64,
+    max_megabytes: Annotated[int, typer.Option(metavar="MB", min=1, help="Of a request.")] = 256,
+) -> None:
+    """Serve a reward to runs that name its address in rewards.running, until SIGINT or SIGTERM."""
+    settings = load_recipe(recipe, overrides or []).rewards if recipe else load_rewards(name, overrides or [])
+    from dgpo_fast.rewards import server
+
+    server.serve_reward(
+        name, settings, device=server.parse_device(device), host=host, port=port, max_images=max_images,
+        max_bytes=max_megabytes * 1_000_000,
+    )  # fmt: skip
 
 
 @app.command()

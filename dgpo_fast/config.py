@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dgpo_fast.algorithm_config import ALGORITHM_NAMES, AlgorithmConfig, DGPOConfig
 from dgpo_fast.errors import UserError, suggest
-from dgpo_fast.reward_config import RewardConfig, RewardsConfig
+from dgpo_fast.reward_config import RewardsConfig
 from dgpo_fast.sections import Count, NonNegative, Positive, Section, Sigma
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -307,6 +307,11 @@ class Config(Section):
                 "algorithm awm is on-policy: optimizer.steps_per_iteration must be 1, got "
                 f"{self.optimizer.steps_per_iteration}"
             )
+        if self.rewards.min_group_size > self.groups.size:
+            raise ValueError(
+                f"rewards.min_group_size must be at most groups.size, {self.groups.size}, got "
+                f"{self.rewards.min_group_size}"
+            )
         updates = self.optimizer.steps_per_iteration
         if self.groups.per_iteration % updates:
             raise ValueError(
@@ -409,6 +414,10 @@ MAY_CHANGE_ON_RESUME = (
     "checkpoints.",
     "logging.",
     "parallel.",
+    "rewards.running.",
+    "rewards.retries",
+    "rewards.timeout_s",
+    "rewards.max_failed_share",
 )
 
 
@@ -422,6 +431,20 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
     for override in overrides:
         _apply(data, override)
     return parse_config(data, source=str(name_or_path))
+
+
+def load_rewards(name: str, overrides: Sequence[str] = ()) -> RewardsConfig:
+    """The section `rewards` of one reward without a recipe, with `rewards.a.b=value` overrides.
+
+    Raises:
+        UserError: an unknown key (the nearest is named), one of another section, a wrong type.
+    """
+    data: dict[str, Any] = {"name": name, "rewards": {"terms": [{"name": name}]}}
+    for override in overrides:
+        if not override.startswith("rewards."):
+            raise UserError(f"--set {override}: without a recipe, only keys that begin with rewards. can be set")
+        _apply(data, override)
+    return parse_config(data, source=name).rewards
 
 
 def load_run_config(run_dir: Path) -> Config:
@@ -595,12 +618,11 @@ def _keys_of(sections: Sequence[str]) -> list[str]:
         if (place, sections[0]) == (1, "algorithm"):
             model = next(each for each in get_args(AlgorithmConfig) if each.model_fields["name"].default == section)
             continue
-        annotation = model.model_fields[section].annotation if section in model.model_fields else None
-        candidates = (annotation, *get_args(annotation))  # a section, or one that may be null
-        sections_there = [each for each in candidates if isinstance(each, type) and issubclass(each, BaseModel)]
-        if not sections_there:
-            return list(RewardConfig.model_fields)
-        model = sections_there[0]
+        if section not in model.model_fields:  # an item's number, or its name
+            continue
+        annotation = model.model_fields[section].annotation
+        candidates = (annotation, *get_args(annotation))  # a section, or one that may be null, or some of one kind
+        model = next(each for each in candidates if isinstance(each, type) and issubclass(each, BaseModel))
     return list(model.model_fields)
 
 

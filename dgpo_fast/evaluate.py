@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from dgpo_fast.parallel.world import World
 from dgpo_fast.profiling import stage
 from dgpo_fast.prompts import load_prompts
 from dgpo_fast.rewards import OverlappedScoring, Scorer, Scores
-from dgpo_fast.rewards.scoring import Measured
+from dgpo_fast.rewards.scoring import Measured, describe_failures, refuse_failures, total_failures
 from dgpo_fast.samples import save_grid
 from dgpo_fast.statistics import Floats
 
@@ -83,19 +84,20 @@ def evaluate_view(
     world: World,
     *,
     check: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Metrics:
     """Mean of every metric over the images of `prompts`, which the ranks share out among themselves.
 
     Args:
         check: called before each forward's worth of prompts and at the end, on every rank as often; may raise, to end
             the evaluation.
+        say: told, on every rank, in a line which images have no score and are left out of the means.
 
     Raises:
-        UserError: fewer prompts than ranks, or a reward fails and the recipe says `on_failure: stop`.
+        UserError: fewer prompts than ranks, or more images have no score than the recipe allows.
     """
     with stage("evaluate"):
-        metrics = _score_share(policy, view, prompts, config, scorer, world, check=check).metrics
-        check()
+        metrics = _score_share(policy, view, prompts, config, scorer, world, check=check, say=say).metrics
         scored = [values[values.isfinite()] for values in metrics.values()]
         sums = [[values.double().sum().item() for values in scored], [float(len(values)) for values in scored]]
         totals = world.sum(torch.tensor(sums, dtype=torch.float64).to(world.device))
@@ -103,7 +105,14 @@ def evaluate_view(
 
 
 def score_view(
-    policy: Policy, view: View, prompts: list[str], config: Config, scorer: Scorer, world: World
+    policy: Policy,
+    view: View,
+    prompts: list[str],
+    config: Config,
+    scorer: Scorer,
+    world: World,
+    *,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Floats]:
     """Every metric of every image: float64 [prompts, images_per_prompt], on every rank; NaN where it failed.
 
@@ -111,7 +120,7 @@ def score_view(
         UserError: as `evaluate_view`.
     """
     with stage("evaluate"):
-        metrics = _score_share(policy, view, prompts, config, scorer, world, check=lambda: None).metrics
+        metrics = _score_share(policy, view, prompts, config, scorer, world, check=lambda: None, say=say).metrics
         of_ranks = world.gather_objects({name: values.double().numpy() for name, values in metrics.items()})
     # A rank's prompts are consecutive, and ranks come in their order.
     whole = {name: np.concatenate([of[name] for of in of_ranks]) for name in metrics}
@@ -129,6 +138,7 @@ def _score_share(
     world: World,
     *,
     check: Callable[[], None],
+    say: Callable[[str], None],
 ) -> Scores:
     """Of this rank's images, prompt after prompt."""
     if len(prompts) < world.size:
@@ -141,8 +151,9 @@ def _score_share(
     largest_share = math.ceil(len(prompts) / world.size)
     along = prompts[mine.start : mine.start + 1]  # of its own: another would bring the text encoders to the device
     scoring = OverlappedScoring(
-        scorer, policy.model, images_per_decode=config.rollout.decoded_at_once, max_waiting=MAX_WAITING
-    )
+        scorer, policy.model, images_per_decode=config.rollout.decoded_at_once, max_waiting=MAX_WAITING,
+        num_images=len(prompts) * images_per_prompt,
+    )  # fmt: skip
     with scoring:
         policy.model.encode(prompts[mine.start : mine.stop])  # at once: the encoders come to the device for it
         for start in range(mine.start, mine.start + largest_share, per_chunk):
@@ -154,7 +165,22 @@ def _score_share(
             )
             if chunk:
                 scoring.add(x0_BCHW, [prompt for prompt in chunk for _ in range(images_per_prompt)])
-    return scoring.scores()
+    # A rank on which a reward has failed for all has the names of its metrics from another.
+    for names in world.gather_objects(scorer.metric_names):
+        scorer.metric_names = {**names, **scorer.metric_names}
+    scores = scoring.scores()
+    check()
+    _check_failures(scores, len(prompts) * images_per_prompt, config, world, say)
+    return scores
+
+
+def _check_failures(scores: Scores, total: int, config: Config, world: World, say: Callable[[str], None]) -> None:
+    """Says what failed; raises on every rank where it is too much."""
+    num_failed = int(world.sum((~scores.reward_B.isfinite()).sum().to(world.device)))
+    if num_failed:
+        failed = total_failures(world.gather_objects(scores.failed))
+        refuse_failures(failed, num_failed, total=total, config=config.rewards)
+        say(f"{describe_failures(failed, total=total)}; they are left out of the evaluation")
 
 
 def headline(metrics: Metrics, config: Config) -> float:
@@ -208,13 +234,14 @@ def evaluate_run(
     policy.take_ema(partial(checkpoint.read, "ema"))
     policy.check_trained()
     scores = {}
-    for side, view in SIDES.items():
-        if gallery is not None:
-            first_image = world.share(len(prompts)).start * config.evaluation.images_per_prompt
-            scorer.keep = picture_keeper(
-                gallery, side, first_image=first_image, images_per_prompt=config.evaluation.images_per_prompt
-            )
-        scores[side] = score_view(policy, view, prompts, config, scorer, world)
+    with scorer:
+        for side, view in SIDES.items():
+            if gallery is not None:
+                first_image = world.share(len(prompts)).start * config.evaluation.images_per_prompt
+                scorer.keep = picture_keeper(
+                    gallery, side, first_image=first_image, images_per_prompt=config.evaluation.images_per_prompt
+                )
+            scores[side] = score_view(policy, view, prompts, config, scorer, world, say=_say_on(world))
     evaluation = Evaluation(
         run=run_dir.resolve().name, step=checkpoint.step, split=split, source=str(source), prompts=tuple(prompts),
         images_per_prompt=config.evaluation.images_per_prompt, base=scores["base"], tuned=scores["tuned"],
@@ -232,3 +259,8 @@ def _save_picture(policy: Policy, prompts: list[str], config: Config, path: Path
     images = [draw_images(policy, view, prompts, config, images_per_prompt=1) for view in SIDES.values()]
     captions = [f"{prompt} ({side})" for side in SIDES for prompt in prompts]
     save_grid(torch.cat(images), captions, path, columns=len(prompts))
+
+
+def _say_on(world: World) -> Callable[[str], None]:
+    """Writes to stderr, on the first rank."""
+    return lambda line: print(line, file=sys.stderr) if world.is_first else None

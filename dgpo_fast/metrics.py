@@ -27,7 +27,10 @@ METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 
 SECTIONS = {
-    "reward": ("reward_mean", "reward_std", "zero_std_groups", "clamped_advantages", "failed_samples"),
+    "reward": (
+        *("reward_mean", "reward_std", "zero_std_groups", "clamped_advantages"),
+        *("failed_samples", "dropped_groups"),
+    ),
     "loss": ("loss", "dgpo_loss", "surrogate_loss", "policy_loss", "kl", "clip_fraction", "group_weight_mean"),
     "optimizer": ("grad_norm", "lr", "skipped_steps"),
     "speed": ("images_seen", "wall_s", "rollout_s", "reward_s", "train_s", "images_per_s", "peak_memory_gb"),

@@ -23,6 +23,7 @@ from dgpo_fast.models.architectures import (
 )
 from dgpo_fast.models.sources import ModelSource, cached_file, clip_tokens, find_model, transformer_shape, vae_shape
 from dgpo_fast.parallel.placement import placement_of
+from dgpo_fast.reward_config import RunningConfig
 from dgpo_fast.throughput import Throughput, expected_throughputs, gpu_memory_bytes, gpu_name
 
 GB = 1e9
@@ -235,6 +236,8 @@ def _missing_rewards(config: Config) -> Iterator[str]:
     from dgpo_fast.rewards.base import absent_weights, has_weights, load_reward
 
     for term in config.rewards.terms:
+        if config.rewards.running.get(term.name, RunningConfig()).url is not None:
+            continue  # what it needs is where it runs
         if has_weights(term.name):
             yield from absent_weights(term.name, config.rewards)
         else:

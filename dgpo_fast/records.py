@@ -110,10 +110,11 @@ class ScoredGroups:
     """A rollout with its rewards and advantages."""
 
     rollout: Rollout
-    reward_B: Tensor  # float32; NaN where the reward failed
-    valid_B: Tensor  # bool; False keeps a sample's place in every batch, with weight zero
+    reward_B: Tensor  # float32; NaN where not valid
+    valid_B: Tensor  # bool; False keeps a sample's place in every batch, with weight zero: it failed, or too many did
     num_valid: tuple[int, ...]  # over all ranks, of the groups of each optimizer step; at least 1
-    group_size_G: Tensor  # float32, valid samples of every group of the iteration, on whatever ranks; at least 1
+    num_groups: tuple[int, ...]  # over all ranks, those of each optimizer step that have valid samples; at least 1
+    group_size_G: Tensor  # float32, valid samples of every group of the iteration, on whatever ranks
     advantage_B: Tensor  # float32; 0 where not valid
 
 
@@ -131,8 +132,13 @@ class NoisedBatch:
     valid_M: Tensor  # bool
     group_M: Tensor  # int64, whose noise each sample has, numbered from 0 within the round of micro-batches
     group_size_G: Tensor  # float32, valid samples of each group of the round
-    group_share: float  # weight of one group in the loss: 1 / (groups of the step, on all ranks, x training sigmas)
+    group_share: float  # weight of one group in the loss: 1 / (groups of the step that count x training sigmas)
     sample_share: float  # weight of one sample: 1 / (valid samples of the step, on all ranks, x training sigmas)
+
+    @property
+    def counts_G(self) -> Tensor:
+        """Groups that are learnt from, bool [G]: of the others no sample is valid."""
+        return self.group_size_G > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +181,7 @@ class StepReport:
     zero_std_groups: int
     clamped_advantages: int
     failed_samples: int
+    dropped_groups: int
     loss: float
     kl: float
     grad_norm: float

@@ -17,12 +17,10 @@ from dgpo_fast.algorithms.base import Algorithm
 from dgpo_fast.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, rotate
 from dgpo_fast.config import Config, check_ranks, refuse_used
 from dgpo_fast.environment import peak_memory_gb
-from dgpo_fast.errors import UserError
 from dgpo_fast.evaluate import Metrics, draw_images, evaluate_view, headline
 from dgpo_fast.interruption import Interrupted, Interruption
 from dgpo_fast.learner import Learner
 from dgpo_fast.metrics import read_evaluations
-from dgpo_fast.ops.group_advantages import group_advantages
 from dgpo_fast.ops.registry import describe_serving
 from dgpo_fast.parallel.placement import placement_of
 from dgpo_fast.parallel.world import World
@@ -30,6 +28,7 @@ from dgpo_fast.profiling import StageClock, stage, use_clock
 from dgpo_fast.prompts import PromptSampler, load_prompts
 from dgpo_fast.records import LossOutput, PromptBatch, Rollout, ScoredGroups, StepReport
 from dgpo_fast.rewards import OverlappedScoring, Scorer, Scores
+from dgpo_fast.rewards.grouping import group_scores
 from dgpo_fast.run_directory import RunDirectory, refuse_conflicts
 
 TIMES = ("rollout", "reward", "train")
@@ -58,6 +57,7 @@ class Trainer:
             placement.samples(rank, total=config.images_per_iteration) for rank in range(self.world.size)
         ]
         self.scorer = Scorer(config.rewards, device=self.world.device)
+        self.warning: str | None = None  # of the last iteration
         self.test_prompts = load_prompts(config.prompts.test, key="prompts.test")[: config.evaluation.num_prompts]
         train_prompts = load_prompts(config.prompts.train, key="prompts.train")
         self.prompts = PromptSampler(train_prompts, per_iteration=config.groups.per_iteration, seed=config.seed)
@@ -85,13 +85,15 @@ class Trainer:
         run = RunDirectory(
             self.out, self.config, clock=self.clock, start_step=self.step, resumed=self.resumed, is_first=first
         )
-        with run, self.interruption:
+        with self.scorer, run, self.interruption:
             run.say(f"{describe_serving(self.world.device.type)}\n{self.readiness}")
             try:
                 self._look_up_from_work(run)
                 while self.step < self.config.steps:
                     for report in self.run_iteration():
                         run.log_step(report)
+                    if self.warning is not None:
+                        run.say(self.warning)
                     self._look_up_from_work(run)
             except Interrupted as interrupted:
                 status = interrupted.status
@@ -112,7 +114,9 @@ class Trainer:
         # Several ranks agree on a signal by a collective, which would make each forward wait for the slowest.
         check = self.interruption.check if self.world.size == 1 else lambda: None
         at_once = self.config.rollout.decoded_at_once
-        with OverlappedScoring(self.scorer, self.policy.model, images_per_decode=at_once) as scoring:
+        with OverlappedScoring(
+            self.scorer, self.policy.model, images_per_decode=at_once, num_images=self.config.images_per_iteration
+        ) as scoring:
             with stage("rollout"):
                 rollout = self.algorithm.rollout(
                     self.policy, view, self._next_prompts(), deliver=scoring.add, check=check
@@ -154,32 +158,12 @@ class Trainer:
         )  # fmt: skip
 
     def _score(self, rollout: Rollout, scores: Scores) -> tuple[ScoredGroups, dict[str, Any]]:
-        """Rewards and advantages; those of all ranks are normalised together, since the deviation may be global."""
-        prompts, rule = rollout.prompts, self.config.advantages
-        of_ranks = self.world.gather(scores.reward_B.to(self.world.device))
-        # From the order of ranks to that of groups, and back.
-        place_B = torch.tensor(self.samples_of_ranks, device=of_ranks.device)
-        reward_B = torch.empty_like(of_ranks).index_copy(0, place_B.flatten(), of_ranks)
-        valid_B = reward_B.isfinite()
-        if not valid_B.any():
-            raise UserError("rewards: no image of the iteration has a valid reward")
-        advantages = group_advantages(
-            reward_B, valid_B, group_size=prompts.group_size, std=rule.std, epsilon=rule.epsilon, clamp=rule.clamp
-        )
-        mine, counted = place_B[self.world.rank], reward_B[valid_B]
-        scored = ScoredGroups(
-            rollout=rollout, reward_B=reward_B[mine], valid_B=valid_B[mine],
-            num_valid=tuple(valid_B.view(self.updates, -1).sum(1).clamp(min=1).tolist()),
-            group_size_G=valid_B.view(-1, prompts.group_size).sum(1).clamp(min=1).float(),
-            advantage_B=advantages.advantage_B[mine],
+        """Rewards and advantages, and what of them is reported."""
+        grouped = group_scores(
+            rollout, scores, self.config, world=self.world, samples_of_ranks=self.samples_of_ranks
         )  # fmt: skip
-        return scored, {
-            "reward_mean": counted.mean().item(),
-            "reward_std": counted.std(correction=0).item(),
-            "zero_std_groups": int((advantages.std_G == 0).sum()),
-            "clamped_advantages": int(advantages.clamped_B.sum()),
-            "failed_samples": int((~valid_B).sum()),
-        }
+        self.warning = grouped.warning
+        return grouped.scored, grouped.metrics
 
     def _learn(self, scored: ScoredGroups, update: int) -> dict[str, Any]:
         """The gradient of all micro-batches of a step on all ranks, then the step: number `update` of the iteration."""
@@ -218,7 +202,7 @@ class Trainer:
         """Held-out metrics of the evaluation EMA; before the first step it is the base."""
         tuned = evaluate_view(
             self.policy, "ema" if self.step else "ref", self.test_prompts, self.config, self.scorer, self.world,
-            check=self.interruption.check,
+            check=self.interruption.check, say=run.say,
         )  # fmt: skip
         self.base_metrics = self.base_metrics or tuned
         run.log_evaluation(self.step, num_prompts=len(self.test_prompts), base=self.base_metrics, tuned=tuned)

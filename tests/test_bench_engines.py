@@ -101,7 +101,7 @@ def test_the_published_loop_learns_the_same(changes: tuple[str, ...]) -> None:
     scored = ScoredGroups(
         rollout=Rollout(prompts=prompts, x0_BCHW=x0_BCHW, sigmas=algorithm.groups.sampler.sigmas),
         reward_B=advantage_B, valid_B=torch.ones(4, dtype=torch.bool), num_valid=(4,), advantage_B=advantage_B,
-        group_size_G=torch.tensor([2.0, 2.0]),
+        group_size_G=torch.tensor([2.0, 2.0]), num_groups=(2,),
     )  # fmt: skip
     ((batch,),) = algorithm.batches(scored)
     algorithm.loss(policy, batch, None).loss.backward()  # type: ignore[no-untyped-call]

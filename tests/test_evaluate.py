@@ -23,7 +23,8 @@ from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.sd3 import load_model
 from dgpo_fast.parallel.world import World
 from dgpo_fast.prompts import load_prompts
-from dgpo_fast.rewards import Scorer
+from dgpo_fast.rewards import Scorer, calling
+from dgpo_fast.rewards.calling import Here
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 PROMPTS = load_prompts("shapes:test", key="prompts.test")[:3]
@@ -32,13 +33,19 @@ PROMPTS = load_prompts("shapes:test", key="prompts.test")[:3]
 @pytest.fixture(scope="module")
 def config(quick: tuple[str, ...]) -> Config:
     """One image per forward: kernels, and so bits, depend on the batch shape."""
-    settings = ("rollout.images_per_forward=1", "evaluation.images_per_prompt=1", "rewards.on_failure=skip")
+    settings = ("rollout.images_per_forward=1", "evaluation.images_per_prompt=1", "rewards.max_failed_share=0.4")
     return load_recipe("tiny-dgpo", [*quick, *settings])
 
 
 @pytest.fixture(scope="module")
 def policy(config: Config) -> AdapterPolicy:
     return AdapterPolicy(load_model(config.model, device="cpu"), config.adapter, seed=0)
+
+
+def unconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks without a process group, of which none hears of the others."""
+    monkeypatch.setattr(World, "sum", lambda self, tensor: tensor)
+    monkeypatch.setattr(World, "gather_objects", lambda self, value: [value])
 
 
 def draw_one_by_one(policy: AdapterPolicy, config: Config) -> Tensor:
@@ -119,7 +126,7 @@ def test_an_evaluation_can_be_ended_between_forwards(policy: AdapterPolicy, conf
         scored.extend(prompts)
         return [0.0] * len(prompts)
 
-    scorer.rewards = dict.fromkeys(scorer.rewards, score)
+    scorer.places = {name: Here(name, score) for name in scorer.places}
     with pytest.raises(InterruptedError):
         evaluate_view(policy, "ref", PROMPTS, config, scorer, ALONE, check=check)
     assert set(scored) <= set(PROMPTS[:1]), "nothing else was sampled"
@@ -137,7 +144,7 @@ def test_a_signal_during_the_last_reward_ends_an_evaluation(policy: AdapterPolic
         scored.extend(prompts)
         return {name: [0.0] * len(prompts) for name in ("brightness", "soft")}
 
-    scorer.rewards = dict.fromkeys(scorer.rewards, score)
+    scorer.places = {name: Here(name, score) for name in scorer.places}
     with pytest.raises(InterruptedError):
         evaluate_view(policy, "ref", PROMPTS, config, scorer, ALONE, check=check)
 
@@ -146,7 +153,7 @@ def test_uneven_ranks_check_equally_often(
     policy: AdapterPolicy, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A check is an all-reduce: the rank with fewer prompts must make as many."""
-    monkeypatch.setattr(World, "sum", lambda self, tensor: tensor)
+    unconnected(monkeypatch)
     counts = []
     for rank in range(2):
         calls: list[None] = []
@@ -161,7 +168,7 @@ def test_a_rank_that_runs_out_of_prompts_draws_along(
     policy: AdapterPolicy, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many forwards on every rank, for weights that are gathered to be used; of a prompt that it has encoded."""
-    monkeypatch.setattr(World, "sum", lambda self, tensor: tensor)
+    unconnected(monkeypatch)
     prompts = load_prompts("shapes:test", key="prompts.test")[:4]
     encoded: list[list[str]] = []
     views: list[list[str]] = []
@@ -172,7 +179,7 @@ def test_a_rank_that_runs_out_of_prompts_draws_along(
         scored.extend(prompts)
         return {name: [0.0] * len(prompts) for name in ("brightness", "soft")}
 
-    scorer.rewards = dict.fromkeys(scorer.rewards, score)
+    scorer.places = {name: Here(name, score) for name in scorer.places}
     monkeypatch.setattr(policy.model, "encode", lambda given: (encoded[-1].extend(given), encode(given))[1])
     monkeypatch.setattr(policy.engine, "velocity", lambda *given: (views[-1].append(given[0]), velocity(*given))[1])
     for rank in range(3):
@@ -183,7 +190,7 @@ def test_a_rank_that_runs_out_of_prompts_draws_along(
         share = world.share(len(prompts))
         assert {*encoded[-1]} <= {*prompts[share.start : share.stop], ""}
     assert views[0] == views[1] == views[2]
-    assert scored == [prompt for prompt in prompts for _ in scorer.rewards], "what was drawn along is not scored"
+    assert scored == [prompt for prompt in prompts for _ in scorer.places], "what was drawn along is not scored"
 
 
 @pytest.mark.parametrize("how", ["nan", "inf", "-inf"])
@@ -192,9 +199,35 @@ def test_an_image_without_a_score_is_left_out(
 ) -> None:
     images = draw_one_by_one(policy, config)
     others = Scorer(config.rewards)(images, PROMPTS).metrics["brightness"][1:]
-    monkeypatch.setenv("MISBEHAVE", f"1:{how}")
-    metrics = evaluate_view(policy, "ref", PROMPTS, config, Scorer(config.rewards), ALONE)
+    monkeypatch.setenv("MISBEHAVE", f"1-2:{how}")
+    said: list[str] = []
+    metrics = evaluate_view(policy, "ref", PROMPTS, config, Scorer(config.rewards), ALONE, say=said.append)
     assert metrics["brightness"] == others.double().mean().item()
+    failed = f"rewards: 'misbehaving:Brightness' failed for 1 of 3 images, last: returned {how}"
+    assert said == [f"{failed}; they are left out of the evaluation"]
+    strict = config.model_copy(update={"rewards": config.rewards.model_copy(update={"max_failed_share": 0.3})})
+    with pytest.raises(UserError, match=rf"{failed}; 33\.3% of the images"):
+        evaluate_view(policy, "ref", PROMPTS, strict, Scorer(strict.rewards), ALONE)
+
+
+def test_a_rank_whose_images_all_failed_knows_the_metrics_from_another(
+    policy: AdapterPolicy, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the reward has ever scored there: every rank must sum as many numbers."""
+    names = {"misbehaving:Brightness": ["brightness", "contrast"], "shapes": ["soft", "strict"]}
+    unconnected(monkeypatch)
+    monkeypatch.setattr(World, "gather_objects", lambda self, value: [value, names])
+    monkeypatch.setattr(calling, "BACKOFF_S", 0.0)
+    monkeypatch.setenv("MISBEHAVE", "1-99:raise")
+    sums: list[Tensor] = []
+    monkeypatch.setattr(World, "sum", lambda self, tensor: (sums.append(tensor.clone()), tensor)[1])
+    evaluations = []
+    monkeypatch.setattr("dgpo_fast.evaluate._check_failures", lambda scores, *rest: evaluations.append(scores.failed))
+    world = World(rank=0, size=3, device=torch.device("cpu"))
+    metrics = evaluate_view(policy, "ref", PROMPTS, config, Scorer(config.rewards), world)
+    assert list(metrics) == ["brightness", "contrast", "soft", "strict"]
+    assert sums[-1][1].tolist() == [0, 0, 1, 1]
+    assert evaluations[0]["misbehaving:Brightness"].num_images == 1
 
 
 def test_more_ranks_than_prompts_is_a_mistake_of_the_user(policy: AdapterPolicy, config: Config) -> None:
@@ -225,16 +258,22 @@ def test_scores_of_images_know_nothing_of_ranks(
     alone = score_view(policy, "ref", PROMPTS, config, Scorer(config.rewards), ALONE)
     shares: list[object] = []
 
-    def ask(self: World, share: object) -> None:
-        shares.append(share)
-        raise Asked
+    def are_scores(share: dict[str, object]) -> bool:  # else names of metrics, which both ranks know
+        return all(isinstance(values, np.ndarray) for values in share.values())
+
+    def ask(self: World, share: dict[str, object]) -> list[object]:
+        if are_scores(share):
+            shares.append(share)
+            raise Asked
+        return [share]
 
     worlds = [World(rank=rank, size=2, device=torch.device("cpu")) for rank in range(2)]
+    monkeypatch.setattr(World, "sum", lambda self, tensor: tensor)
     monkeypatch.setattr(World, "gather_objects", ask)
     for world in worlds:
         with pytest.raises(Asked):
             score_view(policy, "ref", PROMPTS, config, Scorer(config.rewards), world)
-    monkeypatch.setattr(World, "gather_objects", lambda self, share: shares)
+    monkeypatch.setattr(World, "gather_objects", lambda self, share: shares if are_scores(share) else [share])
     together = score_view(policy, "ref", PROMPTS, config, Scorer(config.rewards), worlds[1])
     assert [*together] == [*alone]
     for name, values_PI in alone.items():
@@ -288,10 +327,10 @@ def test_two_ranks_write_what_one_writes(straight_run: Path, child_environment: 
 
 @pytest.mark.parametrize("how", ["nan", "-inf"])
 def test_a_pair_without_a_score_is_left_out(how: str, straight_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reward fails for the first image that the base draws; its partner counts for nothing either."""
+    """The reward fails twice for the first image that the base draws; its partner counts for nothing either."""
     whole = evaluate_run(straight_run)
-    monkeypatch.setenv("MISBEHAVE", f"1:{how}")
-    config = change_config(load_run_config(straight_run), {"rewards": {"on_failure": "skip"}}, source="test")
+    monkeypatch.setenv("MISBEHAVE", f"1-2:{how}")
+    config = change_config(load_run_config(straight_run), {"rewards": {"max_failed_share": 0.5}}, source="test")
     found = evaluate_run(straight_run, config=config)
     assert [one.num_failed for one in found.comparisons.values()] == [1, 1, 0, 0]
     rest = {side: getattr(whole, side)["brightness"].ravel()[1:].mean() for side in ("base", "tuned")}

@@ -270,9 +270,12 @@ def test_a_run_of_which_ranks_were_killed_and_failed_ends_like_one_of_which_none
     assert (tmp_path / "checkpoints" / ".step-000006.partial").is_dir()
 
     go_on = (*train, "--out", tmp_path, "--resume")
-    raising = {"MISBEHAVE": f"{IN_FIFTH_STEP_RESUMED}:raise", "MISBEHAVING": "1"}
+    raising = {"MISBEHAVE": f"{IN_FIFTH_STEP_RESUMED}-99:raise", "MISBEHAVING": "1"}
     first, second = two_ranks.run(*go_on, misbehaving=raising)
-    reason = "rewards: 'misbehaving:Brightness' raised RuntimeError: the reward's server is gone"
+    reason = (
+        "rewards: 'misbehaving:Brightness' failed for 4 of 8 images, last: RuntimeError: the reward's server is gone; "
+        "50.0% of the images have no reward, more than rewards.max_failed_share=0.1"
+    )
     assert (first.status, own_lines(first.stderr)) == (1, [line_of(0, 2, f"rank 1 failed: {reason}")])
     assert second == (2, "", f"error: {reason}\n")
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000003"]
@@ -284,11 +287,14 @@ def test_a_run_of_which_ranks_were_killed_and_failed_ends_like_one_of_which_none
 def test_a_reward_that_fails_on_one_rank_leaves_out_its_samples(
     train: tuple[str, ...], two_ranks: Ranks, tmp_path: Path
 ) -> None:
-    """It raises for the second rank's batch of four, and then for the first two of them alone."""
-    raising = {"MISBEHAVE": f"{IN_FIRST_STEP}-{IN_FIRST_STEP + 2}:raise", "MISBEHAVING": "1"}
-    settings = ("--set=rewards.on_failure=skip", "--set=evaluation.every=0", "--steps=2")
+    """It raises for the second rank's batch of four, twice, and then for the first two of them alone."""
+    raising = {"MISBEHAVE": f"{IN_FIRST_STEP}-{IN_FIRST_STEP + 3}:raise", "MISBEHAVING": "1"}
+    settings = ("--set=rewards.max_failed_share=0.25", "--set=evaluation.every=0", "--steps=2")
     first, second = two_ranks.run(*train, *settings, "--out", tmp_path, misbehaving=raising)
-    assert (first.status, own_lines(first.stderr)) == (0, [])
+    said = (
+        "rewards: 'misbehaving:Brightness' failed for 2 of 8 images, last: RuntimeError: the reward's server is gone\n"
+    )
+    assert (first.status, own_lines(first.stderr)) == (0, [said])
     assert second == (0, "", "")
     lines = read_metrics(tmp_path)
     assert [(line["step"], line["images_seen"], line["failed_samples"]) for line in lines] == [(1, 8, 2), (2, 16, 0)]

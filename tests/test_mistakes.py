@@ -102,6 +102,16 @@ RECIPE_MISTAKES = {
     "(groups.size x groups.per_iteration), got 3; nearest that does: 2",
     "algorithm.trunc=3": "algorithm.trunc must be below rollout.steps (3), got 3",
     "algorithm.train_timesteps=4": "algorithm.train_timesteps must be at most algorithm.trunc + 1 = 3, got 4",
+    "rewards.on_failure=skip": "unknown key 'rewards.on_failure'",
+    "rewards.max_failed_share=1.5": "rewards.max_failed_share: input should be less than or equal to 1, got 1.5",
+    "rewards.min_group_size=5": "rewards.min_group_size must be at most groups.size, 4, got 5",
+    "rewards.running.shape.processes=2": "no term has the reward 'shape'; did you mean 'shapes'?",
+    "rewards.running.shapes.proceses=2": "unknown key 'rewards.running.shapes.proceses'; did you mean 'processes'?",
+    "rewards.running.shapes.device=gpu": "rewards.running.shapes.device: string should match pattern",
+    "rewards.running.shapes.url=localhost:8000": "rewards.running: expected a url such as http://host:8000, got "
+    "'localhost:8000'",
+    "rewards.running.shapes={url: 'http://a:1', processes: 2}": "processes 2 is the server's own matter",
+    "rewards.running.shapes={url: 'http://a:1', device: cpu}": "rewards.running: device cpu is the server's own matter",
     "steps": "--set takes key=value",
     "steps.many=3": "'steps' is a value, not a section",
 }
@@ -215,10 +225,13 @@ def test_eval_without_a_checkpoint(run: Path, capfd: pytest.CaptureFixture[str])
 # Seen while a run goes on: steps 7 and 8 of a run that saved six
 
 MISBEHAVIOUR = {
-    "nan": "'misbehaving:Brightness' returned nan for 1 of 4 images; set rewards.on_failure=skip",
-    "inf": "'misbehaving:Brightness' returned inf for 1 of 4 images; set rewards.on_failure=skip",
+    "nan": "'misbehaving:Brightness' failed for 1 of 8 images, last: returned nan; 12.5% of the images have no reward, "
+    "more than rewards.max_failed_share=0.1",
+    "inf": "'misbehaving:Brightness' failed for 1 of 8 images, last: returned inf; 12.5% of the images have no reward, "
+    "more than rewards.max_failed_share=0.1",
     "short": "'misbehaving:Brightness' returned [3] scores (brightness) for 4 images; expected one for each",
-    "raise": "'misbehaving:Brightness' raised RuntimeError: the reward's server is gone",
+    "raise": "'misbehaving:Brightness' failed for 4 of 8 images, last: RuntimeError: the reward's server is gone; "
+    "50.0% of the images have no reward, more than rewards.max_failed_share=0.1",
 }
 
 
@@ -226,7 +239,7 @@ MISBEHAVIOUR = {
 def test_a_reward_that_fails(
     how: str, message: str, refusal: Refusal, run: Path, straight_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MISBEHAVE", f"1:{how}")
+    monkeypatch.setenv("MISBEHAVE", f"1-99:{how}")
     assert message in refusal("--out", run, "--resume", "--steps=8")
     assert_nothing_lost(run, straight_run)
 

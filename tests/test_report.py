@@ -59,6 +59,7 @@ def step_report(step: int, *, num_steps: int, rng: np.random.Generator) -> StepR
         zero_std_groups=int(rng.poisson(2.5 * learned)),
         clamped_advantages=0,
         failed_samples=0,
+        dropped_groups=0,
         loss=0.00693 - 0.0004 * learned + float(rng.normal(0, 6e-5)),
         dgpo_loss=0.00693 - 0.0005 * learned,
         surrogate_loss=-0.002 * learned,

@@ -136,7 +136,7 @@ def test_a_run_that_failed_goes_on(
     """Its curves too are those of one run: what TensorBoard had beyond the checkpoint is shown no more."""
     config = load_recipe("tiny-dgpo", [*quick, "logging.tensorboard=true"])
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError):
-        patch.setenv("MISBEHAVE", f"{in_call}:raise")
+        patch.setenv("MISBEHAVE", f"{in_call}-99:raise")
         Trainer(config, tmp_path).train()
     assert [path.name for path in list_checkpoints(tmp_path)] == saved
     Trainer(config, tmp_path, resume=True).train()
@@ -148,7 +148,13 @@ def test_a_run_that_failed_goes_on(
 def test_what_may_change_on_resume_changes_nothing_else(tmp_path: Path, straight_run: Path, config: Config) -> None:
     """Stopped in an evaluation, then on with other intervals: the weights are those of six steps straight."""
     assert stopped_run(config.model_copy(update={"steps": 9}), tmp_path, in_call=IN_EVALUATION, by="SIGTERM") == 143
-    changes = ("steps=6", "evaluation.every=2", "checkpoints.every=5", "checkpoints.keep_last=9")
+    elsewhere = (
+        "rewards.running.shapes.images_per_call=4",
+        "rewards.retries=3",
+        "rewards.timeout_s=60",
+        "rewards.max_failed_share=0.5",
+    )
+    changes = ("steps=6", "evaluation.every=2", "checkpoints.every=5", "checkpoints.keep_last=9", *elsewhere)
     second = load_recipe(tmp_path / "config.yaml", [*changes, "logging.samples_every=5"])
     Trainer(second, tmp_path, resume=True).train()
     assert_same_state(tmp_path, straight_run)
@@ -186,7 +192,7 @@ def test_resume_allows(change: str, straight_run: Path, quick: tuple[str, ...]) 
      "rollout.images_per_decode=2",
      "groups.size=8", "groups.per_iteration=4", "advantages.std=global", "algorithm.beta=1", "algorithm.clip=null",
      "old_policy.rate=0.5", "evaluation_ema.every=1", "optimizer.lr=1.0", "optimizer.warmup_steps=0",
-     "optimizer.images_per_micro_batch=8", "rewards.terms=[{name: shapes}]", "rewards.on_failure=skip",
+     "optimizer.images_per_micro_batch=8", "rewards.terms=[{name: shapes}]", "rewards.min_group_size=3",
      "prompts.train=shapes:test", "prompts.test=shapes:train", "evaluation.steps=4", "evaluation.num_prompts=1",
      "evaluation.images_per_prompt=2"],
 )  # fmt: skip

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.metrics import read_evaluations, read_metrics
 from dgpo_fast.models.policy import TRAINED
 from dgpo_fast.records import Rollout, ScoredGroups, StepReport
+from dgpo_fast.rewards import Scores, load_reward
+from dgpo_fast.rewards.calling import Here
 
 CONTRACT = {
     "step", "iteration", "images_seen", "wall_s", "reward_mean", "reward_std", "zero_std_groups", "loss", "dgpo_loss",
@@ -159,12 +162,17 @@ def test_advantages_are_those_of_the_recipe(
 # Samples and gradients that are not finite
 
 
-def test_skipped_samples_are_counted(tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reward fails for one image of the first step; the run goes on."""
-    monkeypatch.setenv("MISBEHAVE", "3:inf")
-    Trainer(load_recipe("tiny-dgpo", [*quick, "steps=2", "rewards.on_failure=skip"]), tmp_path).train()
+def test_skipped_samples_are_counted(
+    tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The reward fails for one image of the first step, and when it is asked again; the run says so and goes on."""
+    monkeypatch.setenv("MISBEHAVE", "3-4:inf")
+    Trainer(load_recipe("tiny-dgpo", [*quick, "steps=2", "rewards.max_failed_share=0.2"]), tmp_path).train()
     lines = read_metrics(tmp_path)
     assert [line["failed_samples"] for line in lines] == [1, 0]
+    assert [line["dropped_groups"] for line in lines] == [0, 0]
+    said = capfd.readouterr().err
+    assert said.count("rewards: 'misbehaving:Brightness' failed for 1 of 8 images, last: returned inf\n") == 1
     assert all(line.pop("policy_loss") is None for line in lines), "what other methods minimise"
     assert all(math.isfinite(value) for line in lines for value in line.values())
 
@@ -174,10 +182,10 @@ def test_a_failed_sample_changes_no_gradient(
     latent: float, tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the image that no reward could be found for looks like, the step is the same to the bit."""
-    config = load_recipe("tiny-dgpo", [*quick, "rewards.on_failure=skip"])
+    config = load_recipe("tiny-dgpo", [*quick, "rewards.max_failed_share=0.2"])
 
     def gradient_norm(replacement: float | None) -> float:
-        monkeypatch.setenv("MISBEHAVE", "1:nan")
+        monkeypatch.setenv("MISBEHAVE", "1-2:nan")
         trainer = Trainer(config, tmp_path)
         draw = trainer.algorithm.rollout
 
@@ -198,13 +206,70 @@ def test_a_failed_sample_changes_no_gradient(
 def test_an_iteration_without_any_score_is_an_error(
     tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(load_recipe("tiny-dgpo", [*quick, "rewards.on_failure=skip"]), tmp_path)
+    trainer = Trainer(load_recipe("tiny-dgpo", [*quick, "rewards.max_failed_share=1"]), tmp_path)
 
     def nothing(images_BCHW: Tensor, prompts: list[str]) -> dict[str, list[float]]:
         return {name: [math.nan] * len(prompts) for name in ("brightness", "soft")}
 
-    trainer.scorer.rewards = dict.fromkeys(trainer.scorer.rewards, nothing)
-    with pytest.raises(UserError, match="no image of the iteration has a valid reward"):
+    trainer.scorer.places = {name: Here(name, nothing) for name in trainer.scorer.places}
+    with pytest.raises(UserError, match="failed for 8 of 8 images, last: returned nan; no image has a valid reward"):
+        trainer.run_iteration()
+
+
+@pytest.mark.parametrize("algorithm", ["tiny-dgpo", "tiny-diffusion-dpo", "tiny-awm"])
+def test_an_iteration_learns_from_the_other_groups_alone(
+    algorithm: str, tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which too few samples are left, a group is as if it had not been drawn: gradient, losses, counts."""
+
+    def learnt(out: str, number: int, failing: Sequence[int]) -> tuple[Tensor, StepReport]:
+        """From `number` groups, the first of which are the same."""
+        settings = [f"groups.per_iteration={number}", "rewards.min_group_size=3", "rewards.max_failed_share=0.5"]
+        own = [key for key in quick if algorithm == "tiny-dgpo" or not key.startswith("algorithm.kl")]
+        config = load_recipe(algorithm, [*own, *settings, "optimizer.max_grad_norm=1e9"])
+        trainer = Trainer(config, tmp_path / out)
+        gradients: list[Tensor] = []
+        step, score = trainer.learner.step, trainer._score
+
+        def failing_score(rollout: Rollout, scores: Scores) -> Any:
+            scores.reward_B[list(failing)] = math.nan
+            return score(rollout, scores)
+
+        def seen_step(*arguments: Any, **named: Any) -> dict[str, Any]:
+            gradients.append(trainer.policy.trainable.grad.clone())
+            return step(*arguments, **named)
+
+        monkeypatch.setattr(trainer, "_score", failing_score)
+        monkeypatch.setattr(trainer.learner, "step", seen_step)
+        with torch.no_grad():  # away from the base, where much is zero
+            trainable = trainer.policy.trainable
+            trainable.add_(torch.randn(len(trainable), generator=torch.Generator().manual_seed(0)), alpha=0.05)
+            trainer.policy.refresh("policy")
+        (report,) = trainer.run_iteration()
+        return gradients[0], report
+
+    alone, expected = learnt("alone", 1, [])
+    gradient, report = learnt("both", 2, [4, 6])  # two of the second group's four are left, of at least three
+    assert (report.failed_samples, report.dropped_groups) == (2, 1)
+    assert (expected.failed_samples, expected.dropped_groups) == (0, 0)
+    assert alone.norm() > 0
+    assert (gradient - alone).norm() < 1e-5 * alone.norm()
+    for name in ("loss", "dgpo_loss", "policy_loss", "kl", "group_weight_mean", "reward_mean", "reward_std"):
+        if getattr(expected, name) is not None:
+            assert getattr(report, name) == pytest.approx(getattr(expected, name), rel=1e-5, abs=1e-7), name
+    assert report.zero_std_groups == expected.zero_std_groups == 0
+
+
+def test_an_iteration_of_which_no_group_is_left_is_an_error(
+    tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though half of the images have a reward, and so many may fail."""
+    settings = ("rewards.max_failed_share=0.5", "rewards.min_group_size=4")
+    trainer = Trainer(load_recipe("tiny-dgpo", [*quick, *settings]), tmp_path)
+    monkeypatch.setenv("MISBEHAVE", "1-99:nan")
+    reward = load_reward("misbehaving:Brightness")  # which looks at how it is to misbehave
+    trainer.scorer.places["misbehaving:Brightness"] = Here("misbehaving:Brightness", reward)
+    with pytest.raises(UserError, match=r"2 of 2 groups were left out: none has rewards\.min_group_size=4 samples"):
         trainer.run_iteration()
 
 

@@ -12,6 +12,7 @@ Shape letters: B samples of this rank, M of a micro-batch, G groups of a round, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
@@ -131,7 +132,9 @@ class DGPO:
         preference = group_preference(
             errors.policy_M, reference_M, **groups, score_G=score_G, old_error_M=old_M, clip=self.settings.clip
         )
-        objective, surrogate = preference.objective, preference.surrogate.detach()
+        # Groups that do not count have a score of zero, but no part in the mean.
+        uncounted = math.log(2) / self.settings.beta * (~batch.counts_G).sum()
+        objective, surrogate = preference.objective - uncounted, preference.surrogate.detach()
         if score_G is not None:
             objective = objective.detach() / num_pieces + (preference.surrogate - surrogate)
         dgpo_loss = batch.group_share * objective
@@ -189,7 +192,7 @@ class DGPO:
 
     def _groups(self, batch: NoisedBatch) -> _Groups:
         return {
-            "advantage_M": batch.advantage_M, "group_M": batch.group_M, "size_G": batch.group_size_G,
+            "advantage_M": batch.advantage_M, "group_M": batch.group_M, "size_G": batch.group_size_G.clamp(min=1),
             "beta": self.settings.beta,
         }  # fmt: skip
 

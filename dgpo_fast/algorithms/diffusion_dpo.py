@@ -16,6 +16,7 @@ Shape letters: M samples of a micro-batch, P pairs, C H W latents.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -75,12 +76,14 @@ class DiffusionDPO:
         """Micro-batches of pairs, the best sample before the worst, one to a round."""
         prompts, updates = scored.rollout.prompts, self.config.optimizer.steps_per_iteration
         chosen_P2, teaches_P = pairs(scored.reward_B.view(-1, prompts.group_size))
+        share = 1 / (scored.num_groups[update] * self.settings.passes)
         chosen_P2 += torch.arange(len(chosen_P2), device=chosen_P2.device)[:, None] * prompts.group_size
         num_pairs = len(chosen_P2) // updates
         for number in range(self.settings.passes):
             for first in range(update * num_pairs, (update + 1) * num_pairs, self.pairs_at_once):
                 here = slice(first, min(first + self.pairs_at_once, (update + 1) * num_pairs))
-                yield [self._batch(scored, chosen_P2[here], teaches_P[here], prompts.group_ids[here], number)]
+                groups = prompts.group_ids[here]
+                yield [self._batch(scored, chosen_P2[here], teaches_P[here], groups, number, share)]
 
     def group_weights(self, policy: Policy, batches: object) -> None:
         """Nothing: a micro-batch has both of every pair."""
@@ -97,12 +100,14 @@ class DiffusionDPO:
         assert errors.reference_M is not None and errors.distance_M is not None
         preference = group_preference(
             errors.policy_M, errors.reference_M, advantage_M=batch.advantage_M, group_M=batch.group_M,
-            size_G=batch.group_size_G, beta=self.settings.beta,
+            size_G=batch.group_size_G.clamp(min=1), beta=self.settings.beta,
         )  # fmt: skip
-        loss = batch.group_share * self.settings.beta * preference.objective
+        # Pairs of groups that do not count have a score of zero, but no part in the mean.
+        uncounted = math.log(2) / self.settings.beta * (~batch.counts_G).sum()
+        loss = batch.group_share * self.settings.beta * (preference.objective - uncounted)
         metrics = {
             "loss": loss, "policy_loss": loss, "kl": (batch.sample_share * batch.valid_M * errors.distance_M).sum(),
-            "group_weight_mean": batch.group_share * preference.weight_G.sum(),
+            "group_weight_mean": batch.group_share * (preference.weight_G * batch.counts_G).sum(),
         }  # fmt: skip
         return LossOutput(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
 
@@ -116,7 +121,13 @@ class DiffusionDPO:
         return "ref" if self.settings.refresh_every is None else "old"
 
     def _batch(
-        self, scored: ScoredGroups, chosen_P2: Tensor, teaches_P: Tensor, groups: tuple[int, ...], number: int
+        self,
+        scored: ScoredGroups,
+        chosen_P2: Tensor,
+        teaches_P: Tensor,
+        groups: tuple[int, ...],
+        number: int,
+        share: float,
     ) -> NoisedBatch:
         config, prompts, device = self.config, scored.rollout.prompts, chosen_P2.device
         name = partial(rng.stream, config.seed, iteration=prompts.iteration, timestep=number)
@@ -127,13 +138,13 @@ class DiffusionDPO:
         pair_M, chosen_M = torch.arange(len(groups), device=device).repeat_interleave(2), chosen_P2.flatten()
         x0_MCHW = scored.rollout.x0_BCHW[chosen_M].where(teaches_P[pair_M][:, None, None, None], 0.0)
         noisy = flow_interpolate(x0_MCHW, sigma_P[pair_M], streams=streams_P4, group_B=pair_M, with_target=False)
-        share = 1 / (config.groups.per_iteration // config.optimizer.steps_per_iteration * self.settings.passes)
+        size_P = 2.0 * (scored.group_size_G[list(groups)] > 0)
         sign_M = torch.tensor([1.0, -1.0], device=device).repeat(len(groups))
         return NoisedBatch(
             x_t_MCHW=noisy.x_t, x0_MCHW=x0_MCHW, streams_G4=streams_P4, timestep_M=(1000 * sigma_P[pair_M]).float(),
             conditioning=prompts.conditioning[prompts.group_B[chosen_M]], unconditional=None,
             advantage_M=sign_M * teaches_P[pair_M], valid_M=teaches_P[pair_M], group_M=pair_M,
-            group_size_G=torch.full((len(groups),), 2.0, device=device), group_share=share, sample_share=share / 2,
+            group_size_G=size_P, group_share=share, sample_share=share / 2,
         )  # fmt: skip
 
 

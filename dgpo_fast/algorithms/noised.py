@@ -72,7 +72,6 @@ class NoisedBatches:
         x0_MCHW = scored.rollout.x0_BCHW[mine].where(valid_M[:, None, None, None], 0.0)
         sigma_M = x0_MCHW.new_full(valid_M.shape, sigma, dtype=torch.float64)
         noisy = flow_interpolate(x0_MCHW, sigma_M, streams=streams_G4, group_B=group_M, with_target=False)
-        groups_of_step = config.groups.per_iteration // config.optimizer.steps_per_iteration
         return NoisedBatch(
             x_t_MCHW=noisy.x_t,
             x0_MCHW=x0_MCHW,
@@ -84,7 +83,7 @@ class NoisedBatches:
             valid_M=valid_M,
             group_M=group_M,
             group_size_G=scored.group_size_G[groups.start : groups.stop],
-            group_share=1 / (groups_of_step * config.algorithm.passes),
+            group_share=1 / (scored.num_groups[update] * config.algorithm.passes),
             sample_share=1 / (scored.num_valid[update] * config.algorithm.passes),
         )
 

@@ -21,7 +21,7 @@ class Reward(Protocol):
         """A score per image, higher is better; or several metrics by name, the first being the reward by default.
 
         Args:
-            images_BCHW: float32 in [0, 1], on the model's device.
+            images_BCHW: float32 in [0, 1], on the reward's device: the policy's, unless `rewards.running` says another.
             prompts: what each image was asked to show.
         """
         ...
@@ -65,6 +65,11 @@ def register_reward(name: str) -> Callable[[R], R]:
         return factory
 
     return register
+
+
+def registered(name: str) -> Callable[[], Reward] | None:
+    """What `register_reward` was given under this name in this process."""
+    return _FACTORIES.get(name)
 
 
 def known_rewards() -> list[str]:

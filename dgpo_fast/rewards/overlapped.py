@@ -7,13 +7,18 @@ Batches are taken one at a time and in their order: rewards see what they would 
 one batch of images is alive. Nothing here speaks to other ranks.
 
 On a CPU sampling and decoding want the same cores and slow each other down: there `add` decodes, and the thread scores.
+
+Who waits for the thread looks now and then whether a reward hangs, and then ends the run: no thread can be stopped.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
-from queue import Queue
+from queue import Full, Queue
 from threading import Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,11 +26,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dgpo_fast.errors import UserError
 from dgpo_fast.profiling import BACKGROUND, stage
-from dgpo_fast.rewards.scoring import Measured, Scorer, Scores
+from dgpo_fast.rewards.calling import POLL_S
+from dgpo_fast.rewards.scoring import Measured, Scorer, Scores, refuse_failures, total_failures
 
 if TYPE_CHECKING:
     from dgpo_fast.models.sd3 import StableDiffusion3
+
+
+MAX_IMAGES_WAITING = 4
+"""Batches of images, where they are decoded before they wait: 50 MB for sixteen of 512 pixels. Whoever samples has to
+wait for the scores in the end, so it loses nothing by waiting before."""
+LEAVE_S = 30.0
+"""For the batch in work, where what was sampled is of no use any more: those who stop a run soon kill it."""
 
 
 class _Batch(NamedTuple):
@@ -37,12 +51,14 @@ class _Batch(NamedTuple):
 class OverlappedScoring:
     """Scores of the latents that are added while it is entered; leaving it waits for them.
 
-    Left by an exception, it waits for the batch in work only and drops the others. Left by a KeyboardInterrupt, the
-    second signal to a run, it does not wait at all: the reward may be what hangs.
+    Left by an exception, it gives up what runs elsewhere, waits `LEAVE_S` for the batch in work in this process, and
+    drops the others. Left by a KeyboardInterrupt, the second signal to a run, it does not wait at all.
 
     Args:
         model: whose images they are, decoded `images_per_decode` at a time.
-        max_waiting: batches that may wait for the thread before `add` waits too; 0 for any number.
+        num_images: how many there will be, over all ranks, that a share of may fail.
+        max_waiting: batches that may wait for the thread before `add` waits too; 0 for any number. None: any number of
+            latents, which an iteration keeps anyway, and `MAX_IMAGES_WAITING` of images.
         thread_decodes: whether the thread decodes too; None: unless the model is on a CPU.
     """
 
@@ -52,13 +68,17 @@ class OverlappedScoring:
         model: StableDiffusion3,
         *,
         images_per_decode: int,
-        max_waiting: int = 0,
+        num_images: int,
+        max_waiting: int | None = None,
         thread_decodes: bool | None = None,
     ) -> None:
         self._scorer, self._model, self._images_per_decode = scorer, model, images_per_decode
         self._thread_decodes = model.device.type != "cpu" if thread_decodes is None else thread_decodes
         self._runtime = torch.get_device_module(model.device)  # torch.cuda, or torch.cpu, where all is done at once
         self._stream = _side_stream(model.device)
+        if max_waiting is None:
+            max_waiting = 0 if self._thread_decodes else MAX_IMAGES_WAITING
+        self._num_images = num_images
         self._queue: Queue[_Batch | None] = Queue(max_waiting)
         self._thread = Thread(target=self._work, name="rewards", daemon=True)  # a hanging reward must not keep us alive
         self._measured: list[Measured] = []
@@ -66,29 +86,38 @@ class OverlappedScoring:
         self._abandoned = False
 
     def __enter__(self) -> OverlappedScoring:
+        self._scorer.stop.clear()
         self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._abandoned = kind is not None
-        if kind is None or issubclass(kind, Exception):
+        if kind is None:
             with stage("reward"):
-                self._queue.put(None)
-                self._thread.join()
+                self._put(None)
+                while self._thread.is_alive():
+                    self._scorer.check_hang()
+                    self._thread.join(POLL_S)
+            return
+        self._abandoned = True
+        self._scorer.stop.set()
+        if issubclass(kind, Exception):
+            with stage("reward"):
+                self._leave()
 
     def add(self, x0_BCHW: Tensor, prompts: Sequence[str]) -> None:
         """Hands over clean latents, a prompt each; the device may still be drawing them.
 
         Raises:
-            UserError: as `Scorer.measure`, of an earlier batch.
+            UserError: as `Scorer.measure` or `refuse_failures`, of an earlier batch; or a reward hangs.
         """
         self._raise_error()
+        self._scorer.check_hang()
         given_BCHW = x0_BCHW if self._thread_decodes else self._decode(x0_BCHW)
         drawn = self._runtime.Event()
         drawn.record()
-        self._queue.put(_Batch(given_BCHW, prompts, drawn))
+        self._put(_Batch(given_BCHW, prompts, drawn))
 
     def scores(self) -> Scores:
         """Of all samples in the order in which they were added; to be asked for after leaving.
@@ -103,14 +132,38 @@ class OverlappedScoring:
         if self._error is not None:
             raise self._error
 
+    def _put(self, batch: _Batch | None, *, until: float = math.inf) -> None:
+        """Hands a batch to the thread, or tells it that there are no more, as soon as fewer wait."""
+        while time.monotonic() < until:
+            try:
+                return self._queue.put(batch, timeout=POLL_S)
+            except Full:
+                self._scorer.check_hang()
+
+    def _leave(self) -> None:
+        """Has the thread end, and waits for that as long as it makes sense."""
+        end = time.monotonic() + LEAVE_S
+        with suppress(UserError):  # why we leave is more to the point than that a reward hangs, too
+            self._put(None, until=end)
+            while self._thread.is_alive() and time.monotonic() < end:
+                self._scorer.check_hang()
+                self._thread.join(POLL_S)
+
     def _work(self) -> None:
         with self._runtime.stream(self._stream):  # on whose device the thread then is
-            while (batch := self._queue.get()) is not None:
+            while not self._abandoned and (batch := self._queue.get()) is not None:
                 if self._error is None and not self._abandoned:  # else only taken, that no `add` waits for ever
                     try:
                         self._measured.append(self._score(batch))
+                        self._check_failures()
                     except BaseException as error:
                         self._error = error
+
+    def _check_failures(self) -> None:
+        """What has failed on this rank alone may be too much for all of them."""
+        failed = total_failures([measured.failed for measured in self._measured])
+        num_failed = sum(measured.num_failed for measured in self._measured)
+        refuse_failures(failed, num_failed, total=self._num_images, config=self._scorer.config)
 
     def _score(self, batch: _Batch) -> Measured:
         batch.drawn.synchronize()  # before the stage: what samples is not this thread's work

@@ -1,16 +1,33 @@
-"""Scores of a batch of images: a recipe's rewards, weighted, with every failure met as the recipe says."""
+"""Scores of a batch of images: a recipe's rewards, weighted, with every failure met as the recipe says.
+
+A reward that raises for a batch is asked again for what it owes, `rewards.retries` times, then for each image alone.
+One that did not answer at all is not asked for each: that would take as long each time. A score that is not finite is
+asked for once more, alone. What then has no score is a failed image: NaN, and no error until they are too many.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
+from threading import Event, Thread
+from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dgpo_fast.errors import UserError, suggest
 from dgpo_fast.reward_config import RewardConfig, RewardsConfig
-from dgpo_fast.rewards.base import Reward, load_reward
+from dgpo_fast.rewards.calling import MAX_REASON, Here, Metrics, Patience, Place, backoff
+from dgpo_fast.rewards.places import place_of
+
+
+class Failed(NamedTuple):
+    """What of a reward failed."""
+
+    num_images: int
+    reason: str  # of the last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,135 +36,279 @@ class Scores:
 
     reward_B: Tensor  # float32, on the CPU; the weighted sum, NaN where one of the rewards failed
     metrics: Mapping[str, Tensor]  # float32 [B] each
+    failed: Mapping[str, Failed]  # by reward, those that failed
 
 
-Measured = Mapping[str, Sequence[tuple[int, Mapping[str, Tensor] | None]]]
-"""What each reward gave: so many images with their metrics, float32 each; None where it raised for them."""
+class Measured(NamedTuple):
+    """What the rewards gave for a batch."""
+
+    metrics: Mapping[str, Sequence[Metrics | None]]  # by reward, of each image; None where it failed
+    failed: Mapping[str, Failed]
+    num_failed: int  # images that some reward failed for
 
 
 class Scorer:
-    """The rewards of a recipe, ready to score."""
+    """The rewards of a recipe, ready to score; to be closed, which ends what runs for them.
 
-    def __init__(self, config: RewardsConfig, *, device: torch.device | str = "cpu") -> None:
+    Args:
+        device: the policy's; None leaves images on whatever they are on, and has the package's own rewards on the CPU.
+
+    Raises:
+        UserError: a reward cannot be made where the recipe wants it.
+    """
+
+    def __init__(self, config: RewardsConfig, *, device: torch.device | None = None) -> None:
         self.config = config
-        self.rewards = {term.name: load_reward(term.name, config, device=device) for term in config.terms}
-        self._metric_names: dict[str, list[str]] = {}  # of each reward that has scored an image
+        self.stop = Event()
+        """Set where nobody waits for scores any more."""
+        self.metric_names: dict[str, Sequence[str]] = {}
+        """Of each reward that has scored an image."""
+        self.places: dict[str, Place] = {}
+        try:
+            for term in config.terms:
+                if term.name not in self.places:
+                    self.places[term.name] = place_of(term.name, config, device=device, stop=self.stop)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.stop.set()
+        for place in self.places.values():
+            place.close()
 
     def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Scores:
         """Scores of `images_BCHW`, a prompt each.
 
         Raises:
-            UserError: as `measure` and `combine`.
+            UserError: as `measure` and `combine`; or more of these images failed than the recipe allows.
         """
-        return self.combine([self.measure(images_BCHW, prompts)])
+        scores = self.combine([self.measure(images_BCHW, prompts)])
+        num_failed = int((~scores.reward_B.isfinite()).sum())
+        refuse_failures(scores.failed, num_failed, total=len(prompts), config=self.config)
+        return scores
 
     def measure(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Measured:
         """What the rewards give for a batch of images, a prompt each.
 
+        Those that run elsewhere are asked at the same time, those of this process one after the other meanwhile.
+
         Raises:
-            UserError: a reward returns the wrong number of scores or lacks the recipe's metric; or it raises or returns
-                what is not finite, and the recipe says `on_failure: stop`.
+            UserError: a reward returns the wrong number of scores or lacks the recipe's metric, or says so itself.
+            Abandoned: nobody waits any more.
         """
-        found = {name: self._measure(name, reward, images_BCHW, prompts) for name, reward in self.rewards.items()}
-        for term in self.config.terms:
-            for _, metrics in found[term.name]:
-                if metrics is not None:
-                    self._check(term, metrics)
-        return found
+        is_away = {name: place.is_elsewhere for name, place in self.places.items()}
+        on_cpu = images_BCHW.cpu() if any(is_away.values()) else images_BCHW
+        inquiries = {
+            name: _Inquiry(self, name, on_cpu if is_away[name] else images_BCHW, prompts) for name in self.places
+        }
+        threads = {
+            name: Thread(target=inquiry.carry_out, daemon=True) for name, inquiry in inquiries.items() if is_away[name]
+        }
+        for thread in threads.values():
+            thread.start()
+        for name, inquiry in inquiries.items():
+            if not is_away[name]:
+                inquiry.carry_out()
+                inquiry.check()
+        for name, thread in threads.items():
+            thread.join()
+            inquiries[name].check()
+        for name, inquiry in inquiries.items():
+            if (row := next(filter(None, inquiry.found), None)) is not None:
+                self.metric_names[name] = list(row)
+        lacking = {name: inquiry.lacking() for name, inquiry in inquiries.items()}
+        return Measured(
+            metrics={name: inquiry.found for name, inquiry in inquiries.items()},
+            failed={name: Failed(len(rows), inquiries[name].reason) for name, rows in lacking.items() if rows},
+            num_failed=len({row for rows in lacking.values() for row in rows}),
+        )
 
     def combine(self, measured: Sequence[Measured]) -> Scores:
         """Scores of all the images that were measured, in their order.
 
+        The metrics of a reward that has never scored an image are not there.
+
         Raises:
-            UserError: a reward raised for all of them and never scored one, or its metrics are not always the same.
+            UserError: a reward's metrics are not always the same.
         """
-        found = {
-            name: self._join(name, [piece for batch in measured for piece in batch[name]]) for name in self.rewards
-        }
-        weighted = [term.weight * _chosen(term, found[term.name]) for term in self.config.terms]
+        rows = {name: [row for batch in measured for row in batch.metrics[name]] for name in self.places}
+        found = {name: self._join(name, rows[name]) for name in self.places}
+        weighted = [term.weight * _chosen(term, found[term.name], len(rows[term.name])) for term in self.config.terms]
         metrics: dict[str, Tensor] = {}
-        for reward_name, scores in found.items():
+        for name, scores in found.items():
             clashing = scores.keys() & metrics.keys()
-            metrics |= {f"{reward_name}.{name}" if name in clashing else name: score for name, score in scores.items()}
-        return Scores(reward_B=torch.stack(weighted).sum(0), metrics=metrics)
+            metrics |= {f"{name}.{metric}" if metric in clashing else metric: score for metric, score in scores.items()}
+        return Scores(
+            reward_B=torch.stack(weighted).sum(0),
+            metrics=metrics,
+            failed=total_failures([batch.failed for batch in measured]),
+        )
 
-    def _measure(
-        self, name: str, reward: Reward, images_BCHW: Tensor, prompts: Sequence[str]
-    ) -> list[tuple[int, dict[str, Tensor] | None]]:
-        try:
-            return [(len(prompts), self._call(name, reward, images_BCHW, prompts))]
-        except UserError:
-            raise
-        except Exception as error:  # whatever a user's reward raises
-            if self.config.on_failure == "stop":
-                raise UserError(f"rewards: {name!r} raised {type(error).__name__}: {error}") from error
-        # Each image alone, so that one that the reward raises for costs no other its score.
-        return [
-            (1, self._call_or_none(name, reward, image_CHW[None], [prompt]))
-            for image_CHW, prompt in zip(images_BCHW, prompts, strict=True)
-        ]
+    def check_hang(self) -> None:
+        """Raises where a reward of this process has been at a batch for longer than it may.
 
-    def _call_or_none(
-        self, name: str, reward: Reward, images_BCHW: Tensor, prompts: Sequence[str]
-    ) -> dict[str, Tensor] | None:
-        try:
-            return self._call(name, reward, images_BCHW, prompts)
-        except UserError:
-            raise
-        except Exception:  # counted by the trainer as a failed sample
-            return None
-
-    def _join(self, name: str, pieces: Sequence[tuple[int, Mapping[str, Tensor] | None]]) -> dict[str, Tensor]:
-        """The metrics of a reward for all images, NaN where it raised."""
-        scored = [metrics for _, metrics in pieces if metrics is not None]
-        expected = list(scored[0]) if scored else self._metric_names.get(name)
-        if expected is None:
-            raise UserError(f"rewards: {name!r} raised for every one of {sum(count for count, _ in pieces)} images")
-        for metrics in scored:
-            if metrics.keys() != set(expected):
+        Raises:
+            UserError: it has, and there is no other way to stop it than to end the run.
+        """
+        for name, place in self.places.items():
+            if isinstance(place, Here) and place.is_overdue:
                 raise UserError(
-                    f"rewards: {name!r} returned metrics {', '.join(expected)} for some images and "
-                    f"{', '.join(metrics)} for others; expected the same for all"
+                    f"rewards: {name!r} has not answered within {self.config.timeout_s:g} s (rewards.timeout_s), and "
+                    f"cannot be stopped in this process; one of its own can: rewards.running.{name}.processes=1"
+                )
+
+    def _join(self, name: str, rows: Sequence[Metrics | None]) -> dict[str, Tensor]:
+        """The metrics of a reward for all images, NaN where it failed; none where it has never scored."""
+        scored = [row for row in rows if row is not None]
+        expected = list(scored[0]) if scored else self.metric_names.get(name, [])
+        for row in scored:
+            if row.keys() != set(expected):
+                raise UserError(
+                    f"rewards: {name!r} returned metrics {', '.join(expected)} for some images and {', '.join(row)} "
+                    "for others; expected the same for all"
                 )
         return {
-            metric: torch.cat(
-                [metrics[metric] if metrics else torch.full((count,), torch.nan) for count, metrics in pieces]
-            )
+            metric: torch.tensor([torch.nan if row is None else row[metric] for row in rows], dtype=torch.float32)
             for metric in expected
         }
 
-    def _call(self, name: str, reward: Reward, images_BCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        with torch.no_grad():  # a graph of the reward's own model would reach the advantages
-            output = reward(images_BCHW, prompts)
-        named = output if isinstance(output, Mapping) else {name: output}
-        if not named:
-            raise UserError(f"rewards: {name!r} returned no scores")
-        metrics = {
-            metric: torch.as_tensor(score, dtype=torch.float32).detach().cpu() for metric, score in named.items()
-        }
-        for metric, values in metrics.items():
-            if values.shape != (len(prompts),):
-                raise UserError(
-                    f"rewards: {name!r} returned {list(values.shape)} scores ({metric}) for {len(prompts)} images; "
-                    "expected one for each"
-                )
-        self._metric_names[name] = list(metrics)
-        return metrics
 
-    def _check(self, term: RewardConfig, metrics: Mapping[str, Tensor]) -> None:
-        metric = term.metric or next(iter(metrics))
-        if metric not in metrics:
-            raise UserError(f"rewards: {term.name!r} has no metric {metric!r}{suggest(metric, metrics)}")
-        failed_B = ~metrics[metric].isfinite()
-        if self.config.on_failure == "stop" and failed_B.any():
-            first = int(failed_B.nonzero()[0])
-            raise UserError(
-                f"rewards: {term.name!r} returned {metrics[metric][first].item()} for {int(failed_B.sum())} of "
-                f"{len(failed_B)} images; set rewards.on_failure=skip to leave such samples out"
-            )
+class _Inquiry:
+    """One reward asked for a batch of images until it has answered for all, or is given up.
+
+    Args:
+        images_BCHW: where its place wants them.
+    """
+
+    def __init__(self, scorer: Scorer, name: str, images_BCHW: Tensor, prompts: Sequence[str]) -> None:
+        self.found: list[Metrics | None] = [None] * len(prompts)
+        self.reason = ""
+        """Of the last failure."""
+        self._error: BaseException | None = None
+        self._hung: set[int] = set()
+        self._name, self._images_BCHW, self._prompts = name, images_BCHW, prompts
+        self._place, self._config, self._stop = scorer.places[name], scorer.config, scorer.stop
+        self._terms = [term for term in scorer.config.terms if term.name == name]
+
+    def carry_out(self) -> None:
+        """Asks; what goes wrong beyond a failure is for `check` to raise, perhaps in another thread."""
+        try:
+            self._ask_for_all()
+        except BaseException as error:
+            self._error = error
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def lacking(self) -> list[int]:
+        """Images without a score that can be trained on."""
+        return [row for row in range(len(self.found)) if not self._is_finite(row)]
+
+    def _ask_for_all(self) -> None:
+        self._ask(range(len(self._prompts)), self._patience())
+        for attempt in range(self._config.retries):
+            if unanswered := self._unanswered():
+                self._patience().sleep(backoff(attempt))
+                self._ask(unanswered, self._patience())
+        if self._config.retries:
+            unanswered = [row for row in self._unanswered() if row not in self._hung]
+            self._ask_one_by_one(unanswered if len(unanswered) > 1 else [])
+            self._ask_one_by_one([row for row in self.lacking() if self.found[row] is not None])
+
+    def _ask_one_by_one(self, rows: Sequence[int]) -> None:
+        """Each that can be begun in the time that a batch may take."""
+        together = self._patience()
+        for row in rows:
+            if not together.is_over:
+                self._ask([row], self._patience())
+        together.check()
+
+    def _ask(self, rows: Sequence[int], patience: Patience) -> None:
+        patience.check()
+        is_whole = len(rows) == len(self._prompts)
+        images_BCHW = self._images_BCHW if is_whole else self._images_BCHW[list(rows)]
+        answers = self._place.ask(images_BCHW, [self._prompts[row] for row in rows], patience)
+        remaining = iter(rows)
+        for answer in answers:
+            mine = [next(remaining) for _ in range(answer.num_images)]
+            if answer.failure is not None:
+                self.reason = " ".join(answer.failure.reason.split())[:MAX_REASON]
+                self._hung.update(mine if answer.failure.is_hang else [])
+            for row, metrics in zip(mine, answer.metrics or [], strict=False):
+                self._take(row, metrics)
+
+    def _take(self, row: int, metrics: Metrics) -> None:
+        self.found[row] = metrics
+        for term in self._terms:
+            metric = term.metric or next(iter(metrics))
+            if metric not in metrics:
+                raise UserError(f"rewards: {term.name!r} has no metric {metric!r}{suggest(metric, metrics)}")
+            if not isfinite(metrics[metric]):
+                self.reason = f"returned {metrics[metric]}"
+
+    def _is_finite(self, row: int) -> bool:
+        metrics = self.found[row]
+        return metrics is not None and all(
+            isfinite(metrics[term.metric or next(iter(metrics))]) for term in self._terms
+        )
+
+    def _unanswered(self) -> list[int]:
+        return [row for row, metrics in enumerate(self.found) if metrics is None]
+
+    def _patience(self) -> Patience:
+        return Patience(self._config.timeout_s, self._stop)
 
 
-def _chosen(term: RewardConfig, scores: Mapping[str, Tensor]) -> Tensor:
+def total_failures(of_parts: Iterable[Mapping[str, Failed]]) -> dict[str, Failed]:
+    """What failed of each reward over all parts, with the reason of the last."""
+    total: dict[str, Failed] = {}
+    for failed in of_parts:
+        for name, part in failed.items():
+            before = total[name].num_images if name in total else 0
+            total[name] = Failed(before + part.num_images, part.reason)
+    return total
+
+
+def describe_failures(failed: Mapping[str, Failed], *, total: int) -> str:
+    """Which rewards failed for how many of `total` images, and why last, in one line."""
+    parts = [
+        f"{name!r} failed for {part.num_images} of {total} images, last: {part.reason}" for name, part in failed.items()
+    ]
+    return f"rewards: {'; '.join(parts) or 'weighted sums are not finite'}"
+
+
+def refuse_failures(failed: Mapping[str, Failed], num_failed: int, *, total: int, config: RewardsConfig) -> None:
+    """Makes sure that enough images have a reward.
+
+    Args:
+        failed: by reward, for the message.
+        num_failed: images without a reward.
+        total: images that there are, or will be.
+
+    Raises:
+        UserError: more failed than `rewards.max_failed_share`, or all.
+    """
+    line = describe_failures(failed, total=total)
+    if num_failed > config.max_failed_share * total:
+        share = f"{num_failed / total:.1%} of the images have no reward"
+        raise UserError(f"{line}; {share}, more than rewards.max_failed_share={config.max_failed_share:g}")
+    if num_failed == total:
+        raise UserError(f"{line}; no image has a valid reward")
+
+
+def _chosen(term: RewardConfig, scores: Mapping[str, Tensor], count: int) -> Tensor:
     """The metric that a term is of, float32 [B], NaN where it is not finite."""
+    if not scores:
+        return torch.full((count,), torch.nan)
     score_B = scores[term.metric or next(iter(scores))]
     return score_B.masked_fill(~score_B.isfinite(), torch.nan)

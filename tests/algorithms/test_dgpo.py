@@ -76,7 +76,8 @@ def score(rollout: Rollout, config: Config, *, invalid: Sequence[int] = ()) -> S
     advantages = group_advantages(reward_B, valid_B, group_size=size, std="group", epsilon=1e-4, clamp=5.0)
     return ScoredGroups(
         rollout=rollout, reward_B=reward_B, valid_B=valid_B, num_valid=(int(valid_B.sum()),),
-        advantage_B=advantages.advantage_B, group_size_G=valid_B.view(-1, size).sum(1).clamp(min=1).float(),
+        advantage_B=advantages.advantage_B, group_size_G=valid_B.view(-1, size).sum(1).float(),
+        num_groups=(int(valid_B.view(-1, size).any(1).sum()),),
     )  # fmt: skip
 
 
@@ -214,6 +215,7 @@ def test_batches_of_a_group_do_not_depend_on_the_rank(make_policy: MakePolicy) -
         reward_B=both.reward_B[4:],
         valid_B=both.valid_B[4:],
         num_valid=both.num_valid,
+        num_groups=both.num_groups,
         advantage_B=both.advantage_B[4:],
         group_size_G=both.group_size_G,
     )

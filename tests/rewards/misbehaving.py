@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+HOURS_S = 10_000.0
 
 
 class Brightness:
     """A reward of every pixel and of the prompt: two runs that score the same have drawn the same.
 
     MISBEHAVE=CALL:HOW makes its call number CALL, counted from 1, go wrong, or those of a range FIRST-LAST. HOW: nan or
-    inf (for the first image), short (a score too few), raise, the name of a signal to this process, or
+    inf (for the first image), short (a score too few), raise, hang, the name of a signal to this process, or
     SIGKILL-in-fsync, which comes when it next makes sure that a file is on the disk. Of several ranks, MISBEHAVING
-    names the one that does.
+    names the one that does. Of several processes, or of one that is started again, only one does, once, where
+    MISBEHAVED names a file, which is there from then on.
     """
 
     def __init__(self) -> None:
@@ -31,20 +37,70 @@ class Brightness:
         std_B, mean_B = torch.std_mean(images_BCHW, (1, 2, 3))
         scores = {"brightness": (mean_B * factor_B).tolist(), "contrast": (std_B * factor_B).tolist()}
         misbehaves = os.environ.get("RANK", "0") == os.environ.get("MISBEHAVING", "0")
-        if misbehaves and self.num_calls in self.wrong_calls:
+        if misbehaves and self.num_calls in self.wrong_calls and self._is_first():
             self._misbehave(scores)
         return scores
+
+    def _is_first(self) -> bool:
+        return "MISBEHAVED" not in os.environ or is_made_now(os.environ["MISBEHAVED"])
 
     def _misbehave(self, scores: dict[str, list[float]]) -> None:
         if self.how == "SIGKILL-in-fsync":
             os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
         elif self.how.startswith("SIG"):
             os.kill(os.getpid(), signal.Signals[self.how])
+        elif self.how == "hang":
+            time.sleep(HOURS_S)
         elif self.how == "raise":
             raise RuntimeError("the reward's server is gone")
         else:
             for values in scores.values():
                 values[:1] = [] if self.how == "short" else [float(self.how)]
+
+
+class Obedient:
+    """A reward that says of what it was given, and by whom, unless a prompt's metadata tell it to do something else.
+
+    {"do": HOW}, as above, with {"once": FILE} only where FILE is not there yet, and makes it.
+    """
+
+    def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Mapping[str, Sequence[float]]:
+        scores = {
+            "mean": images_BCHW.mean((1, 2, 3)).tolist(),
+            "told": [float(told(prompt).get("told", 0)) for prompt in prompts],
+            "process": [float(os.getpid())] * len(prompts),
+            "images": [float(len(images_BCHW))] * len(prompts),
+        }
+        for place, prompt in enumerate(prompts):
+            how, once = told(prompt).get("do"), told(prompt).get("once")
+            if how is not None and (once is None or is_made_now(once)):
+                obey(how, scores, place)
+        return scores
+
+
+def told(prompt: str) -> Mapping[str, Any]:
+    return getattr(prompt, "metadata", {})
+
+
+def obey(how: str, scores: dict[str, list[float]], place: int) -> None:
+    if how.startswith("SIG"):
+        os.kill(os.getpid(), signal.Signals[how])
+    elif how == "hang":
+        time.sleep(HOURS_S)
+    elif how == "raise":
+        raise RuntimeError("told to")
+    elif how == "short":
+        scores["mean"].pop()
+    else:
+        scores["mean"][place] = float(how)
+
+
+def is_made_now(path: str) -> bool:
+    try:
+        Path(path).open("x").close()
+        return True
+    except FileExistsError:
+        return False
 
 
 class Broken:

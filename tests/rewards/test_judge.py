@@ -310,8 +310,8 @@ def test_an_image_without_a_score_costs_no_other_its_own(server: Server, reply: 
 def test_such_an_image_is_left_out_of_its_group(server: Server) -> None:
     server.reply = lambda asked, before: says("no" if asked.prompt == PROMPTS[2] else "Final Score: 5")
     settings = JudgeConfig(url=server.url, model="judge-7b")
-    config = RewardsConfig(terms=(RewardConfig(name="judge"),), on_failure="skip", judge=settings)
-    with pytest.warns(UserWarning, match="1 of 4"):
+    config = RewardsConfig(terms=(RewardConfig(name="judge"),), max_failed_share=0.5, judge=settings)
+    with pytest.warns(UserWarning, match="1 of 4 images have no score"):
         scored = Scorer(config)(IMAGES, PROMPTS)
     assert scored.reward_B.isnan().tolist() == [False, False, True, False]
 

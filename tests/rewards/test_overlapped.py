@@ -9,17 +9,18 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dgpo_fast.config import Config, RewardConfig, RewardsConfig, load_recipe
+from dgpo_fast.config import Config, load_recipe
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.sd3 import StableDiffusion3
 from dgpo_fast.profiling import StageClock, stage, use_clock
-from dgpo_fast.rewards import OverlappedScoring, Scorer, base
+from dgpo_fast.reward_config import RewardConfig, RewardsConfig
+from dgpo_fast.rewards import OverlappedScoring, Scorer, base, calling, overlapped
 
 TINY = load_recipe("tiny-dgpo")
 BATCHES = (3, 2, 3)
@@ -52,18 +53,23 @@ def clock() -> Iterator[StageClock]:
     use_clock(StageClock())
 
 
-def scorer(reward: Score, monkeypatch: pytest.MonkeyPatch, on_failure: Literal["stop", "skip"] = "stop") -> Scorer:
+def scorer(reward: Score, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Scorer:
+    monkeypatch.setattr(calling, "BACKOFF_S", 0.0)
     monkeypatch.setattr(base, "_FACTORIES", {"mine": lambda: reward})
-    return Scorer(RewardsConfig(terms=(RewardConfig(name="mine"),), on_failure=on_failure))
+    return Scorer(
+        RewardsConfig(terms=(RewardConfig(name="mine"),), **{"max_failed_share": 0.0, "retries": 0, **settings})
+    )
 
 
 def brightness(images_BCHW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
     return {"mean": images_BCHW.mean((1, 2, 3)), "std": images_BCHW.std((1, 2, 3))}
 
 
-def overlapped(scorer: Scorer, model: StableDiffusion3, **settings: Any) -> OverlappedScoring:
+def overlapping(scorer: Scorer, model: StableDiffusion3, **settings: Any) -> OverlappedScoring:
     """As on a GPU, unless `settings` say otherwise: the thread decodes too."""
-    return OverlappedScoring(scorer, model, **{"images_per_decode": 2, "thread_decodes": True, **settings})
+    return OverlappedScoring(
+        scorer, model, **{"images_per_decode": 2, "thread_decodes": True, "num_images": len(PROMPTS), **settings}
+    )
 
 
 @pytest.mark.parametrize("thread_decodes", [True, False])
@@ -72,7 +78,7 @@ def test_the_same_bits_as_one_after_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     judge = scorer(brightness, monkeypatch)
-    with overlapped(judge, model, thread_decodes=thread_decodes) as scoring:
+    with overlapping(judge, model, thread_decodes=thread_decodes) as scoring:
         for x0_BCHW, prompts in batches:
             scoring.add(x0_BCHW, prompts)
             torch.randn(200, 200) @ torch.randn(200, 200)  # as the sampler would go on computing
@@ -96,7 +102,7 @@ def test_scoring_goes_on_while_the_next_batch_is_sampled(
         scored.release()
         return [0.0] * len(prompts)
 
-    with overlapped(scorer(reward, monkeypatch), model) as scoring:
+    with overlapping(scorer(reward, monkeypatch), model) as scoring:
         for x0_BCHW, prompts in batches:
             scoring.add(x0_BCHW, prompts)
             assert scored.acquire(timeout=TIMEOUT_S)
@@ -118,7 +124,7 @@ def test_one_batch_of_images_is_alive(
         alive.append(sum(image() is not None for image in images))
         return [0.0] * len(prompts)
 
-    with overlapped(scorer(reward, monkeypatch), model) as scoring:
+    with overlapping(scorer(reward, monkeypatch), model) as scoring:
         for x0_BCHW, prompts in batches:
             scoring.add(x0_BCHW, prompts)
         all_added.set()
@@ -138,7 +144,7 @@ def test_as_many_batches_wait_as_may(
         scored.append(len(prompts))
         return [0.0] * len(prompts)
 
-    with overlapped(scorer(reward, monkeypatch), model, max_waiting=1) as scoring:
+    with overlapping(scorer(reward, monkeypatch), model, max_waiting=1) as scoring:
         scoring.add(*batches[0])
         assert started.wait(TIMEOUT_S)
         scoring.add(*batches[1])
@@ -171,8 +177,11 @@ def test_the_first_failure_ends_it(
             raise RuntimeError(f"batch {failing}")
         return [0.0] * len(prompts)
 
-    with pytest.raises(UserError, match=f"rewards: 'mine' raised RuntimeError: batch {failing}$"):
-        with overlapped(scorer(reward, monkeypatch), model, max_waiting=max_waiting) as scoring:
+    with pytest.raises(
+        UserError,
+        match=f"rewards: 'mine' failed for {BATCHES[failing]} of 8 images, last: RuntimeError: batch {failing}; ",
+    ):
+        with overlapping(scorer(reward, monkeypatch), model, max_waiting=max_waiting) as scoring:
             for x0_BCHW, prompts in batches:
                 scoring.add(x0_BCHW, prompts)
         scoring.scores()
@@ -183,7 +192,7 @@ def test_a_failure_ends_the_sampling_early(
     model: StableDiffusion3, batches: list[tuple[Tensor, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next batch that is added raises it: an evaluation of an hour does not go on in vain."""
-    with overlapped(scorer(lambda images, prompts: [0.0], monkeypatch), model) as scoring:
+    with overlapping(scorer(lambda images, prompts: [0.0], monkeypatch), model) as scoring:
         scoring.add(*batches[0])
         while scoring._error is None:
             pass
@@ -201,7 +210,7 @@ def test_failed_samples_are_left_out_over_all_batches(
             raise ConnectionError("no server")
         return {"number": [float(prompt.split()[1]) for prompt in prompts]}
 
-    with overlapped(scorer(reward, monkeypatch, on_failure="skip"), model) as scoring:
+    with overlapping(scorer(reward, monkeypatch, max_failed_share=0.5, retries=1), model) as scoring:
         for x0_BCHW, prompts in batches:
             scoring.add(x0_BCHW, prompts)
     torch.testing.assert_close(
@@ -215,10 +224,10 @@ def test_a_reward_that_fails_for_all_batches(
     def reward(images_BCHW: Tensor, prompts: Sequence[str]) -> list[float]:
         raise ConnectionError("no server")
 
-    with overlapped(scorer(reward, monkeypatch, on_failure="skip"), model) as scoring:
+    with overlapping(scorer(reward, monkeypatch, max_failed_share=1.0), model) as scoring:
         for x0_BCHW, prompts in batches:
             scoring.add(x0_BCHW, prompts)
-    with pytest.raises(UserError, match="'mine' raised for every one of 8 images"):
+    with pytest.raises(UserError, match="'mine' failed for 8 of 8 images, last: ConnectionError: no server"):
         scoring.scores()
 
 
@@ -244,7 +253,7 @@ def test_an_interruption_waits_for_the_batch_in_work_only(
     model: StableDiffusion3, batches: list[tuple[Tensor, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reward = Hanging()
-    with pytest.raises(InterruptedError), overlapped(scorer(reward, monkeypatch), model) as scoring:
+    with pytest.raises(InterruptedError), overlapping(scorer(reward, monkeypatch), model) as scoring:
         for x0_BCHW, prompts in batches:
             scoring.add(x0_BCHW, prompts)
         assert reward.started.wait(TIMEOUT_S)
@@ -259,7 +268,7 @@ def test_a_second_signal_does_not_wait_for_a_reward_that_hangs(
     model: StableDiffusion3, batches: list[tuple[Tensor, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reward = Hanging()
-    with pytest.raises(KeyboardInterrupt), overlapped(scorer(reward, monkeypatch), model) as scoring:
+    with pytest.raises(KeyboardInterrupt), overlapping(scorer(reward, monkeypatch), model) as scoring:
         scoring.add(*batches[0])
         assert reward.started.wait(TIMEOUT_S)
         raise KeyboardInterrupt
@@ -274,7 +283,7 @@ def test_the_wait_for_a_reward_that_hangs_can_be_interrupted(
     reward = Hanging()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs without one
     try:
-        with pytest.raises(KeyboardInterrupt), overlapped(scorer(reward, monkeypatch), model) as scoring:
+        with pytest.raises(KeyboardInterrupt), overlapping(scorer(reward, monkeypatch), model) as scoring:
             scoring.add(*batches[0])
             assert reward.started.wait(TIMEOUT_S)
             threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -284,13 +293,55 @@ def test_the_wait_for_a_reward_that_hangs_can_be_interrupted(
     reward.let_go.set()
 
 
+def test_the_run_ends_where_a_reward_hangs(
+    model: StableDiffusion3, batches: list[tuple[Tensor, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for it gives it up, in good time, and so does whoever would hand over more."""
+    reward = Hanging()
+    line = r"'mine' has not answered within 0\.05 s \(rewards\.timeout_s\), .* rewards\.running\.mine\.processes=1"
+    scoring = overlapping(scorer(reward, monkeypatch, timeout_s=0.05), model)
+    with pytest.raises(UserError, match=line), scoring:
+        scoring.add(*batches[0])
+    full = overlapping(scorer(again := Hanging(), monkeypatch, timeout_s=0.05), model, max_waiting=1)
+    with pytest.raises(UserError, match=line), full:
+        for x0_BCHW, prompts in batches:
+            full.add(x0_BCHW, prompts)
+    assert not reward.finished.is_set() and not again.finished.is_set()
+    assert scoring._thread.daemon and full._thread.daemon, "nor does the end of the process wait"
+    reward.let_go.set()
+    again.let_go.set()
+
+
+@pytest.mark.parametrize("max_waiting", [0, 1])
+def test_an_exception_does_not_wait_long_for_a_reward_that_hangs(
+    max_waiting: int, model: StableDiffusion3, batches: list[tuple[Tensor, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlapped, "LEAVE_S", 0.1)
+    reward = Hanging()
+    scoring = overlapping(scorer(reward, monkeypatch), model, max_waiting=max_waiting)
+    with pytest.raises(ZeroDivisionError), scoring:
+        scoring.add(*batches[0])
+        assert reward.started.wait(TIMEOUT_S)
+        scoring.add(*batches[1])
+        raise ZeroDivisionError
+    assert not reward.finished.is_set()
+    reward.let_go.set()
+
+
+def test_images_that_wait_are_few_and_latents_any_number(model: StableDiffusion3) -> None:
+    """Where the thread decodes, what waits are latents, which the iteration keeps anyway."""
+    judge = Scorer(RewardsConfig(terms=(RewardConfig(name="shapes"),)))
+    assert overlapping(judge, model, thread_decodes=True)._queue.maxsize == 0
+    assert overlapping(judge, model, thread_decodes=False)._queue.maxsize == overlapped.MAX_IMAGES_WAITING
+
+
 # Where the time goes
 
 
 def test_on_a_cpu_what_samples_decodes(
     model: StableDiffusion3, batches: list[tuple[Tensor, list[str]]], monkeypatch: pytest.MonkeyPatch, clock: StageClock
 ) -> None:
-    with overlapped(scorer(brightness, monkeypatch), model, thread_decodes=None) as scoring, stage("rollout"):
+    with overlapping(scorer(brightness, monkeypatch), model, thread_decodes=None) as scoring, stage("rollout"):
         for x0_BCHW, prompts in batches:
             scoring.add(x0_BCHW, prompts)
     assert clock.calls["rollout", "vae"] == len(batches)
@@ -310,7 +361,7 @@ def test_stages_of_both_threads_are_told_apart(
         threading.Event().wait(seconds)
         return [0.0] * len(prompts)
 
-    with overlapped(scorer(reward, monkeypatch), model) as scoring, stage("rollout"):
+    with overlapping(scorer(reward, monkeypatch), model) as scoring, stage("rollout"):
         scoring.add(*batches[0])
         with stage("transformer"):
             assert in_reward.wait(TIMEOUT_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.ops.group_advantages import group_advantages
-from dgpo_fast.reward_config import RewardConfig, RewardsConfig
-from dgpo_fast.rewards import Scorer, Scores, base
+from dgpo_fast.reward_config import RewardConfig, RewardsConfig, RunningConfig
+from dgpo_fast.rewards import Scorer, Scores, base, calling
 from dgpo_fast.rewards.shapes import ShapesReward
 from dgpo_fast.shapes.captions import parse_caption
 from dgpo_fast.shapes.render import render
@@ -23,6 +24,12 @@ PROMPTS = ["one", "two", "three"]
 IMAGES = torch.tensor([0.0, 0.5, 1.0])[:, None, None, None].expand(3, 3, 4, 4)
 
 
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits before the next attempt."""
+    monkeypatch.setattr(calling, "BACKOFF_S", 0.0)
+
+
 @pytest.fixture
 def score(monkeypatch: pytest.MonkeyPatch) -> Score:
     """score(reward, ...) scores IMAGES with functions, named a, b, ... in order; `terms` override their settings."""
@@ -30,13 +37,13 @@ def score(monkeypatch: pytest.MonkeyPatch) -> Score:
     def run(
         *rewards: Callable[[Tensor, Sequence[str]], Any],
         terms: Sequence[Mapping[str, Any]] = (),
-        on_failure: Literal["stop", "skip"] = "stop",
+        **settings: Any,
     ) -> Scores:
         named = dict(zip("abc", rewards, strict=False))
         monkeypatch.setattr(base, "_FACTORIES", {name: lambda reward=reward: reward for name, reward in named.items()})
-        settings = terms or [{} for _ in named]
-        configs = tuple(RewardConfig(name=name, **term) for name, term in zip(named, settings, strict=True))
-        return Scorer(RewardsConfig(terms=configs, on_failure=on_failure))(IMAGES, PROMPTS)
+        each = terms or [{} for _ in named]
+        configs = tuple(RewardConfig(name=name, **term) for name, term in zip(named, each, strict=True))
+        return Scorer(RewardsConfig(terms=configs, **settings))(IMAGES, PROMPTS)
 
     return run
 
@@ -122,17 +129,15 @@ def test_batches_are_weighed_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert scorer.combine(batches).reward_B.tolist() == scorer(IMAGES, PROMPTS).reward_B.tolist() == [0, 1.5, 3]
 
 
-@pytest.mark.parametrize("on_failure", ["stop", "skip"])
-def test_metrics_that_differ_between_batches(
-    on_failure: Literal["stop", "skip"], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_metrics_that_differ_between_batches(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """They could be of no use: which image lacks which would decide what is averaged."""
 
     def reward(images: Tensor, prompts: Sequence[str]) -> dict[str, list[float]]:
         return {name: [0.0] * len(prompts) for name in ("soft", *("strict" for _ in prompts[1:]))}
 
     monkeypatch.setattr(base, "_FACTORIES", {"a": lambda: reward})
-    scorer = Scorer(RewardsConfig(terms=(RewardConfig(name="a"),), on_failure=on_failure))
+    scorer = Scorer(RewardsConfig(terms=(RewardConfig(name="a"),), max_failed_share=share))
     batches = [scorer.measure(IMAGES[:2], PROMPTS[:2]), scorer.measure(IMAGES[2:], PROMPTS[2:])]
     with pytest.raises(UserError, match="'a' returned metrics soft, strict for some images and soft for others"):
         scorer.combine(batches)
@@ -143,13 +148,14 @@ def test_a_metric_that_is_not_there(score: Score) -> None:
         score(lambda images, prompts: {"soft": [0, 0, 0]}, terms=[{"metric": "softt"}])
 
 
-@pytest.mark.parametrize("on_failure", ["stop", "skip"])
+@pytest.mark.parametrize("share", [0.0, 1.0])
 @pytest.mark.parametrize("output", [[1.0, 2.0], [1.0] * 4, [[1.0]] * 3, 1.0, []])
-def test_the_wrong_number_of_scores_is_always_an_error(
-    output: Any, on_failure: Literal["stop", "skip"], score: Score
-) -> None:
+def test_the_wrong_number_of_scores_is_always_an_error(output: Any, share: float, score: Score) -> None:
+    """And at once: it would be wrong the next time, too."""
+    calls = []
     with pytest.raises(UserError, match=r"'a' returned \[.*\] scores \(a\) for 3 images; expected one for each"):
-        score(lambda images, prompts: output, on_failure=on_failure)
+        score(lambda images, prompts: (calls.append(prompts), output)[1], max_failed_share=share)
+    assert len(calls) == 1
 
 
 def test_no_metric_at_all_is_an_error(score: Score) -> None:
@@ -162,25 +168,66 @@ def test_no_metric_at_all_is_an_error(score: Score) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_score_that_is_not_finite(value: float, score: Score) -> None:
-    with pytest.raises(UserError, match=rf"'a' returned {value} for 1 of 3 images; set rewards\.on_failure=skip"):
-        score(constant(1, value, 3))
-    scores = score(constant(1, value, 3), on_failure="skip")
+    reward = by_prompt({"one": 1, "two": value, "three": 3})
+    with pytest.raises(
+        UserError, match=rf"'a' failed for 1 of 3 images, last: returned {value}; 33\.3% of .*share=0\.1"
+    ):
+        score(reward)
+    scores = score(reward, max_failed_share=0.4)
     assert scores.reward_B.isnan().tolist() == [False, True, False]
     assert scores.reward_B[[0, 2]].tolist() == [1, 3]
+    assert scores.failed == {"a": (1, f"returned {value}")}
 
 
 def test_a_reward_that_raises(score: Score) -> None:
-    reward = by_prompt({"one": 1, "two": RuntimeError("no face found"), "three": 3})
-    with pytest.raises(UserError, match="'a' raised RuntimeError: no face found"):
+    reward = by_prompt({"one": 1, "two": RuntimeError("no face\n found"), "three": 3})
+    with pytest.raises(UserError, match="'a' failed for 1 of 3 images, last: RuntimeError: no face found; 33"):
         score(reward)
-    scores = score(reward, on_failure="skip")
+    scores = score(reward, max_failed_share=0.4)
     assert scores.reward_B.isnan().tolist() == [False, True, False]
     assert scores.reward_B[[0, 2]].tolist() == [1, 3]
 
 
-def test_a_reward_that_always_raises(score: Score) -> None:
-    with pytest.raises(UserError, match="'a' raised for every one of 3 images"):
-        score(by_prompt(dict.fromkeys(PROMPTS, RuntimeError("down"))), on_failure="skip")
+@pytest.mark.parametrize(("failed", "share"), [(1, 1 / 3), (2, 0.67), (2, 0.999)])
+def test_a_share_may_fail(failed: int, share: float, score: Score) -> None:
+    broken = dict.fromkeys(PROMPTS[:failed], RuntimeError("down"))
+    reward = by_prompt({**dict.fromkeys(PROMPTS, 1), **broken})
+    assert score(reward, max_failed_share=share).reward_B.isnan().sum() == failed
+    with pytest.raises(UserError, match=rf"more than rewards\.max_failed_share={failed / 3 - 0.01:g}"):
+        score(reward, max_failed_share=failed / 3 - 0.01)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_reward_that_always_raises(share: float, score: Score) -> None:
+    with pytest.raises(UserError, match="'a' failed for 3 of 3 images, last: RuntimeError: down"):
+        score(by_prompt(dict.fromkeys(PROMPTS, RuntimeError("down"))), max_failed_share=share)
+
+
+def test_what_is_asked_again(score: Score) -> None:
+    """The batch as often as the recipe says, then each image alone; of what scored, nothing."""
+    calls: list[tuple[str, ...]] = []
+
+    def reward(images_BCHW: Tensor, prompts: Sequence[str]) -> list[float]:
+        calls.append(tuple(prompts))
+        if "two" in prompts:
+            raise ConnectionError("down")
+        return [float("nan") if prompt == "three" and calls.count(("three",)) < 2 else 1.0 for prompt in prompts]
+
+    scores = score(reward, retries=2, max_failed_share=0.5)
+    assert calls == [tuple(PROMPTS)] * 3 + [("one",), ("two",), ("three",), ("three",)]
+    assert scores.reward_B.isnan().tolist() == [False, True, False]
+    assert scores.failed["a"].num_images == 1
+
+
+def test_nothing_is_asked_again_without_retries(score: Score) -> None:
+    calls = []
+
+    def reward(images_BCHW: Tensor, prompts: Sequence[str]) -> list[float]:
+        calls.append(prompts)
+        return [1.0, float("nan"), 1.0]
+
+    assert score(reward, retries=0, max_failed_share=0.5).reward_B.isnan().tolist() == [False, True, False]
+    assert len(calls) == 1
 
 
 def test_a_reward_that_raises_for_a_whole_batch_once_it_has_scored(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,17 +241,68 @@ def test_a_reward_that_raises_for_a_whole_batch_once_it_has_scored(monkeypatch: 
             raise ConnectionError("down") from None
 
     monkeypatch.setattr(base, "_FACTORIES", {"a": lambda: reward})
-    scorer = Scorer(RewardsConfig(terms=(RewardConfig(name="a"),), on_failure="skip"))
+    scorer = Scorer(RewardsConfig(terms=(RewardConfig(name="a"),)))
     assert scorer(IMAGES, PROMPTS).reward_B.tolist() == [1, 2, 3]
-    scores = scorer(IMAGES, PROMPTS)
+    scores = scorer.combine([scorer.measure(IMAGES, PROMPTS)])
     assert scores.reward_B.isnan().all()
     assert {name: values.isnan().all().item() for name, values in scores.metrics.items()} == {"good": True, "bad": True}
 
 
 def test_one_failure_fails_the_sum(score: Score) -> None:
-    scores = score(constant(1, 2, 3), constant(1, float("nan"), 1), on_failure="skip")
+    failing = by_prompt({"one": 1, "two": float("nan"), "three": 1})
+    scores = score(by_prompt({"one": 1, "two": 2, "three": 3}), failing, max_failed_share=0.5)
     assert scores.reward_B.isnan().tolist() == [False, True, False]
     assert scores.metrics["a"].tolist() == [1, 2, 3]
+
+
+def test_images_that_several_rewards_fail_for_count_once(score: Score) -> None:
+    first = by_prompt({"one": 1, "two": RuntimeError("dark"), "three": 3})
+    second = by_prompt({"one": 1, "two": float("nan"), "three": 1})
+    failed = score(first, second, max_failed_share=0.34).failed
+    assert failed == {"a": (1, "RuntimeError: dark"), "b": (1, "returned nan")}
+
+
+def test_images_are_given_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def reward(images_BCHW: Tensor, prompts: Sequence[str]) -> list[float]:
+        calls.append(tuple(prompts))
+        if "three" in prompts and len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return images_BCHW.mean((1, 2, 3)).tolist()
+
+    monkeypatch.setattr(base, "_FACTORIES", {"a": lambda: reward})
+    running = {"a": RunningConfig(images_per_call=2)}
+    scorer = Scorer(RewardsConfig(terms=(RewardConfig(name="a"),), running=running))
+    assert scorer(IMAGES, PROMPTS).reward_B.tolist() == [0.0, 0.5, 1.0]
+    assert calls == [("one", "two"), ("three",), ("three",)], "only the piece that failed again"
+
+
+def test_images_are_moved_to_the_rewards_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
+
+    def reward(images_BCHW: Tensor, prompts: Sequence[str]) -> list[float]:
+        devices.append(images_BCHW.device.type)
+        return [0.0] * len(prompts)
+
+    monkeypatch.setattr(base, "_FACTORIES", {"a": lambda: reward})
+    terms = (RewardConfig(name="a"),)
+    Scorer(RewardsConfig(terms=terms, running={"a": RunningConfig(device="cpu")}), device=torch.device("meta"))(
+        IMAGES, PROMPTS
+    )
+    Scorer(RewardsConfig(terms=terms), device=torch.device("meta"))(IMAGES, PROMPTS)
+    assert devices == ["cpu", "meta"]
+
+
+def test_the_backoff_grows_and_disturbs_no_random_numbers() -> None:
+    state = random.getstate(), torch.random.get_rng_state()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calling, "BACKOFF_S", 1.0)
+        waits = [[calling.backoff(attempt) for _ in range(20)] for attempt in range(8)]
+    for attempt, found in enumerate(waits):
+        longest = 2 ** min(attempt, 6)
+        assert longest / 2 <= min(found) < max(found) <= longest * 1.5
+    assert random.getstate() == state[0] and torch.equal(torch.random.get_rng_state(), state[1])
 
 
 @pytest.mark.parametrize("std", ["group", "global"])
