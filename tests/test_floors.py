@@ -13,7 +13,7 @@ PACKAGE = ROOT / "dgpo_fast"
 
 FLOORS = (
     (
-        *("config", "algorithm_config", "reward_config", "sections"),
+        *("config", "algorithm_config", "reward_config", "guard_config", "sections"),
         *("environment", "errors", "files", "records", "rng", "profiling"),
     ),
     ("kernels",),
@@ -26,13 +26,14 @@ FLOORS = (
             "learner",
             "checkpoint",
             "evaluate",
+            "guard",
             "interruption",
             "metrics",
             "progress",
             "report",
             "run_directory",
         ),
-        *("charts", "export", "memory", "planning", "profile_run", "samples", "sampling", "throughput"),
+        *("charts", "export", "memory", "planning", "profile_run", "samples", "sampling", "signals", "throughput"),
     ),
     ("cli", "doctor", "recipes", "__main__"),
 )
