@@ -56,7 +56,15 @@ class Axis:
         return round(100.0 * (value - self.low) / (self.high - self.low), 3)
 
 
-def line_chart(series: Sequence[Series], *, title: str, x_end: float, zero: bool = False) -> Markup:
+def line_chart(
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_end: float,
+    zero: bool = False,
+    level: float | None = None,
+    marks: Sequence[float] = (),
+) -> Markup:
     """An SVG of `series` over steps 0 to `x_end`.
 
     Args:
@@ -64,21 +72,25 @@ def line_chart(series: Sequence[Series], *, title: str, x_end: float, zero: bool
         title: what a screen reader says.
         x_end: last step of the x axis.
         zero: whether the y axis always holds zero.
+        level: a value that a line marks, and that the y axis holds.
+        marks: steps that a line marks.
     """
     x_axis = step_axis(x_end)
-    y_axis = value_axis(*_extent(series, zero=zero))
+    low, high = _extent(series, zero=zero)
+    y_axis = value_axis(low, high) if level is None else value_axis(min(low, level), max(high, level))
     paths = Markup().join(_path(one, x_axis, y_axis) for one in series if one.mark != "points")
     points = Markup().join(_points(one, x_axis, y_axis) for one in series if one.mark == "points")
     return Markup(
         '<svg class="plot" role="img" aria-label="{title}" data-readout="{readout}">{grid}'
         '<svg width="100%" height="100%" viewBox="0 0 {units} {units}" preserveAspectRatio="none">{paths}</svg>'
-        '{points}<line class="cursor" y1="0" y2="100%"/></svg>'
+        '{lines}{points}<line class="cursor" y1="0" y2="100%"/></svg>'
     ).format(
         title=title,
         readout=_readout(series, x_end),
         grid=_grid(x_axis, y_axis),
         units=UNITS,
         paths=paths,
+        lines=_marked([] if level is None else [level], marks, x_axis, y_axis),
         points=points,
     )
 
@@ -239,6 +251,18 @@ def _marks(x_axis: Axis, *, mean: float, band: tuple[float, float], color: str) 
         Markup('<rect class="band {}" x="{}%" width="{}%" height="100%"/>').format(color, start, round(end - start, 3))
         + lines
     )
+
+
+def _marked(levels: Sequence[float], steps: Sequence[float], x_axis: Axis, y_axis: Axis) -> Markup:
+    """Lines across the plot, and from its top to its bottom."""
+    across = [
+        Markup('<line class="level" x2="100%" y1="{y}%" y2="{y}%"/>').format(y=100.0 - y_axis.percent(level))
+        for level in levels
+    ]
+    down = [
+        Markup('<line class="mark" x1="{x}%" x2="{x}%" y2="100%"/>').format(x=x_axis.percent(step)) for step in steps
+    ]
+    return Markup().join([*across, *down])
 
 
 def _path(series: Series, x_axis: Axis, y_axis: Axis) -> Markup:

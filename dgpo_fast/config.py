@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dgpo_fast.algorithm_config import ALGORITHM_NAMES, AlgorithmConfig, DGPOConfig
 from dgpo_fast.errors import UserError, suggest
+from dgpo_fast.guard_config import GuardConfig
 from dgpo_fast.reward_config import RewardsConfig
 from dgpo_fast.sections import Count, NonNegative, Positive, Section, Sigma
 
@@ -285,6 +286,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     logging: LoggingConfig = LoggingConfig()
+    guard: GuardConfig = GuardConfig()
     parallel: ParallelConfig = ParallelConfig()
 
     @model_validator(mode="after")
@@ -413,6 +415,7 @@ MAY_CHANGE_ON_RESUME = (
     "optimizer.max_skipped",
     "checkpoints.",
     "logging.",
+    "guard.",
     "parallel.",
     "rewards.running.",
     "rewards.retries",

@@ -10,11 +10,11 @@ from dgpo_fast.profiling import stage
 
 
 class Interrupted(Exception):
-    """Every rank was asked to stop; `status` is the exit status that tells why, 128 + the signal's number."""
+    """Every rank was asked to stop; `status` is the exit status that tells why, of a signal 128 + its number."""
 
-    def __init__(self, status: int) -> None:
+    def __init__(self, status: int, *, way_on: str = "--resume goes on") -> None:
         super().__init__(status)
-        self.status = status
+        self.status, self.way_on = status, way_on
 
 
 class Interruption:

@@ -35,19 +35,20 @@ class Learner:
         """Adds the gradient of this rank's `loss` to the step's."""
         self.engine.backward(loss)
 
-    def step(self, number: int, *, after_step: Callable[[Policy, int], None]) -> dict[str, Any]:
+    def step(self, number: int, *, after_step: Callable[[Policy, int], None], lr_factor: float = 1.0) -> dict[str, Any]:
         """Step `number`, counted from 0: clips, steps, updates the averages; returns its metrics.
 
         A step whose gradient is not finite on some rank is made on none.
 
         Args:
             after_step: called with the policy and `number` once the step is made.
+            lr_factor: of the recipe's learning rate.
 
         Raises:
             UserError: more than `optimizer.max_skipped` steps in a row were not made.
         """
         settings, average = self.config.optimizer, self.config.evaluation_ema
-        lr = settings.lr_at(number)
+        lr = lr_factor * settings.lr_at(number)
         grad_norm, is_made = self.engine.step(lr)
         if is_made:
             self.policy.refresh("policy")

@@ -1,7 +1,7 @@
-"""What a run writes down while it trains: metrics.jsonl, evaluations.jsonl, TensorBoard, Weights & Biases.
+"""What a run writes down while it trains: metrics, evaluations and warnings, for TensorBoard and Weights & Biases too.
 
-The two .jsonl files are the record: a line each, in a fixed key order, on disk as soon as it is written. The others are
-copies for looking at.
+metrics.jsonl, evaluations.jsonl and warnings.jsonl are the record: a line each, in a fixed key order, on disk as soon
+as it is written. The others are copies for looking at.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from dgpo_fast.errors import UserError
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+    from dgpo_fast.guard import Finding
     from dgpo_fast.records import StepReport
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
+WARNINGS = "warnings.jsonl"
 
 SECTIONS = {
     "reward": (
@@ -32,6 +34,7 @@ SECTIONS = {
         *("failed_samples", "dropped_groups"),
     ),
     "loss": ("loss", "dgpo_loss", "surrogate_loss", "policy_loss", "kl", "clip_fraction", "group_weight_mean"),
+    "health": ("diversity", "group_weight_saturation", "adapter_norm"),
     "optimizer": ("grad_norm", "lr", "skipped_steps"),
     "speed": ("images_seen", "wall_s", "rollout_s", "reward_s", "train_s", "images_per_s", "peak_memory_gb"),
 }
@@ -58,10 +61,11 @@ class MetricsLog:
         self._wandb = _wandb_run(run_dir, resumed=resume_step is not None) if wandb else None
         mode = "w" if resume_step is None else "a"
         if resume_step is not None:
-            for name in (METRICS, EVALUATIONS):
+            for name in (METRICS, EVALUATIONS, WARNINGS):
                 _cut(run_dir / name, resume_step)
         self._metrics = (run_dir / METRICS).open(mode, encoding="utf-8")
         self._evaluations = (run_dir / EVALUATIONS).open(mode, encoding="utf-8")
+        self._warnings = (run_dir / WARNINGS).open(f"{mode}+", encoding="utf-8")
         self._tensorboard = _summary_writer(run_dir, resume_step) if tensorboard else None
 
     def write(self, report: StepReport) -> None:
@@ -95,6 +99,17 @@ class MetricsLog:
         self._evaluations.flush()
         self._plot({f"evaluation/{name}": value for name, value in tuned.items()}, step)
 
+    def write_finding(self, finding: Finding) -> None:
+        """Adds what the guard found, unless it is there: a resumed run looks at its last evaluation again."""
+        line = json.dumps(finding._asdict()) + "\n"
+        self._warnings.seek(0)
+        if line in self._warnings:
+            return
+        self._warnings.write(line)
+        self._warnings.flush()
+        if self._tensorboard is not None:
+            self._tensorboard.add_text("guard", finding.line, finding.step)
+
     def write_samples(self, step: int, *, grid: Path) -> None:
         """Shows a sample grid, a PNG, in TensorBoard and Weights & Biases."""
         if self._tensorboard is not None:
@@ -110,6 +125,7 @@ class MetricsLog:
     def close(self) -> None:
         self._metrics.close()
         self._evaluations.close()
+        self._warnings.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -135,6 +151,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of evaluations.jsonl, as `read_metrics` reads those of metrics.jsonl."""
     return _read(run_dir / EVALUATIONS)
+
+
+def read_warnings(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of warnings.jsonl, as `read_metrics` reads those of metrics.jsonl."""
+    return _read(run_dir / WARNINGS)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -101,6 +101,15 @@ class StageClock:
     def total(self, name: str) -> float:
         """Seconds spent in every stage of that name, wherever it stands."""
         return sum(seconds for path, seconds in self.seconds.items() if path[-1] == name)
+
+    def by_name(self) -> dict[str, float]:
+        """Seconds per path, such as "rollout/transformer"."""
+        return {"/".join(path): seconds for path, seconds in self.seconds.items()}
+
+    def add(self, seconds_by_name: Mapping[str, float]) -> None:
+        """Counts what `by_name` gave of an earlier process."""
+        for name, seconds in seconds_by_name.items():
+            self.seconds[tuple(name.split("/"))] += seconds
 
     def reset(self) -> None:
         self.seconds.clear()

@@ -81,6 +81,11 @@ class PromptBatch:
         return len(self.samples)
 
     @property
+    def has_whole_groups(self) -> bool:
+        """Whether no group lies on other ranks as well; it is so on every rank, or on none."""
+        return len(self.group_ids) * self.group_size == self.num_samples
+
+    @property
     def _rows(self) -> list[int]:
         row_of = {group: row for row, group in enumerate(self.group_ids)}
         return [row_of[sample // self.group_size] for sample in self.samples]
@@ -183,7 +188,7 @@ class StepReport:
     failed_samples: int
     dropped_groups: int
     loss: float
-    kl: float
+    kl: float | None = None  # where the reference is not asked
     grad_norm: float
     lr: float
     skipped_steps: int
@@ -198,3 +203,7 @@ class StepReport:
     policy_loss: float | None = None
     clip_fraction: float | None = None
     group_weight_mean: float | None = None
+    group_weight_saturation: float | None = None
+    # What `signals.py` measures of any method; null where no rank can.
+    diversity: float | None = None
+    adapter_norm: float | None = None

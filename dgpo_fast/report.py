@@ -24,7 +24,8 @@ from dgpo_fast.charts import Floats, Series, line_chart, power_of_ten, smooth, v
 from dgpo_fast.config import Config, load_run_config
 from dgpo_fast.errors import UserError
 from dgpo_fast.files import write_atomically
-from dgpo_fast.metrics import read_evaluations, read_metrics
+from dgpo_fast.guard.held_out import held_out_reward
+from dgpo_fast.metrics import read_evaluations, read_metrics, read_warnings
 from dgpo_fast.profiling import BACKGROUND
 from dgpo_fast.samples import Tile, read_grid
 
@@ -37,18 +38,30 @@ MAX_PICTURE = 384
 
 DIAGNOSTICS = (
     ("loss", "Loss", "The minimised objective, with its KL term", False),
-    ("kl", "KL term", "Squared distance of the velocity from the reference's", True),
+    ("grad_norm", "Gradient norm", "Before clipping", True),
+    ("group_weight_mean", "Group weight", "Mean of sigmoid(s): how much a group still teaches; ½ at the start", False),
+)
+HEALTH = (
+    ("diversity", "Diversity", "Standard deviation of the latents within a group", True),
+    ("zero_std_groups", "Groups without spread", "All of a group's rewards equal, so that it teaches nothing", True),
     (
         "clip_fraction",
         "Clip fraction",
         "Samples outside the trust range around the policy before, without gradient",
         True,
     ),
-    ("grad_norm", "Gradient norm", "Before clipping", True),
-    ("group_weight_mean", "Group weight", "Mean of sigmoid(s): how much a group still teaches; ½ at the start", False),
-    ("zero_std_groups", "Groups without spread", "All of a group's rewards equal, so that it teaches nothing", True),
+    (
+        "group_weight_saturation",
+        "Saturated weights",
+        "Share of group weights next to 0 or 1: groups that are learnt, or lost",
+        True,
+    ),
+    ("kl", "KL term", "Squared distance of the velocity from the reference's", True),
+    ("adapter_norm", "Change of the weights", "Frobenius norm of what training has added to them", True),
 )
 """Key in metrics.jsonl, title, what it says, whether its axis starts at zero."""
+RULE_OF = {"zero_std_groups": "zero_std", "clip_fraction": "clip", "group_weight_saturation": "saturation"}
+"""The guard's rules on metrics that have another name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +71,7 @@ class Run:
     config: Config
     metrics: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    warnings: list[dict[str, Any]]
     stage_seconds: dict[str, float]
     environment: dict[str, Any]
     first_samples: tuple[int, list[Tile]] | None
@@ -70,12 +84,16 @@ class Run:
 
     def column(self, key: str) -> Floats:
         """One metric, a value per step; NaN where a line has none."""
-        values = [line[key] for line in self.metrics]
+        values = [line.get(key) for line in self.metrics]
         return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
 
     def has(self, key: str) -> bool:
         """Whether the run's method has this metric at all."""
-        return any(line[key] is not None for line in self.metrics)
+        return any(line.get(key) is not None for line in self.metrics)
+
+    def warned(self, *names: str) -> list[float]:
+        """Steps at which the guard found one of these rules broken."""
+        return [float(line["step"]) for line in self.warnings if line["name"] in names]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +167,7 @@ def read_run(run_dir: Path) -> Run:
         config=load_run_config(run_dir),
         metrics=read_metrics(run_dir),
         evaluations=read_evaluations(run_dir),
+        warnings=read_warnings(run_dir),
         stage_seconds=_read_json(run_dir / "stages.json"),
         environment=_read_json(run_dir / "environment.json"),
         first_samples=samples[0] if samples else None,
@@ -210,7 +229,11 @@ def reward_chart(run: Run) -> Chart:
     series = _curve(run, "reward_mean", label="training reward", spread="reward_std")
     series += [one for one in _held_out_series(run) if _shares_scale(one, run)]
     return _chart(
-        "Reward", "Mean over the images of a step; held out, the slow average of the weights that is saved", series, run
+        "Reward",
+        "Mean over the images of a step; held out, the slow average of the weights that is saved",
+        series,
+        run,
+        marks=run.warned("reward", "below_base", "overfit"),
     )
 
 
@@ -220,9 +243,74 @@ def held_out_charts(run: Run) -> list[Chart]:
     return [_chart(one.label.capitalize(), "By the number of steps; the base model at 0", [one], run) for one in apart]
 
 
-def metric_chart(run: Run, key: str, *, title: str, note: str, zero: bool) -> Chart:
+def metric_chart(
+    run: Run,
+    key: str,
+    *,
+    title: str,
+    note: str,
+    zero: bool,
+    level: float | None = None,
+    marks: Sequence[float] = (),
+) -> Chart:
     """One metric over steps, raw and smoothed."""
-    return _chart(title, note, _curve(run, key, label="smoothed"), run, zero=zero)
+    return _chart(title, note, _curve(run, key, label="smoothed"), run, zero=zero, level=level, marks=marks)
+
+
+def health_charts(run: Run) -> list[Chart]:
+    """What the guard watches, with the thresholds of the configuration and the steps of its findings."""
+    charts = [
+        metric_chart(
+            run,
+            key,
+            title=title,
+            note=note,
+            zero=zero,
+            level=threshold(run, key),
+            marks=run.warned(RULE_OF.get(key, key)),
+        )
+        for key, title, note, zero in HEALTH
+        if run.has(key)
+    ]
+    ahead = _ahead(run)
+    return charts if ahead is None else [*charts, ahead]
+
+
+def threshold(run: Run, key: str) -> float | None:
+    """What the guard compares a metric with; None where that is no fixed value."""
+    guard = run.config.guard
+    match key:
+        case "zero_std_groups" if guard.zero_std is not None:
+            return guard.zero_std * run.config.groups.per_iteration
+        case "clip_fraction":
+            return guard.clip
+        case "group_weight_saturation":
+            return guard.saturation
+        case "diversity" if guard.diversity is not None:
+            first = run.column(key)[: guard.window]
+            start = float(max(first[0], np.median(first)))
+            return guard.diversity * start if math.isfinite(start) else None
+    return None
+
+
+def _ahead(run: Run) -> Chart | None:
+    """How much more the training reward has risen than the held-out one, by evaluation; None where none was made."""
+    rewards = run.config.rewards
+    held_out = [
+        (line["step"], held_out_reward(line["tuned"], rewards), held_out_reward(line["base"], rewards))
+        for line in run.evaluations
+        if line["step"] > 0
+    ]
+    rises = [(step, tuned - base) for step, tuned, base in held_out if tuned is not None and base is not None]
+    if not rises:
+        return None
+    step, reward, window = run.column("step"), run.column("reward_mean"), run.config.guard.window
+    begin = np.nanmean(reward[:window])
+    gaps = [np.nanmean(reward[step <= at][-window:]) - begin - rise for at, rise in rises]
+    x, y = np.array([0.0, *(at for at, _ in rises)]), np.array([0.0, *gaps])
+    note = "Rise of the training reward minus that of the held-out reward: what is learnt by heart, or fools the reward"
+    series = [Series(label="gap", x=x, y=y, color="c1", mark="points")]
+    return _chart("Overfit gap", note, series, run, zero=True, marks=run.warned("overfit", "below_base"))
 
 
 def _curve(run: Run, key: str, *, label: str, spread: str | None = None) -> list[Series]:
@@ -238,8 +326,18 @@ def _curve(run: Run, key: str, *, label: str, spread: str | None = None) -> list
     ]
 
 
-def _chart(title: str, note: str, series: list[Series], run: Run, *, zero: bool = False) -> Chart:
-    svg = line_chart(series, title=f"{title} over optimizer steps", x_end=max(run.step, 1), zero=zero)
+def _chart(
+    title: str,
+    note: str,
+    series: list[Series],
+    run: Run,
+    *,
+    zero: bool = False,
+    level: float | None = None,
+    marks: Sequence[float] = (),
+) -> Chart:
+    x_end = max(run.step, 1)
+    svg = line_chart(series, title=f"{title} over optimizer steps", x_end=x_end, zero=zero, level=level, marks=marks)
     return Chart(title=title, note=note, series=series, svg=svg)
 
 
@@ -268,6 +366,7 @@ def _context(run: Run) -> dict[str, Any]:
             for key, title, note, zero in DIAGNOSTICS
             if run.has(key)
         ],
+        "health": health_charts(run),
         "held_out": held_out_charts(run),
         "speed": metric_chart(run, "images_per_s", title="Images per second", note=speed_note, zero=True),
         "images_per_s": float(np.median(run.column("images_per_s"))),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +14,8 @@ from dgpo_fast.config import Config, dump_config, load_recipe, resume_conflicts
 from dgpo_fast.environment import describe_environment
 from dgpo_fast.errors import UserError
 from dgpo_fast.files import write_atomically
-from dgpo_fast.metrics import MetricsLog
+from dgpo_fast.guard import Finding, Guard
+from dgpo_fast.metrics import MetricsLog, read_evaluations
 from dgpo_fast.profiling import StageClock, stage
 from dgpo_fast.progress import TrainingProgress
 from dgpo_fast.records import StepReport
@@ -23,9 +26,12 @@ from dgpo_fast.samples import save_grid
 class RunDirectory:
     """An open run directory; entered by the trainer, and left with an up-to-date report.html.
 
+    What is logged passes the guard, on every rank.
+
     Args:
         out: created where it does not exist.
         config: written to config.yaml.
+        guard: as the checkpoint left it that the run goes on from.
         clock: whose stages go to stages.json.
         start_step: steps made before this process.
         resumed: whether the run goes on: its logs are then cut back to `start_step`, which may be 0, not begun anew.
@@ -36,9 +42,19 @@ class RunDirectory:
     """
 
     def __init__(
-        self, out: Path, config: Config, *, clock: StageClock, start_step: int, resumed: bool, is_first: bool
+        self,
+        out: Path,
+        config: Config,
+        guard: Guard,
+        *,
+        clock: StageClock,
+        start_step: int,
+        resumed: bool,
+        is_first: bool,
     ) -> None:
-        self.out, self.config, self.clock, self.is_first = out, config, clock, is_first
+        self.out, self.config, self.guard, self.clock, self.is_first = out, config, guard, clock, is_first
+        # Of these a checkpoint does not know the last: it is saved before its step is evaluated.
+        self._past = [line for line in read_evaluations(out) if line["step"] <= start_step] if resumed else []
         self.progress = TrainingProgress(config.steps, start_step, enabled=is_first)
         if not is_first:
             return
@@ -55,6 +71,8 @@ class RunDirectory:
 
     def __enter__(self) -> RunDirectory:
         self.progress.__enter__()
+        for line in self._past:
+            self._watch_evaluation(line)
         return self
 
     def __exit__(
@@ -70,20 +88,23 @@ class RunDirectory:
             write_report(self.out)
 
     def log_step(self, report: StepReport) -> None:
-        """A line of metrics.jsonl, and the progress display."""
+        """A line of metrics.jsonl, the progress display, and what the guard says to it."""
         if self.is_first:
             with stage("logging"):
                 self._log.write(report)
                 self.progress.update(report)
+        self._warn(self.guard.observe(report))
 
     def log_evaluation(self, step: int, *, num_prompts: int, base: dict[str, float], tuned: dict[str, float]) -> None:
-        """A line of evaluations.jsonl."""
+        """A line of evaluations.jsonl, and what the guard says to it."""
+        images_per_prompt = self.config.evaluation.images_per_prompt
         if self.is_first:
             self._log.write_evaluation(
-                step, split="test", num_prompts=num_prompts,
-                images_per_prompt=self.config.evaluation.images_per_prompt, base=base, tuned=tuned,
-            )  # fmt: skip
+                step, split="test", num_prompts=num_prompts, images_per_prompt=images_per_prompt, base=base, tuned=tuned
+            )
             self.progress.evaluated({"strict": tuned["strict"]} if "strict" in tuned else tuned)
+        num_images = num_prompts * images_per_prompt
+        self._warn(self.guard.observe_evaluation(step, num_images=num_images, base=base, tuned=tuned))
 
     def save_samples(self, step: int, images_BCHW: Tensor, prompts: list[str]) -> None:
         """samples/step-NNNNNN.png."""
@@ -97,6 +118,19 @@ class RunDirectory:
         """A line, or some, for the person who watches."""
         if self.is_first:
             self.progress.print(line)
+
+    def _watch_evaluation(self, line: Mapping[str, Any]) -> None:
+        num_images = line["num_prompts"] * line["images_per_prompt"]
+        self._warn(
+            self.guard.observe_evaluation(line["step"], num_images=num_images, base=line["base"], tuned=line["tuned"])
+        )
+
+    def _warn(self, findings: Sequence[Finding]) -> None:
+        """Lines of warnings.jsonl, and on stderr."""
+        for finding in findings:
+            self.say(finding.line)
+            if self.is_first:
+                self._log.write_finding(finding)
 
 
 def refuse_conflicts(out: Path, wanted: Config) -> None:

@@ -10,14 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dgpo_fast.algorithms import find_algorithm
 from dgpo_fast.algorithms.base import Algorithm
 from dgpo_fast.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, rotate
 from dgpo_fast.config import Config, check_ranks, refuse_used
 from dgpo_fast.environment import peak_memory_gb
 from dgpo_fast.evaluate import Metrics, draw_images, evaluate_view, headline
+from dgpo_fast.guard import STOPPED, Guard
 from dgpo_fast.interruption import Interrupted, Interruption
 from dgpo_fast.learner import Learner
 from dgpo_fast.metrics import read_evaluations
@@ -30,6 +29,7 @@ from dgpo_fast.records import LossOutput, PromptBatch, Rollout, ScoredGroups, St
 from dgpo_fast.rewards import OverlappedScoring, Scorer, Scores
 from dgpo_fast.rewards.grouping import group_scores
 from dgpo_fast.run_directory import RunDirectory, refuse_conflicts
+from dgpo_fast.signals import step_metrics
 
 TIMES = ("rollout", "reward", "train")
 
@@ -53,9 +53,7 @@ class Trainer:
             refuse_used(out)
         check_ranks(config, self.world.size)
         placement = placement_of(config, self.world.size)
-        self.samples_of_ranks = [
-            placement.samples(rank, total=config.images_per_iteration) for rank in range(self.world.size)
-        ]
+        self.samples_of_ranks = placement.samples_of_ranks(total=config.images_per_iteration)
         self.scorer = Scorer(config.rewards, device=self.world.device)
         self.warning: str | None = None  # of the last iteration
         self.test_prompts = load_prompts(config.prompts.test, key="prompts.test")[: config.evaluation.num_prompts]
@@ -70,8 +68,8 @@ class Trainer:
             self.learner = Learner(config, self.world)
             self.policy = self.learner.policy
             self.unconditional = self.policy.model.encode([""])
-        self.step = 0
-        self.wall_s = 0.0
+        self.guard = Guard(config)
+        self.step, self.wall_s = 0, 0.0
         if saved is not None:
             self._restore(saved)
         past = [line for line in read_evaluations(out) if line["step"] <= self.step]  # later ones are made again
@@ -80,11 +78,12 @@ class Trainer:
         self.readiness = self.algorithm.prepare(self.policy)
 
     def train(self) -> None:
-        """Runs until `steps` optimizer steps are done. On SIGINT or SIGTERM saves and raises SystemExit(130 or 143)."""
+        """Runs until `steps` steps are done. Saves and raises SystemExit(130 or 143) on a signal, (1) for the guard."""
         status, first = 0, self.world.is_first
         run = RunDirectory(
-            self.out, self.config, clock=self.clock, start_step=self.step, resumed=self.resumed, is_first=first
-        )
+            self.out, self.config, self.guard,
+            clock=self.clock, start_step=self.step, resumed=self.resumed, is_first=first,
+        )  # fmt: skip
         with self.scorer, run, self.interruption:
             run.say(f"{describe_serving(self.world.device.type)}\n{self.readiness}")
             try:
@@ -98,7 +97,7 @@ class Trainer:
             except Interrupted as interrupted:
                 status = interrupted.status
                 self._save_checkpoint()
-                run.say(f"stopped after step {self.step} of {self.config.steps}, saved; --resume goes on from here")
+                run.say(f"stopped after step {self.step} of {self.config.steps}, saved; {interrupted.way_on} from here")
         self.world.wait()  # a launcher ends every rank once one is gone, and the first may still write the report
         if status:
             raise SystemExit(status)
@@ -177,11 +176,9 @@ class Trainer:
             if update == 0:  # behind a step the iteration is finished first: runs go on between iterations alone
                 self.interruption.check()
         with stage("optimizer"):
-            step_metrics = self.learner.step(self.step, after_step=self.algorithm.after_step)
+            made = self.learner.step(self.step, after_step=self.algorithm.after_step, lr_factor=self.guard.lr_factor)
         self.step += 1
-        names = list(outputs[0].metrics)
-        parts = torch.stack([torch.stack([output.metrics[name] for output in outputs]).sum() for name in names])
-        return {**dict(zip(names, self.world.sum(parts).tolist(), strict=True)), **step_metrics}
+        return {**made, **step_metrics(outputs, scored, self.policy, self.world, update=update)}
 
     def _look_up_from_work(self, run: RunDirectory) -> None:
         """What is due between iterations, or on resume was: checkpoint, samples, and last what takes longest."""
@@ -196,6 +193,8 @@ class Trainer:
             self._save_samples(run)
         if is_due(config.evaluation.every) and self.step not in self.scores:
             self._evaluate(run)
+        if self.guard.stops:
+            raise Interrupted(STOPPED, way_on=self.guard.way_on)
         self.interruption.check()
 
     def _evaluate(self, run: RunDirectory) -> None:
@@ -218,14 +217,14 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         with stage("checkpoint"):
-            stages = {"/".join(path): seconds for path, seconds in self.clock.seconds.items()}
-            self.learner.save(self.out, self.step, {"wall_s": self.wall_s, "stages": stages})
+            values = {"wall_s": self.wall_s, "stages": self.clock.by_name(), "guard": self.guard.state()}
+            self.learner.save(self.out, self.step, values)
             if self.world.is_first:
                 rotate(self.out, self.scores, keep_last=self.config.checkpoints.keep_last)
             self.world.wait()
 
     def _restore(self, saved: Checkpoint) -> None:
         self.learner.restore(saved)
-        for path, seconds in saved.values["stages"].items():
-            self.clock.seconds[tuple(path.split("/"))] += seconds
+        self.clock.add(saved.values["stages"])
+        self.guard.restore(saved.values.get("guard"))
         self.step, self.wall_s = saved.step, saved.values["wall_s"]

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "dgpo_fast"
 
 FLOORS = (
     (
-        *("config", "algorithm_config", "evaluation_config", "reward_config", "sections"),
+        *("config", "algorithm_config", "evaluation_config", "guard_config", "reward_config", "sections"),
         *("environment", "errors", "files", "records", "rng", "profiling"),
     ),
     ("kernels",),
@@ -28,6 +28,7 @@ FLOORS = (
             "comparison",
             "evaluate",
             "gallery",
+            "guard",
             "interruption",
             "metrics",
             "progress",
@@ -35,7 +36,7 @@ FLOORS = (
             "run_directory",
             "statistics",
         ),
-        *("charts", "export", "memory", "planning", "profile_run", "samples", "sampling", "throughput"),
+        *("charts", "export", "memory", "planning", "profile_run", "samples", "sampling", "signals", "throughput"),
     ),
     ("cli", "doctor", "recipes", "__main__"),
 )

@@ -13,7 +13,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.metrics import SECTIONS, MetricsLog, read_evaluations, read_metrics
+from dgpo_fast.guard import Finding
+from dgpo_fast.metrics import SECTIONS, MetricsLog, read_evaluations, read_metrics, read_warnings
 from dgpo_fast.records import StepReport
 from dgpo_fast.samples import save_grid
 
@@ -41,11 +42,17 @@ def evaluate(log: MetricsLog, step: int) -> None:
     log.write_evaluation(step, split="test", num_prompts=64, images_per_prompt=4, base={"strict": 0.4}, tuned=scores)
 
 
+def finding(step: int) -> Finding:
+    return Finding(step, "reward", step - 1, "the reward fell", ("optimizer.lr=1e-4 (now 1e-3)",), "warn")
+
+
 def write_steps(log: MetricsLog, steps: range) -> None:
     for step in steps:
         log.write(report(step))
         if step % 2 == 0:
             evaluate(log, step)
+        if step % 3 == 0:
+            log.write_finding(finding(step))
 
 
 def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:
@@ -89,7 +96,7 @@ def test_a_resumed_log_ends_equal_to_an_uninterrupted_one(tmp_path: Path, torn: 
         log = open_log(run_dir)
         write_steps(log, steps)
         log.close()
-    for name in ("metrics.jsonl", "evaluations.jsonl"):
+    for name in ("metrics.jsonl", "evaluations.jsonl", "warnings.jsonl"):
         last = (killed / name).read_bytes().splitlines(keepends=True)[-1]
         with (killed / name).open("ab") as file:
             file.write(last[:torn])
@@ -97,7 +104,7 @@ def test_a_resumed_log_ends_equal_to_an_uninterrupted_one(tmp_path: Path, torn: 
     assert [line["step"] for line in read_metrics(killed)] == list(range(1, resume_step + 1))
     write_steps(log, range(resume_step + 1, 9))
     log.close()
-    for name in ("metrics.jsonl", "evaluations.jsonl"):
+    for name in ("metrics.jsonl", "evaluations.jsonl", "warnings.jsonl"):
         assert (killed / name).read_bytes() == (straight / name).read_bytes()
 
 
@@ -113,6 +120,26 @@ def test_tensorboard_forgets_what_lies_beyond_the_checkpoint(tmp_path: Path) -> 
     log.close()
     assert scalars(tmp_path, "loss/loss") == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
     assert scalars(tmp_path, "evaluation/strict") == []
+
+
+def test_a_finding_is_a_line_written_once(tmp_path: Path) -> None:
+    """A resumed run may find it again at its first step; TensorBoard shows it as text."""
+    log = open_log(tmp_path, tensorboard=True)
+    log.write_finding(finding(3))
+    log.write_finding(finding(4))
+    log.close()
+    log = open_log(tmp_path, resume_step=3)
+    for step in (3, 3, 5):
+        log.write_finding(finding(step))
+    log.close()
+    assert read_warnings(tmp_path) == [
+        {"step": step, "name": "reward", "since": step - 1, "what": "the reward fell",
+         "advice": ["optimizer.lr=1e-4 (now 1e-3)"], "action": "warn"}
+        for step in (3, 5)
+    ]  # fmt: skip
+    events = EventAccumulator(str(tmp_path)).Reload()
+    texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("guard/text_summary")]
+    assert texts == [finding(step).line for step in (3, 4)]
 
 
 def test_tensorboard_shows_sample_grids(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from dgpo_fast import checkpoint, load_recipe
 from dgpo_fast.checkpoint import list_checkpoints
 from dgpo_fast.cli import main
 from dgpo_fast.errors import UserError
+from dgpo_fast.guard import Guard
 from dgpo_fast.metrics import MetricsLog, read_evaluations, read_metrics
 from dgpo_fast.models.sources import EMBEDDED
 from dgpo_fast.profiling import StageClock
@@ -274,7 +275,7 @@ def test_a_disk_that_is_full_on_resume(
     config = load_recipe(run / "config.yaml")
     refusal = r"cannot write the run directory .*: File too large"
     with pytest.raises(UserError, match=refusal), files_up_to((run / "config.yaml").stat().st_size // 2):
-        RunDirectory(run, config, clock=StageClock(), start_step=6, resumed=True, is_first=True)
+        RunDirectory(run, config, Guard(config), clock=StageClock(), start_step=6, resumed=True, is_first=True)
     assert (run / "config.yaml").read_bytes() == (straight_run / "config.yaml").read_bytes()
     assert_nothing_lost(run, straight_run)
 

@@ -96,7 +96,8 @@ def test_the_second_step_goes_on_from_the_same(one_rank: Path, two_ranks: Path) 
     """Images, losses and gradients of weights that agree to rounding."""
     one, two = read_metrics(one_rank)[1], read_metrics(two_ranks)[1]
     assert one["reward_mean"] != read_metrics(one_rank)[0]["reward_mean"]
-    for key in ("reward_mean", "reward_std", "loss", "dgpo_loss", "kl", "group_weight_mean", "grad_norm"):
+    signals = ("diversity", "adapter_norm", "group_weight_saturation")
+    for key in ("reward_mean", "reward_std", "loss", "dgpo_loss", "kl", "group_weight_mean", "grad_norm", *signals):
         assert two[key] == pytest.approx(one[key], rel=1e-4), key
 
 

@@ -18,9 +18,19 @@ from hypothesis import strategies as st
 from dgpo_fast.charts import Series, extremes, line_chart, smooth, step_axis, thin, tick_labels, value_axis
 from dgpo_fast.config import Config, dump_config, parse_config
 from dgpo_fast.errors import UserError
+from dgpo_fast.guard import Finding
 from dgpo_fast.metrics import MetricsLog
 from dgpo_fast.records import StepReport
-from dgpo_fast.report import format_duration, format_number, read_run, scores, stages, write_report
+from dgpo_fast.report import (
+    format_duration,
+    format_number,
+    health_charts,
+    read_run,
+    scores,
+    stages,
+    threshold,
+    write_report,
+)
 from dgpo_fast.samples import save_grid
 from dgpo_fast.shapes.captions import parse_caption
 from dgpo_fast.shapes.render import draw, place
@@ -66,6 +76,9 @@ def step_report(step: int, *, num_steps: int, rng: np.random.Generator) -> StepR
         kl=0.011 * learned + float(abs(rng.normal(0, 6e-4))),
         clip_fraction=0.22 * learned + float(abs(rng.normal(0, 0.02))),
         group_weight_mean=0.5 - 0.06 * learned + float(rng.normal(0, 0.006)),
+        group_weight_saturation=0.1 * learned,
+        diversity=0.8 - 0.1 * learned + float(rng.normal(0, 0.02)),
+        adapter_norm=4 * learned,
         skipped_steps=0,
         grad_norm=0.02 + 0.05 * math.exp(-step / 20) + float(rng.gamma(2, 0.006)),
         lr=3e-4,
@@ -148,6 +161,11 @@ class Page(html.parser.HTMLParser):
     def handle_data(self, data: str) -> None:
         self.text += data
 
+    def lines(self, name: str) -> list[list[tuple[str, str]]]:
+        """The attributes of every line of a class."""
+        starts = [place for place, (key, value) in enumerate(self.attributes) if (key, value) == ("class", name)]
+        return [self.attributes[place + 1 : place + 3] for place in starts]
+
     def classes(self, name: str) -> int:
         return sum(name in value.split() for key, value in self.attributes if key == "class")
 
@@ -169,7 +187,7 @@ def test_a_finished_run_shows_scores_curves_pictures_times_and_configuration(fin
     for setting in ("kl_coef", "0.02", "dgpo-fast train tiny-dgpo --seed 0", "2.13.0+cpu"):
         assert setting in page.text
     assert "strict score" in page.text and "soft score" not in page.text
-    assert page.classes("plot") == 8
+    assert page.classes("plot") == 12
     assert sum(value.startswith("data:image/webp") for key, value in page.attributes if key == "src") == 2 * len(
         PROMPTS
     )
@@ -194,7 +212,7 @@ def test_a_run_of_one_step_has_points_and_says_what_is_to_come(tmp_path: Path) -
     run_dir = write_run(tmp_path / "run", num_steps=1, evaluations=0, samples=False, steps=300)
     page = Page(write_report(run_dir))
     assert "1 of 300" in page.text and "Not evaluated since training began" in page.text
-    assert page.tags.count("circle") == 9  # a point in each of 8 charts, and one in the legend
+    assert page.tags.count("circle") == 12  # a point in each of 11 charts, and one in the legend
     assert "Before and after" not in page.text
 
 
@@ -262,7 +280,7 @@ def test_what_a_method_does_not_measure_has_no_chart(tmp_path: Path) -> None:
         line["group_weight_mean"] = None
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run, page = read_run(run_dir), Page(write_report(run_dir))
-    assert page.classes("plot") == 7 and "Clip fraction" not in page.text and "Group weight" in page.text
+    assert page.classes("plot") == 11 and "Clip fraction" not in page.text and "Group weight" in page.text
     assert np.isnan(run.column("group_weight_mean")).tolist() == [True] * 20 + [False] * 40
     assert not any("nan" in value for name, value in page.attributes if name == "d")
 
@@ -274,11 +292,69 @@ def test_a_metric_of_another_scale_gets_a_chart_and_a_track_of_its_own(tmp_path:
     log.write_evaluation(10, split="test", num_prompts=64, images_per_prompt=4, base=base, tuned=tuned)
     log.close()
     page = Page(write_report(run_dir))
-    assert page.classes("plot") == 9 and "Held-out pickscore" in page.text
+    assert page.classes("plot") == 13 and "Held-out pickscore" in page.text
     soft, pickscore = scores(read_run(run_dir).evaluations)
     assert (soft.low, soft.high, soft.base_place, soft.tuned_place) == (0, 1, 70, 90)
     assert pickscore.low <= 21.72 and pickscore.high >= 23.89 and pickscore.high - pickscore.low <= 5
     assert "21.72" in page.text and "+2.170" in page.text
+
+
+def test_a_degenerated_run_says_so_and_where(tmp_path: Path) -> None:
+    """A box with every finding and its advice; lines across charts at thresholds, upright ones at findings."""
+    run_dir = write_run(tmp_path / "run", num_steps=60, samples=False)
+    healthy = Page(write_report(run_dir))
+    assert "may have degenerated" not in healthy.text and healthy.classes("mark") == 0
+    assert healthy.classes("level") == 4, "diversity, groups without spread, clip fraction, saturation"
+    log = MetricsLog(run_dir, tensorboard=False, wandb=False, resume_step=60)
+    advice = ("optimizer.lr=1e-4 (now 3e-4)", "<b>")
+    log.write_finding(Finding(40, "diversity", 31, "the diversity fell to 0.1", advice, "lower_lr"))
+    log.write_finding(Finding(60, "overfit", 41, "the held-out reward fell", (), "warn"))
+    log.close()
+    page = Page(write_report(run_dir))
+    words = " ".join(page.text.split())
+    assert "This run may have degenerated" in words and page.classes("warnings") == 1
+    assert "Step 40 · the diversity fell to 0.1, since step 31. The learning rate was halved." in words
+    assert "What helps in a new run: optimizer.lr=1e-4 (now 3e-4), <b>" in words
+    assert "Step 60 · the held-out reward fell, since step 41." in words
+    marks = [dict(attributes) for attributes in page.lines("mark")]
+    assert sorted(mark["x1"] for mark in marks) == ["100.0%", "100.0%", "66.667%"], "reward and gap at 60"
+
+
+def test_thresholds_are_the_configurations(tmp_path: Path) -> None:
+    guard = {"diversity": 0.5, "zero_std": 0.75, "clip": None, "saturation": 0.8, "window": 3}
+    run = read_run(write_run(tmp_path / "run", num_steps=9, samples=False, guard=guard))
+    first = run.column("diversity")[:3]
+    assert threshold(run, "diversity") == 0.5 * max(first[0], np.median(first))
+    assert threshold(run, "zero_std_groups") == 0.75 * 8
+    assert threshold(run, "clip_fraction") is None and threshold(run, "group_weight_saturation") == 0.8
+    assert threshold(run, "kl") is None
+
+
+def test_the_gap_is_what_the_training_reward_gained_more(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", num_steps=9, evaluations=0, samples=False, guard={"window": 3})
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for line, reward in zip(lines, (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.9, 0.9, 0.9), strict=True):
+        line["reward_mean"] = reward
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    log = MetricsLog(run_dir, tensorboard=False, wandb=False, resume_step=9)
+    for step, soft in ((0, 0.5), (6, 0.7), (9, 0.6)):
+        log.write_evaluation(
+            step, split="test", num_prompts=4, images_per_prompt=4, base={"soft": 0.5}, tuned={"soft": soft}
+        )
+    log.close()
+    gap = health_charts(read_run(run_dir))[-1]
+    assert gap.title == "Overfit gap" and gap.series[0].x.tolist() == [0, 6, 9]
+    assert gap.series[0].y.tolist() == pytest.approx([0, 0.3 - 0.2, 0.4 - 0.1])
+
+
+def test_a_run_of_a_version_that_measured_less_has_a_report(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", num_steps=9, samples=False)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["diversity"], line["adapter_norm"], line["group_weight_saturation"]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run_dir / "warnings.jsonl").unlink()
+    assert Page(write_report(run_dir)).classes("plot") == 9
 
 
 def test_tiles_are_compared_only_where_prompts_agree(tmp_path: Path) -> None:

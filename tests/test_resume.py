@@ -177,7 +177,7 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path, straight_run: Pat
     "change",
     ["steps=7", "evaluation.every=1", "checkpoints.every=1", "checkpoints.keep_last=5", "logging.samples_every=2",
      "logging.num_samples=1", "logging.tensorboard=false", "parallel.backend=gloo",
-     "parallel.zero_stage=1", "optimizer.max_skipped=9"],
+     "parallel.zero_stage=1", "optimizer.max_skipped=9", "guard.action=stop", "guard.window=5"],
 )  # fmt: skip
 def test_resume_allows(change: str, straight_run: Path, quick: tuple[str, ...]) -> None:
     refuse_conflicts(straight_run, load_recipe("tiny-dgpo", [*quick, change]))

@@ -83,8 +83,9 @@ class AWM:
         loss = policy_loss
         for view, distance in distances.items():
             loss = loss + coefficients[view] * distance
-        kl = distances.get("ref", torch.zeros_like(policy_loss))
-        metrics = {"loss": loss, "policy_loss": policy_loss, "kl": kl}
+        metrics = {"loss": loss, "policy_loss": policy_loss}
+        if "ref" in distances:
+            metrics["kl"] = distances["ref"]
         return LossOutput(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
 
     def after_step(self, policy: Policy, step: int) -> None:

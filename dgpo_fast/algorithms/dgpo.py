@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dgpo_fast.algorithm_config import DGPOConfig
 from dgpo_fast.algorithms.base import nobody
+from dgpo_fast.algorithms.group_weights import is_saturated
 from dgpo_fast.algorithms.noised import NoisedBatches
 from dgpo_fast.algorithms.ratio import check_ratio
 from dgpo_fast.algorithms.sampling import Check, Deliver, GroupSampler
@@ -145,10 +146,12 @@ class DGPO:
             "loss": loss,
             "dgpo_loss": dgpo_loss,
             "surrogate_loss": batch.group_share * surrogate,
-            "kl": kl,
             "clip_fraction": (share_M * preference.clipped_M).sum(),
             "group_weight_mean": (share_M * preference.weight_G[batch.group_M]).sum(),
+            "group_weight_saturation": (share_M * is_saturated(preference.weight_G)[batch.group_M]).sum(),
         }
+        if errors.distance_M is not None:
+            metrics["kl"] = kl
         return LossOutput(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
 
     def after_step(self, policy: Policy, step: int) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 from dgpo_fast import rng
 from dgpo_fast.algorithm_config import DiffusionDPOConfig
 from dgpo_fast.algorithms.base import nobody
+from dgpo_fast.algorithms.group_weights import is_saturated
 from dgpo_fast.algorithms.sampling import Check, Deliver, GroupSampler
 from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
@@ -108,6 +109,7 @@ class DiffusionDPO:
         metrics = {
             "loss": loss, "policy_loss": loss, "kl": (batch.sample_share * batch.valid_M * errors.distance_M).sum(),
             "group_weight_mean": batch.group_share * (preference.weight_G * batch.counts_G).sum(),
+            "group_weight_saturation": batch.group_share * (is_saturated(preference.weight_G) * batch.counts_G).sum(),
         }  # fmt: skip
         return LossOutput(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
 

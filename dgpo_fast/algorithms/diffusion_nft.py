@@ -77,11 +77,11 @@ class DiffusionNFT:
         optimality_M = (batch.advantage_M / (2 * highest) + 0.5).clamp(0, 1)
         share_M = batch.sample_share * batch.valid_M
         policy_loss = highest / beta * (share_M * (optimality_M * positive_M + (1 - optimality_M) * negative_M)).sum()
-        kl = torch.zeros_like(policy_loss)
+        loss, measured = policy_loss, {}
         if self.settings.kl_coef > 0:
             kl = (share_M * mean_square(velocity_MCHW - velocity_of(policy, "ref", batch))).sum()
-        loss = policy_loss + self.settings.kl_coef * kl
-        metrics = {"loss": loss, "policy_loss": policy_loss, "kl": kl}
+            loss, measured = policy_loss + self.settings.kl_coef * kl, {"kl": kl}
+        metrics = {"loss": loss, "policy_loss": policy_loss, **measured}
         return LossOutput(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
 
     def after_step(self, policy: Policy, step: int) -> None:

@@ -112,15 +112,15 @@ class FlowGRPO:
         ratio_M = (taken.log_prob_B - batch.old_log_prob_M).where(batch.valid_M, 0.0).exp()
         surrogate_M = torch.maximum(-advantage_M * ratio_M, -advantage_M * ratio_M.clamp(1 - clip, 1 + clip))
         policy_loss = (share_M * surrogate_M).sum()
-        kl = torch.zeros_like(policy_loss)
+        loss, measured = policy_loss, {}
         if self.settings.kl_coef > 0:
             with stage("reference"), torch.no_grad():
                 reference = self._step(policy, "ref", batch)
             distance_M = (taken.mean - reference.mean).square().flatten(1).mean(1)
             kl = (share_M * distance_M).sum() / (2 * self.sampler.squared_noise(batch.step))
-        loss = policy_loss + self.settings.kl_coef * kl
+            loss, measured = policy_loss + self.settings.kl_coef * kl, {"kl": kl}
         metrics = {
-            "loss": loss, "policy_loss": policy_loss, "kl": kl,
+            "loss": loss, "policy_loss": policy_loss, **measured,
             "clip_fraction": (share_M * ((ratio_M - 1).abs() > clip)).sum(),
         }  # fmt: skip
         return LossOutput(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})

@@ -35,6 +35,7 @@ class AdapterPolicy(Policy):
 
     def __init__(self, model: StableDiffusion3, config: AdapterConfig, *, seed: int) -> None:
         _inject(model, config, seed)
+        self.scale = config.alpha / config.rank
         self.trained = TrainedWeights(_parameters(model, "policy"))
         self.trainable = self.trained.trainable
         self.views: dict[View, FlatWeights] = {"policy": self.trained}
@@ -84,6 +85,21 @@ class AdapterPolicy(Policy):
     def take_ema(self, read: ReadPieces) -> None:
         read(self.averages()["ema"].pieces, self.trained.shapes)
         self.refresh("ema")
+
+    @torch.no_grad()
+    def change_norm(self) -> Tensor:
+        """Of scale B A, over all layers: |B A|^2 is the sum of (A A^T) * (B^T B), which are of rank x rank values."""
+        weights = [*self.trained.slices(self.trained.master).items()]
+        factors: dict[tuple[torch.Size, torch.Size], list[tuple[Tensor, Tensor]]] = {}
+        a_of = {name.removesuffix(".lora_A.weight"): piece for name, piece in weights if ".lora_A." in name}
+        b_of = {name.removesuffix(".lora_B.weight"): piece for name, piece in weights if ".lora_B." in name}
+        for name, a in a_of.items():
+            factors.setdefault((a.shape, b_of[name].shape), []).append((a, b_of[name]))
+        squares = []
+        for pairs in factors.values():  # those of one shape at once: a GPU is not to be given a thousand small products
+            a, b = (torch.stack(each) for each in zip(*pairs, strict=True))
+            squares.append(((a @ a.mT) * (b.mT @ b)).sum())
+        return self.scale * torch.stack(squares).sum().clamp(min=0).sqrt()
 
     def save(self, directory: Path) -> None:
         self.save_lora(directory / "lora")

@@ -15,7 +15,7 @@ from typing import Protocol, get_args
 
 import torch
 from diffusers import SD3Transformer2DModel
-from torch import nn
+from torch import Tensor, nn
 
 from dgpo_fast.models.engines import ReplicaEngine, View, compile_blocks
 from dgpo_fast.models.policy import Average, Policy, ReadPieces
@@ -141,6 +141,18 @@ class FullPolicy(Policy):
 
     def take_ema(self, read: ReadPieces) -> None:
         self._replica.take("ema", read)
+
+    @torch.no_grad()
+    def change_norm(self) -> Tensor | None:
+        """Of the masters' differences from the base; None where ZeRO shards them."""
+        masters = self._engine.masters()
+        if masters.is_sharded:
+            return None
+        base = {name: parameter.flatten() for name, parameter in self._reference.named_parameters()}
+        squares = [
+            (values - base[name][start : start + len(values)]).square().sum() for name, start, values in masters.pieces
+        ]
+        return torch.stack(squares).sum().sqrt()
 
     def save(self, directory: Path) -> None:
         self.trained.save_config(directory / "transformer")

@@ -82,6 +82,13 @@ class Policy(ABC):
         """Writes the evaluation EMA as diffusers reads it; of `ema_file` all but the file itself."""
 
     @abstractmethod
+    def change_norm(self) -> Tensor | None:
+        """Frobenius norm of all that training has added to the base's weights, a float32 scalar, equal on every rank.
+
+        None where no rank has the weights whole.
+        """
+
+    @abstractmethod
     def equal_weights(self, *views: View) -> AbstractContextManager[None]:
         """Within, the layers see the same weights through each of `views`, other than the base's if they can be."""
 

@@ -40,6 +40,10 @@ class Placement:
         first = rank * self.micro
         return tuple(start + first + i for start in range(0, total, self._step) for i in range(self.micro))
 
+    def samples_of_ranks(self, *, total: int) -> list[tuple[int, ...]]:
+        """Those of every rank."""
+        return [self.samples(rank, total=total) for rank in range(self.num_ranks)]
+
     def groups(self, steps: range, *, rank: int) -> range:
         """The groups of a round, which has these micro-steps; in case (a) only those that are of `rank`."""
         first, stop = steps.start * self._step, steps.stop * self._step

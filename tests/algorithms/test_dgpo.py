@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dgpo_fast import rng
 from dgpo_fast.algorithms.dgpo import DGPO
+from dgpo_fast.algorithms.group_weights import is_saturated
 from dgpo_fast.config import Config, load_recipe
 from dgpo_fast.flow.rollout import initial_noise
 from dgpo_fast.models.adapters import AdapterPolicy
@@ -287,6 +288,8 @@ def written_loss(policy: AdapterPolicy, config: Config, batch: NoisedBatch) -> t
         "kl": kl.item(),
         "clip_fraction": clipped / counts_M.sum().item(),
         "group_weight_mean": sum(w * n for w, n in zip(weights, sizes, strict=True)) / sum(sizes),
+        "group_weight_saturation": sum(n for w, n in zip(weights, sizes, strict=True) if min(w, 1 - w) < 0.01)
+        / sum(sizes),
     }
     return report, weights
 
@@ -309,6 +312,32 @@ def test_the_report_is_the_written_loss(
         assert found[name] == pytest.approx(value, rel=ROUNDING, abs=ROUNDING), name
     assert min(abs(weight - 0.5) for weight in weights) > 100 * ROUNDING, "the weights say something"
     assert 0 < written["clip_fraction"] < 1
+
+
+@pytest.mark.parametrize(("beta", "share"), [(1.0, 0.0), (1e5, 1.0)])
+def test_weights_saturate_where_the_scores_are_large(make_policy: MakePolicy, beta: float, share: float) -> None:
+    config = tiny(f"algorithm.beta={beta}")
+    policy = make_policy(config, spread=SPREAD)
+    written, weights = written_loss(policy, config, single_batch(config, scored_groups(policy, config)))
+    assert written["group_weight_saturation"] == share, weights
+    assert learn(policy, config, scored_groups(policy, config))[1]["group_weight_saturation"] == pytest.approx(share)
+
+
+def test_a_weight_is_saturated_within_a_hundredth_of_its_ends() -> None:
+    weight_G = torch.tensor([0.0, 0.0099, 0.0101, 0.5, 0.9899, 0.9901, 1.0])
+    assert is_saturated(weight_G).tolist() == [True, True, False, False, False, True, True]
+
+
+def test_what_nobody_measures_is_not_reported(make_policy: MakePolicy) -> None:
+    """The distance to a base that no term asks for; an old policy's is no distance to it."""
+    for overrides, is_measured in (
+        (("algorithm.reference=old", "algorithm.kl_coef=0"), False),
+        (("algorithm.reference=old",), True),
+        (("algorithm.kl_coef=0",), True),
+    ):
+        config = tiny(*overrides)
+        policy = make_policy(config, spread=SPREAD)
+        assert ("kl" in learn(policy, config, scored_groups(policy, config))[1]) == is_measured
 
 
 def test_two_sigmas_are_averaged(make_policy: MakePolicy) -> None:

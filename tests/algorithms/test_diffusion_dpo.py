@@ -46,8 +46,10 @@ def written(policy: AdapterPolicy, batch: NoisedBatch, *, share: float, compared
     off_M = (target - velocity).square().mean((1, 2, 3)) - (target - reference).square().mean((1, 2, 3))
     inside_P = -BETA / 2 * (off_M[0::2] - off_M[1::2])
     loss = share * -torch.nn.functional.logsigmoid(inside_P).sum()
+    weight_P = torch.sigmoid(-inside_P)
     return {
-        "loss": loss, "policy_loss": loss, "group_weight_mean": share * torch.sigmoid(-inside_P).sum(),
+        "loss": loss, "policy_loss": loss, "group_weight_mean": share * weight_P.sum(),
+        "group_weight_saturation": share * ((weight_P < 0.01) | (weight_P > 0.99)).double().sum(),
         "kl": share / 2 * (velocity - reference).square().mean((1, 2, 3)).sum(),
     }  # fmt: skip
 

@@ -85,6 +85,15 @@ def test_the_loss_and_its_gradient_are_the_written_ones(
     assert {0.0, 1.0} < set(r_M.tolist())
 
 
+def test_without_a_kl_term_no_distance_is_reported(
+    make_policy: MakePolicy, tiny: Tiny, scored_noise: ScoredNoise, learn: Learn
+) -> None:
+    config = tiny("tiny-diffusion-nft", *TWO_SIGMAS, "algorithm.kl_coef=0", micro=8)
+    policy = make_policy(config, spread=SPREAD)
+    found = learn(policy, config, scored_noise(policy, config))[1]
+    assert found.keys() == {"loss", "policy_loss"} and found["loss"] == found["policy_loss"]
+
+
 def test_optimality_is_clamped(
     make_policy: MakePolicy, tiny: Tiny, scored_noise: ScoredNoise, learn: Learn, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,6 +122,15 @@ def test_the_loss_and_its_gradient_are_the_written_ones(
         assert (other - written_gradient).norm() > 0.1 * written_gradient.norm(), "a gradient there would be seen"
 
 
+def test_without_a_kl_term_no_distance_is_reported(
+    make_policy: MakePolicy, tiny: Tiny, prompts_of: PromptsOf, score: Score, learn: Learn
+) -> None:
+    config = tiny("tiny-flow-grpo", *RECIPE, "algorithm.kl_coef=0", micro=8)
+    policy = make_policy(config, spread=SPREAD)
+    found = learn(policy, config, score(drawn(policy, config, prompts_of), config))[1]
+    assert found.keys() == {"loss", "policy_loss", "clip_fraction"} and found["loss"] == found["policy_loss"]
+
+
 def test_what_could_not_be_scored_changes_no_gradient(
     make_policy: MakePolicy, tiny: Tiny, prompts_of: PromptsOf, score: Score, learn: Learn
 ) -> None:

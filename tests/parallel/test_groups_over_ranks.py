@@ -80,6 +80,9 @@ def test_they_learn_the_same(
             "grad_norm",
             "group_weight_mean",
             "clip_fraction",
+            "group_weight_saturation",
+            "diversity",
+            "adapter_norm",
         ):
             assert mine[key] == pytest.approx(theirs[key], rel=5e-5), key
     for kind in ("policy", "exp_avg"):
