@@ -227,6 +227,14 @@ def recipes() -> None:
 
 
 @app.command()
+def rewards() -> None:
+    """List the rewards that come with the package, and what each still lacks on this machine (takes some seconds)."""
+    from dgpo_fast.rewards.listing import as_table
+
+    Console().print(as_table())
+
+
+@app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
     """Show the machine, the versions, and which implementation serves each operator."""
     from dgpo_fast.doctor import examine, render

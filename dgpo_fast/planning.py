@@ -239,7 +239,7 @@ def _missing_rewards(config: Config) -> Iterator[str]:
         if config.rewards.running.get(term.name, RunningConfig()).url is not None:
             continue  # what it needs is where it runs
         if has_weights(term.name):
-            yield from absent_weights(term.name, config.rewards)
+            yield from (f"reward {term.name!r}: {line}" for _, line in absent_weights(term.name, config.rewards))
         else:
             load_reward(term.name, config.rewards)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.reward_config import AestheticConfig
-from dgpo_fast.rewards.clip import CLIP_FILES, Clip
+from dgpo_fast.rewards.clip import Clip, openai_clip
 from dgpo_fast.rewards.linear_head import linear_head
 from dgpo_fast.rewards.loading import read_state_dict
 from dgpo_fast.rewards.pretrained import Pretrained
@@ -24,10 +24,7 @@ HEAD = Pretrained(
     repo="camenduru/improved-aesthetic-predictor", key="rewards.aesthetic.path", files=(CHECKPOINT,), gigabytes=0.0037,
     licence="Apache 2.0",
 )  # fmt: skip
-CLIP = Pretrained(
-    repo="openai/clip-vit-large-patch14", key="rewards.aesthetic.clip_path", files=CLIP_FILES, gigabytes=1.71,
-    licence="no licence named; the code's is MIT",
-)  # fmt: skip
+CLIP = openai_clip(key="rewards.aesthetic.clip_path")
 
 
 class Aesthetic:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dgpo_fast.errors import UserError, suggest
 from dgpo_fast.reward_config import RewardConfig, RewardsConfig
+from dgpo_fast.rewards.pretrained import Pretrained
 
 
 @runtime_checkable
@@ -35,26 +36,36 @@ class BuiltIn(NamedTuple):
 
     target: str
     """Its module and class. Where `rewards` has a section of its name, it is made of that and a device."""
+    about: str
+    """What it scores, in a few words."""
     extra: str | None = None
     """Of pyproject.toml: installs what it imports beyond the package's own requirements."""
 
 
 _FACTORIES: dict[str, Callable[[], Reward]] = {}
-_BUILT_IN = {
-    "aesthetic": BuiltIn("dgpo_fast.rewards.aesthetic:Aesthetic"),
-    "clipscore": BuiltIn("dgpo_fast.rewards.clipscore:CLIPScore"),
-    "deqa": BuiltIn("dgpo_fast.rewards.judge:JudgeReward"),
-    "geneval": BuiltIn("dgpo_fast.rewards.geneval:GenEvalReward"),
-    "hpsv2": BuiltIn("dgpo_fast.rewards.hpsv2:HPSv2"),
-    "imagereward": BuiltIn("dgpo_fast.rewards.imagereward:ImageReward"),
-    "jpeg_compressibility": BuiltIn("dgpo_fast.rewards.jpeg:JpegCompressibility"),
-    "jpeg_incompressibility": BuiltIn("dgpo_fast.rewards.jpeg:JpegIncompressibility"),
-    "judge": BuiltIn("dgpo_fast.rewards.judge:JudgeReward"),
-    "ocr": BuiltIn("dgpo_fast.rewards.ocr:OcrReward", extra="ocr"),
-    "pickscore": BuiltIn("dgpo_fast.rewards.pickscore:PickScore"),
-    "shapes": BuiltIn("dgpo_fast.rewards.shapes:ShapesReward"),
-    "unifiedreward": BuiltIn("dgpo_fast.rewards.judge:JudgeReward"),
-}  # fmt: skip
+BUILT_IN = {
+    "aesthetic": BuiltIn("dgpo_fast.rewards.aesthetic:Aesthetic", "how pleasing people would find it, from 1 to 10"),
+    "clipscore": BuiltIn("dgpo_fast.rewards.clipscore:CLIPScore", "how near CLIP finds image and prompt, 100 x cosine"),
+    "deqa": BuiltIn(
+        "dgpo_fast.rewards.judge:JudgeReward", "quality, by the levels of DeQA-Score, from a model that looks"
+    ),
+    "geneval": BuiltIn(
+        "dgpo_fast.rewards.geneval:GenEvalReward", "objects, their number, colours and places, detected"
+    ),
+    "hpsv2": BuiltIn("dgpo_fast.rewards.hpsv2:HPSv2", "what people prefer, by HPS v2.1"),
+    "imagereward": BuiltIn("dgpo_fast.rewards.imagereward:ImageReward", "what people prefer, by ImageReward"),
+    "jpeg_compressibility": BuiltIn("dgpo_fast.rewards.jpeg:JpegCompressibility", "fewer kilobytes as a JPEG file"),
+    "jpeg_incompressibility": BuiltIn("dgpo_fast.rewards.jpeg:JpegIncompressibility", "more kilobytes as a JPEG file"),
+    "judge": BuiltIn("dgpo_fast.rewards.judge:JudgeReward", "whatever you ask a model that looks"),
+    "ocr": BuiltIn("dgpo_fast.rewards.ocr:OcrReward", "whether the text in the prompt's quotes can be read", "ocr"),
+    "pickscore": BuiltIn("dgpo_fast.rewards.pickscore:PickScore", "what people pick, by PickScore"),
+    "shapes": BuiltIn(
+        "dgpo_fast.rewards.shapes:ShapesReward", "the embedded pipeline's world: shapes, colours, places"
+    ),
+    "unifiedreward": BuiltIn(
+        "dgpo_fast.rewards.judge:JudgeReward", "alignment and quality, as UnifiedReward is asked, by a model that looks"
+    ),
+}
 
 
 def register_reward(name: str) -> Callable[[R], R]:
@@ -74,7 +85,7 @@ def registered(name: str) -> Callable[[], Reward] | None:
 
 def known_rewards() -> list[str]:
     """Names that `load_reward` takes."""
-    return sorted(_FACTORIES.keys() | _BUILT_IN.keys())
+    return sorted(_FACTORIES.keys() | BUILT_IN.keys())
 
 
 def load_reward(name: str, settings: RewardsConfig | None = None, *, device: torch.device | str = "cpu") -> Reward:
@@ -103,34 +114,32 @@ def load_reward(name: str, settings: RewardsConfig | None = None, *, device: tor
     return cast(Reward, reward)
 
 
-def absent_weights(name: str, settings: RewardsConfig) -> Iterator[str]:
-    """What a first run will download for a reward, a line each: nothing is loaded, and no network is asked.
+def absent_weights(name: str, settings: RewardsConfig) -> list[tuple[Pretrained, str]]:
+    """What a first run will download for a reward, and a line that says so: nothing is loaded, no network is asked.
 
     Raises:
         UserError: as `load_reward`, or the recipe names a directory that lacks a file.
     """
-    for weights, path in _find(name).weights(getattr(settings, name)):
-        absence = weights.absence(path)
-        if absence is not None:
-            yield f"reward {name!r}: {absence}"
+    needed: list[tuple[Pretrained, str | None]] = _find(name).weights(getattr(settings, name))
+    return [(weights, line) for weights, path in needed if (line := weights.absence(path)) is not None]
 
 
 def has_weights(name: str) -> bool:
     """Whether it is a reward of the package that is made of published weights, which its method `weights` lists."""
-    return name in _BUILT_IN and name not in _FACTORIES and hasattr(_find(name), "weights")
+    return name in BUILT_IN and name not in _FACTORIES and hasattr(_find(name), "weights")
 
 
 def _make(name: str, settings: RewardsConfig, device: torch.device) -> Any:
     if name in _FACTORIES:
         return _FACTORIES[name]()
     found = _find(name)
-    if name in _BUILT_IN and name in RewardsConfig.model_fields:
+    if name in BUILT_IN and name in RewardsConfig.model_fields:
         return found(getattr(settings, name), device=device)
     return found() if isinstance(found, type) else found
 
 
 def _find(name: str) -> Any:
-    built_in = _BUILT_IN.get(name)
+    built_in = BUILT_IN.get(name)
     try:
         return _import(built_in.target if built_in else name)
     except ModuleNotFoundError as error:

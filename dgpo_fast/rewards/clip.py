@@ -14,9 +14,20 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from dgpo_fast.rewards.loading import inference_dtype, load_model, load_tokenizer
 from dgpo_fast.rewards.preprocessing import Preprocessing
+from dgpo_fast.rewards.pretrained import Pretrained
 
 CLIP_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 """Of a directory in transformers' format, those that are read."""
+
+
+def openai_clip(*, key: str) -> Pretrained:
+    """OpenAI's CLIP ViT-L/14, which several rewards are made with; `key` names each one's directory."""
+    return Pretrained(
+        repo="openai/clip-vit-large-patch14", key=key, files=CLIP_FILES, gigabytes=1.71,
+        licence="no licence named; the code's is MIT",
+    )  # fmt: skip
+
+
 IMAGES_PER_FORWARD = 16
 """4112 tokens of a ViT-H/14, whose products fill a GPU; while 16 images of 1024 px are resized they take 0.4 GB."""
 PROMPTS_PER_FORWARD = 64

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from dgpo_fast.reward_config import PretrainedConfig
-from dgpo_fast.rewards.clip import CLIP_FILES, Clip
+from dgpo_fast.rewards.clip import Clip, openai_clip
 from dgpo_fast.rewards.pretrained import Pretrained
 
-REPO = "openai/clip-vit-large-patch14"
-LICENCE = "no licence named; the code's is MIT"
-WEIGHTS = Pretrained(repo=REPO, key="rewards.clipscore.path", files=CLIP_FILES, gigabytes=1.71, licence=LICENCE)
+WEIGHTS = openai_clip(key="rewards.clipscore.path")
 
 
 class CLIPScore:

@@ -25,15 +25,11 @@ from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPTokenizer
 
 from dgpo_fast.prompts.geneval import COLORS
-from dgpo_fast.rewards.clip import CLIP_FILES
+from dgpo_fast.rewards.clip import openai_clip
 from dgpo_fast.rewards.loading import load_model, load_tokenizer
 from dgpo_fast.rewards.preprocessing import Preprocessing
-from dgpo_fast.rewards.pretrained import Pretrained
 
-WEIGHTS = Pretrained(
-    repo="openai/clip-vit-large-patch14", key="rewards.geneval.clip_path",
-    files=CLIP_FILES, gigabytes=1.71, licence="MIT",
-)  # fmt: skip
+WEIGHTS = openai_clip(key="rewards.geneval.clip_path")
 
 SENTENCES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 GREY = 0x99

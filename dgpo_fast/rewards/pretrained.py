@@ -49,6 +49,13 @@ class Pretrained:
             return None
         return f"{self._description} are not in the local cache: `{self._command}` or the first run fetches them"
 
+    @property
+    def about(self) -> str:
+        """What they are, and how much there is to download."""
+        megabytes = 1000 * self.gigabytes
+        size = f"{self.gigabytes:g} GB" if megabytes >= 100 else f"{megabytes:g} MB"
+        return f"{self.repo} ({size}, {self.licence})"
+
     def _checked(self, directory: Path) -> Path:
         if not directory.is_dir():
             what = "a file" if directory.exists() else "not there"
@@ -94,9 +101,7 @@ class Pretrained:
 
     @property
     def _description(self) -> str:
-        megabytes = 1000 * self.gigabytes
-        size = f"{self.gigabytes:g} GB" if megabytes >= 100 else f"{megabytes:g} MB"
-        return f"the weights {self.repo} ({size}, {self.licence})"
+        return f"the weights {self.about}"
 
     @property
     def _origin(self) -> str:

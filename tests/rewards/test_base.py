@@ -27,7 +27,7 @@ def test_a_registered_class_has_its_name() -> None:
 
     assert isinstance(load_reward("zero"), Zero)
     assert isinstance(Zero(), Reward)
-    assert known_rewards() == sorted([*base._BUILT_IN, "zero"])
+    assert known_rewards() == sorted([*base.BUILT_IN, "zero"])
 
 
 def test_a_registered_name_comes_before_a_built_in_one() -> None:
@@ -51,7 +51,7 @@ def test_a_class_of_ones_own_is_named_by_its_module() -> None:
     [
         (
             "shape",
-            rf"no reward 'shape'; did you mean 'shapes'\? known: {', '.join(sorted(base._BUILT_IN))}; or your own",
+            rf"no reward 'shape'; did you mean 'shapes'\? known: {', '.join(sorted(base.BUILT_IN))}; or your own",
         ),
         ("nowhere:Reward", "'nowhere:Reward' cannot be made: ModuleNotFoundError: No module named 'nowhere'"),
         ("misbehaving:Nothing", "cannot be made: AttributeError: .*'Nothing'"),

@@ -401,8 +401,8 @@ def test_directories_that_lack_something(directories: tuple[Path, Path], tmp_pat
         with pytest.raises(UserError, match=message):
             GenEvalReward(settings, device=CPU)
         with pytest.raises(UserError, match=message):
-            [*absent_weights("geneval", rewards_config(settings))]
-    assert [*absent_weights("geneval", rewards_config(GenEvalConfig(path=detector, clip_path=clip)))] == []
+            absent_weights("geneval", rewards_config(settings))
+    assert absent_weights("geneval", rewards_config(GenEvalConfig(path=detector, clip_path=clip))) == []
 
 
 def test_a_model_of_other_classes(tmp_path: Path) -> None:
@@ -430,9 +430,9 @@ def test_weights_that_are_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert has_weights("geneval")
-    detector, clip = absent_weights("geneval", rewards_config(GenEvalConfig()))
-    assert detector.startswith("reward 'geneval': the weights facebook/mask2former-swin-small-coco-instance (0.28 GB, ")
-    assert clip.startswith("reward 'geneval': the weights openai/clip-vit-large-patch14 (1.71 GB, MIT) are not in the ")
+    detector, clip = (line for _, line in absent_weights("geneval", rewards_config(GenEvalConfig())))
+    assert detector.startswith("the weights facebook/mask2former-swin-small-coco-instance (0.28 GB, ")
+    assert clip.startswith("the weights openai/clip-vit-large-patch14 (1.71 GB, ")
     assert "hf download" in detector and "hf download" in clip
     with pytest.raises(
         UserError, match=r"rewards\.geneval\.path: the weights .* are not on this machine and cannot be"

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import constants
+from rich.console import Console
 
 from dgpo_fast import load_recipe
 from dgpo_fast.errors import UserError
 from dgpo_fast.planning import plan
-from dgpo_fast.rewards import load_reward
+from dgpo_fast.rewards import known_rewards, load_reward
 from dgpo_fast.rewards.base import absent_weights
+from dgpo_fast.rewards.listing import as_table, lacking
 from dgpo_fast.rewards.pretrained import Pretrained
 
 WEIGHTS = Pretrained(
@@ -166,10 +171,10 @@ def test_what_a_plan_says_of_a_reward(name: str) -> None:
     """One line for each place of weights, and nothing is loaded."""
     rewards = load_recipe("tiny-dgpo", [f"rewards.terms=[{{name: {name}}}]"]).rewards
     places = [repo for key, repo in REPOS.items() if key.startswith(f"rewards.{name}.")]
-    lines = list(absent_weights(name, rewards))
-    assert len(lines) == len(places)
-    for line, repo in zip(lines, places, strict=True):
-        assert line.startswith(f"reward {name!r}: the weights {repo}")
+    absent = absent_weights(name, rewards)
+    assert [weights.about for weights, _ in absent] == places
+    for weights, line in absent:
+        assert line.startswith(f"the weights {weights.about} are not in the local cache: `hf download")
 
 
 def test_a_plan_warns_of_weights_that_are_absent() -> None:
@@ -182,3 +187,32 @@ def test_a_plan_refuses_a_directory_without_weights(tmp_path: Path) -> None:
     overrides = ["model.name=random:sd35-medium", f"rewards.pickscore.path={tmp_path}"]
     message = refusal(lambda: plan(load_recipe("sd35m-pickscore", overrides)))
     assert message.startswith(f"rewards.pickscore.path: {tmp_path} has no config.json")
+
+
+# What `dgpo-fast rewards` says
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("jpeg_compressibility", []),
+        ("pickscore", ["will download yuvalkirstain/PickScore_v1 (3.94 GB, no licence named; the code's is MIT)"]),
+        ("deqa", ["needs rewards.deqa.url and .model: an OpenAI-compatible server"]),
+    ],
+)
+def test_what_a_reward_lacks_here(name: str, lines: list[str]) -> None:
+    assert list(lacking(name)) == lines
+
+
+def test_a_reward_whose_extra_is_not_installed_says_how_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    monkeypatch.delitem(sys.modules, "dgpo_fast.rewards.ocr", raising=False)
+    (line,) = lacking("ocr")
+    assert line == "'ocr' needs rapidocr, which is not installed: pip install 'dgpo-fast[ocr]'"
+
+
+def test_every_reward_is_listed() -> None:
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(as_table())
+    shown = console.export_text()
+    assert all(re.search(rf"^ *{name} ", shown, re.MULTILINE) for name in known_rewards())
