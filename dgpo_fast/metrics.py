@@ -28,6 +28,7 @@ METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 WARNINGS = "warnings.jsonl"
 
+SINGLE_REWARD = "reward/"
 SECTIONS = {
     "reward": (
         *("reward_mean", "reward_std", "zero_std_groups", "clamped_advantages"),
@@ -70,10 +71,11 @@ class MetricsLog:
 
     def write(self, report: StepReport) -> None:
         """Adds one optimizer step."""
-        values = dataclasses.asdict(report)
+        values = as_line(report)
         self._metrics.write(json.dumps(values) + "\n")
         self._metrics.flush()
         shown = {f"{name}/{key}": values[key] for name, keys in SECTIONS.items() for key in keys}
+        shown |= {key: values[key] for key in values if key.startswith(SINGLE_REWARD)}
         self._plot({tag: value for tag, value in shown.items() if value is not None}, report.step)
 
     def write_evaluation(
@@ -137,6 +139,12 @@ class MetricsLog:
                 self._tensorboard.add_scalar(tag, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
+
+
+def as_line(report: StepReport) -> dict[str, Any]:
+    """A step as metrics.jsonl has it: flat, each reward by itself behind the rest, as `reward/NAME`."""
+    values = dataclasses.asdict(report)
+    return values | {f"{SINGLE_REWARD}{title}": mean for title, mean in values.pop("rewards").items()}
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

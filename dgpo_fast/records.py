@@ -207,3 +207,4 @@ class StepReport:
     # What `signals.py` measures of any method; null where no rank can.
     diversity: float | None = None
     adapter_norm: float | None = None
+    rewards: Mapping[str, float]  # means of the single rewards, whose weighted sum is reward_mean

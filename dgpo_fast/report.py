@@ -10,7 +10,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +25,7 @@ from dgpo_fast.config import Config, load_run_config
 from dgpo_fast.errors import UserError
 from dgpo_fast.files import write_atomically
 from dgpo_fast.guard.held_out import held_out_reward
-from dgpo_fast.metrics import read_evaluations, read_metrics, read_warnings
+from dgpo_fast.metrics import SINGLE_REWARD, read_evaluations, read_metrics, read_warnings
 from dgpo_fast.profiling import BACKGROUND
 from dgpo_fast.samples import Tile, read_grid
 
@@ -84,8 +84,11 @@ class Run:
 
     def column(self, key: str) -> Floats:
         """One metric, a value per step; NaN where a line has none."""
-        values = [line.get(key) for line in self.metrics]
-        return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+        return _numbers(line.get(key) for line in self.metrics)
+
+    def reward_column(self, title: str) -> Floats:
+        """One of the recipe's rewards, without its weight; NaN where a line has none."""
+        return _numbers(line.get(f"{SINGLE_REWARD}{title}") for line in self.metrics)
 
     def has(self, key: str) -> bool:
         """Whether the run's method has this metric at all."""
@@ -237,6 +240,19 @@ def reward_chart(run: Run) -> Chart:
     )
 
 
+def single_reward_charts(run: Run) -> list[Chart]:
+    """A chart for each reward, where the training reward is a sum of some."""
+    terms = {term.title: term.weight for term in run.config.rewards.terms}
+    if len(terms) < 2:
+        return []
+    return [
+        _chart(
+            title, f"In training; its weight in the reward is {weight:g}", _smoothed(run, run.reward_column(title)), run
+        )
+        for title, weight in terms.items()
+    ]
+
+
 def held_out_charts(run: Run) -> list[Chart]:
     """A chart for each held-out metric whose scale is not the training reward's."""
     apart = [one for one in _held_out_series(run) if not _shares_scale(one, run)]
@@ -314,12 +330,17 @@ def _ahead(run: Run) -> Chart | None:
 
 
 def _curve(run: Run, key: str, *, label: str, spread: str | None = None) -> list[Series]:
-    """One metric: its single steps, and smoothed over them with the smoothed `spread`. A lone step is a point."""
-    step, values = run.column("step"), run.column(key)
+    """One metric, with its spread."""
+    return _smoothed(run, run.column(key), label=label, spread=None if spread is None else run.column(spread))
+
+
+def _smoothed(run: Run, values: Floats, *, label: str = "smoothed", spread: Floats | None = None) -> list[Series]:
+    """Single steps, and smoothed over them with the smoothed `spread`. A lone step is a point."""
+    step = run.column("step")
     if len(step) == 1:
         return [Series(label=label, x=step, y=values, color="c1", mark="points")]
     width = max(2, round(len(step) * SMOOTHING))
-    band = None if spread is None else smooth(run.column(spread), width)
+    band = None if spread is None else smooth(spread, width)
     return [
         Series(label="single steps", x=step, y=values, color="c1", mark="thin"),
         Series(label=label, x=step, y=smooth(values, width), color="c1", spread=band),
@@ -367,6 +388,7 @@ def _context(run: Run) -> dict[str, Any]:
             if run.has(key)
         ],
         "health": health_charts(run),
+        "single_rewards": single_reward_charts(run),
         "held_out": held_out_charts(run),
         "speed": metric_chart(run, "images_per_s", title="Images per second", note=speed_note, zero=True),
         "images_per_s": float(np.median(run.column("images_per_s"))),
@@ -374,6 +396,10 @@ def _context(run: Run) -> dict[str, Any]:
         "meanwhile": {path.partition("/")[2]: value for path, value in background.items() if path.count("/") == 1},
         "total_seconds": total_seconds,
     }
+
+
+def _numbers(values: Iterable[float | None]) -> Floats:
+    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
 
 
 def _held_out_series(run: Run) -> list[Series]:

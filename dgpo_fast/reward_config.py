@@ -19,6 +19,11 @@ class RewardConfig(Section):
     """Which of its metrics is trained on; null takes the first."""
     weight: float = 1.0
 
+    @property
+    def title(self) -> str:
+        """What it is logged as."""
+        return self.name if self.metric is None else f"{self.name}.{self.metric}"
+
 
 class PretrainedConfig(Section):
     """A reward whose model is downloaded from the Hugging Face hub, unless it lies in a directory."""

@@ -30,7 +30,8 @@ def report(step: int, *, loss: float = 0.1) -> StepReport:
     fields = dataclasses.fields(StepReport)
     values = {field.name: (index + 1) / 3 + step for index, field in enumerate(fields) if "float" in str(field.type)}
     counts = {field.name: 10 * step + index for index, field in enumerate(fields) if field.type == "int"}
-    return StepReport(**{**values, **counts, "step": step, "loss": loss})  # type: ignore[arg-type]
+    rewards = {"pickscore": 21.5 + step, "shapes.soft": 0.5}
+    return StepReport(**{**values, **counts, "step": step, "loss": loss, "rewards": rewards})  # type: ignore[arg-type]
 
 
 def open_log(run_dir: Path, *, resume_step: int | None = None, tensorboard: bool = False) -> MetricsLog:
@@ -65,8 +66,10 @@ def test_a_line_holds_the_step_in_the_order_of_the_record_and_is_on_disk_at_once
     log = open_log(tmp_path)
     log.write(report(1))
     line = (tmp_path / "metrics.jsonl").read_text()
-    assert line == json.dumps(dataclasses.asdict(report(1))) + "\n"
-    assert list(json.loads(line)) == [field.name for field in dataclasses.fields(StepReport)]
+    single = {"reward/pickscore": 22.5, "reward/shapes.soft": 0.5}
+    rest = {name: value for name, value in dataclasses.asdict(report(1)).items() if name != "rewards"}
+    assert line == json.dumps(rest | single) + "\n"
+    assert list(rest) == [field.name for field in dataclasses.fields(StepReport) if field.name != "rewards"]
     assert set(CONTRACT_KEYS) <= set(json.loads(line))
     evaluate(log, 1)
     assert read_evaluations(tmp_path) == [
@@ -84,7 +87,9 @@ def test_a_line_holds_the_step_in_the_order_of_the_record_and_is_on_disk_at_once
 
 def test_every_metric_is_plotted_once() -> None:
     plotted = [key for keys in SECTIONS.values() for key in keys]
-    assert sorted([*plotted, "step", "iteration"]) == sorted(field.name for field in dataclasses.fields(StepReport))
+    assert sorted([*plotted, "step", "iteration", "rewards"]) == sorted(
+        field.name for field in dataclasses.fields(StepReport)
+    )
 
 
 @pytest.mark.parametrize("torn", [0, 1, 20, -1], ids=lambda n: f"torn-{n}")
@@ -120,6 +125,7 @@ def test_tensorboard_forgets_what_lies_beyond_the_checkpoint(tmp_path: Path) -> 
     log.close()
     assert scalars(tmp_path, "loss/loss") == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
     assert scalars(tmp_path, "evaluation/strict") == []
+    assert scalars(tmp_path, "reward/pickscore")[-1] == (6, 27.5), "each reward by itself"
 
 
 def test_a_finding_is_a_line_written_once(tmp_path: Path) -> None:
@@ -214,7 +220,8 @@ def test_wandb_gets_every_metric_and_a_resumed_run_continues_its_own(
     assert first["id"] == second["id"] != another["id"]
     assert first["config"] == {"name": "tiny"} and fake.finished == 3
     (step, values), *_ = fake.logged
-    assert step == 1 and values["loss/kl"] == report(1).kl and len(values) == len(dataclasses.fields(StepReport)) - 2
+    assert step == 1 and values["loss/kl"] == report(1).kl and values["reward/shapes.soft"] == 0.5
+    assert len(values) == len(dataclasses.fields(StepReport)) - 3 + len(report(1).rewards)
 
 
 def test_a_refusing_wandb_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from dgpo_fast.report import (
     health_charts,
     read_run,
     scores,
+    single_reward_charts,
     stages,
     threshold,
     write_report,
@@ -70,6 +71,7 @@ def step_report(step: int, *, num_steps: int, rng: np.random.Generator) -> StepR
         clamped_advantages=0,
         failed_samples=0,
         dropped_groups=0,
+        rewards={"shapes.soft": 0.58 + 0.32 * learned, "jpeg_compressibility": -30.0 - learned},
         loss=0.00693 - 0.0004 * learned + float(rng.normal(0, 6e-5)),
         dgpo_loss=0.00693 - 0.0005 * learned,
         surrogate_loss=-0.002 * learned,
@@ -191,6 +193,17 @@ def test_a_finished_run_shows_scores_curves_pictures_times_and_configuration(fin
     assert sum(value.startswith("data:image/webp") for key, value in page.attributes if key == "src") == 2 * len(
         PROMPTS
     )
+
+
+def test_each_of_several_rewards_has_a_chart_of_its_own(tmp_path: Path) -> None:
+    terms = [{"name": "shapes", "metric": "soft"}, {"name": "jpeg_compressibility", "weight": 0.01}]
+    run = read_run(write_run(tmp_path / "run", num_steps=8, samples=False, rewards={"terms": terms}))
+    charts = single_reward_charts(run)
+    assert [chart.title for chart in charts] == ["shapes.soft", "jpeg_compressibility"]
+    assert "its weight in the reward is 0.01" in charts[1].note
+    assert charts[1].series[0].y[-1] == -31 + math.exp(-3.5)
+    alone = read_run(write_run(tmp_path / "alone", num_steps=8, samples=False))
+    assert single_reward_charts(alone) == [], "the reward itself"
 
 
 def test_the_report_asks_nothing_of_the_network(finished: Path) -> None:

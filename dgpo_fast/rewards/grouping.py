@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class Grouped(NamedTuple):
     """An iteration's groups, and what is to be said of them."""
 
     scored: ScoredGroups
-    metrics: dict[str, float | int]
+    metrics: dict[str, Any]
     warning: str | None
     """A line for the person who watches, where samples failed."""
 
@@ -35,10 +35,11 @@ def group_scores(
     Raises:
         UserError: on every rank, where too many samples failed, or no group counts.
     """
-    of_ranks = world.gather(scores.reward_B.to(world.device))
+    of_ranks = world.gather(torch.cat([scores.reward_B[:, None], scores.term_BT], dim=1).to(world.device))
     # From the order of ranks to that of groups, and back.
     place_B = torch.tensor(samples_of_ranks, device=of_ranks.device)
-    reward_B = torch.empty_like(of_ranks).index_copy(0, place_B.flatten(), of_ranks)
+    ordered = torch.empty_like(of_ranks).index_copy(0, place_B.flatten(), of_ranks)
+    reward_B, term_BT = ordered[:, 0].contiguous(), ordered[:, 1:]
     has_reward_B, size = reward_B.isfinite(), rollout.prompts.group_size
     num_failed, warning = int((~has_reward_B).sum()), None
     has_reward_GS = has_reward_B.view(-1, size)
@@ -72,6 +73,9 @@ def group_scores(
         "clamped_advantages": int(advantages.clamped_B.sum()),
         "failed_samples": num_failed,
         "dropped_groups": num_dropped,
+        "rewards": {
+            term.title: mean for term, mean in zip(config.rewards.terms, term_BT[valid_B].mean(0).tolist(), strict=True)
+        },
     }
     return Grouped(scored, metrics, warning)
 

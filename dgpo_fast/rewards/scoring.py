@@ -35,6 +35,7 @@ class Scores:
     """What the images scored."""
 
     reward_B: Tensor  # float32, on the CPU; the weighted sum, NaN where one of the rewards failed
+    term_BT: Tensor  # float32, likewise; what is summed, without its weight, in the recipe's order
     metrics: Mapping[str, Tensor]  # float32 [B] each
     failed: Mapping[str, Failed]  # by reward, those that failed
 
@@ -142,13 +143,15 @@ class Scorer:
         """
         rows = {name: [row for batch in measured for row in batch.metrics[name]] for name in self.places}
         found = {name: self._join(name, rows[name]) for name in self.places}
-        weighted = [term.weight * _chosen(term, found[term.name], len(rows[term.name])) for term in self.config.terms]
+        chosen = [_chosen(term, found[term.name], len(rows[term.name])) for term in self.config.terms]
+        weighted = [term.weight * score_B for term, score_B in zip(self.config.terms, chosen, strict=True)]
         metrics: dict[str, Tensor] = {}
         for name, scores in found.items():
             clashing = scores.keys() & metrics.keys()
             metrics |= {f"{name}.{metric}" if metric in clashing else metric: score for metric, score in scores.items()}
         return Scores(
             reward_B=torch.stack(weighted).sum(0),
+            term_BT=torch.stack(chosen, dim=1),
             metrics=metrics,
             failed=total_failures([batch.failed for batch in measured]),
         )
