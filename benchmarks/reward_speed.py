@@ -39,7 +39,7 @@ NAMES = (*SUBJECTS, WAITING)
 ONE_BY_ONE = 2
 """Images of a round that are scored one at a time: of each prompt one."""
 MIN_ROUNDS = 3
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
 """Of a score, and of 1: float32 rounds a logit near 100 to 1e-5, and a batch's products are added in another order."""
 
 Way = Literal["batched", "one by one"]

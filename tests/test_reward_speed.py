@@ -72,7 +72,7 @@ def test_one_image_scores_as_in_a_batch(name: str, small: None, tmp_path: Path) 
     if name != "geneval":  # whose detector finds nothing
         images, prompts = reward_models.images_and_prompts(2)
         ours = torch.as_tensor(reward_speed.first_metric(found.reward(images, prompts)))
-        assert (ours[0] - ours[1]).abs() > 1e-5
+        assert (ours[0] - ours[1]).abs() > 2 * reward_speed.TOLERANCE
 
 
 def test_other_scores_are_refused(small: None, tmp_path: Path) -> None:
@@ -119,16 +119,17 @@ def test_whatever_is_measured_is_a_reward() -> None:
 
 
 def test_overlapped_rewards_wait_less_than_those_scored_afterwards() -> None:
-    """A small run: what sleeps as long as the rollout lasts is hidden but for its last forward."""
-    overrides = ("groups.size=4", "groups.per_iteration=4", "rollout.images_per_forward=4", "rollout.steps=3",
-                 "optimizer.images_per_micro_batch=8", "model.sampling=auto", "algorithm.trunc=2",
-                 "algorithm.train_timesteps=1")  # fmt: skip
+    """A small run of a reward that takes as long as the rollout, which afterwards is waited for in full."""
+    overrides = (
+        "groups.size=4", "groups.per_iteration=2", "rollout.images_per_forward=2", "rollout.steps=3", "adapter.rank=4",
+        "optimizer.images_per_micro_batch=8", "model.sampling=auto", "algorithm.kl_cfg=1", "algorithm.trunc=2",
+        "algorithm.train_timesteps=1",
+    )  # fmt: skip
     ours, theirs = measure_waiting(seconds=0, fractions=(1.0,), overrides=overrides)
     assert (ours.way, theirs.way) == ("overlapped", "afterwards")
-    assert (ours.images, ours.forwards, ours.iterations) == (16, 4, 3)
-    assert 0.0 < ours.waiting < theirs.waiting < 1.0
-    assert theirs.reward_s > 0.9 * theirs.measured_fraction * theirs.rollout_s > 0
-    assert ours.reward_s + ours.rollout_s < ours.iteration_s
+    assert (ours.images, ours.forwards, ours.iterations) == (8, 4, 3)
+    assert 0 < ours.waiting < theirs.waiting <= theirs.waiting_high < 1
+    assert theirs.waiting >= theirs.foreseen > ours.foreseen > 0
 
 
 @pytest.mark.parametrize(
