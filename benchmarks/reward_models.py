@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
@@ -119,6 +120,7 @@ class Subject:
 
 def subject(name: str, files: Path) -> Subject:
     """The reward of that name; what it loads is written under `files`, unless it lies there already."""
+    transformers.utils.logging.disable_progress_bar()  # of writing; loading shows none either
     return SUBJECTS[name](files)
 
 
