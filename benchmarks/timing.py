@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,17 @@ def copy_of(num_bytes: int, *, device: str = "cpu") -> Callable[[], object]:
     source = torch.ones(max(num_bytes // 8, 1), device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
+
+
+@contextmanager
+def num_threads(number: int) -> Iterator[None]:
+    """Torch's own, while it lasts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _on_cpu(variants: Variants, rounds: int) -> dict[str, list[float]]:
