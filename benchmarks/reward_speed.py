@@ -2,6 +2,7 @@
 
     python -m benchmarks.reward_speed run --out DIR [--rewards NAME ...] [--seconds N] [--images N]
     python -m benchmarks.reward_speed tables [--results DIR]
+    python -m benchmarks.reward_speed write
 
 A reward scores images of 512 px twice in each round: a batch with all cores, as this package does, and two images one
 after another on one thread, as `reward_models.py` says; both must come to the same scores before anything is timed.
@@ -28,12 +29,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from benchmarks.operator_table import commit
+from benchmarks.pages import filled
 from benchmarks.reward_models import SUBJECTS, Subject, first_metric, images_and_prompts, subject
 from benchmarks.reward_waiting import Waiting, measure_waiting, table_of_waiting
 from benchmarks.timing import num_threads
 from dgpo_fast.environment import num_cores, package_versions, processor_name
 
 RESULTS = Path(__file__).parent / "results" / "reward-speed-cpu"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "rewards.md"
 WAITING = "waiting"
 NAMES = (*SUBJECTS, WAITING)
 ONE_BY_ONE = 2
@@ -220,7 +223,11 @@ def main() -> None:
     running.add_argument("--images", type=int, default=16, help="of a batch (16); GenEval's take 1.6 GB each, up to 8")
     showing = commands.add_parser("tables", help="print what the page shows")
     showing.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    commands.add_parser("write", help="put the tables into docs/rewards.md")
     options = parser.parse_args()
+    if options.command == "write":
+        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), tables()), encoding="utf-8")
+        return
     if options.command == "run":
         run(options.rewards, options.out, seconds=options.seconds, images=options.images)
         return

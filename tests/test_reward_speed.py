@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import reward_models, reward_speed, reward_waiting  # noqa: E402
+from benchmarks.pages import filled  # noqa: E402
 from benchmarks.reward_speed import Speed, check, measure, tables, write  # noqa: E402
 from benchmarks.reward_waiting import Iteration, Waiting, foreseen_s, measure_waiting  # noqa: E402
 from dgpo_fast.environment import num_cores, processor_name  # noqa: E402
@@ -169,3 +170,9 @@ def test_tables_show_what_was_measured_and_where(tmp_path: Path) -> None:
 def test_nothing_measured_is_an_empty_table(tmp_path: Path) -> None:
     for table in tables(tmp_path).values():
         assert len(table.splitlines()) == 2
+
+
+def test_the_page_is_made_of_the_committed_results() -> None:
+    """python -m benchmarks.reward_speed write"""
+    page = reward_speed.PAGE.read_text(encoding="utf-8")
+    assert filled(page, reward_speed.tables()) == page

@@ -9,8 +9,6 @@ import io
 import math
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -22,14 +20,12 @@ class JpegIncompressibility:
     """Kilobytes (1000 bytes) of the image as a JPEG of quality 95 with Pillow's other settings; prompts are not read.
 
     NaN for an image that is not finite. One image after another: Pillow (src/encode.c) keeps Python's lock while it
-    encodes to memory, so that threads would wait for each other.
+    encodes to memory, so that threads would wait for each other. Made into levels one by one, too: memory for a whole
+    batch comes anew from the system each time, which takes longer than the encoding.
     """
 
     def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> list[float]:
-        finite_B = images_BCHW.isfinite().flatten(1).all(1).tolist()
-        levels_BCHW = (images_BCHW * 255).round().clamp(0, 255).byte()
-        levels_BHWC = levels_BCHW.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        return [_kilobytes(image) if finite else math.nan for image, finite in zip(levels_BHWC, finite_B, strict=True)]
+        return [_kilobytes(image_CHW) if image_CHW.isfinite().all() else math.nan for image_CHW in images_BCHW]
 
 
 class JpegCompressibility:
@@ -42,7 +38,8 @@ class JpegCompressibility:
         return [-kilobytes for kilobytes in self._incompressibility(images_BCHW, prompts)]
 
 
-def _kilobytes(levels_HWC: NDArray[np.uint8]) -> float:
+def _kilobytes(image_CHW: Tensor) -> float:
+    levels_HWC = (image_CHW * 255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous()
     file = io.BytesIO()
-    Image.fromarray(levels_HWC).save(file, format="JPEG", quality=QUALITY)
+    Image.fromarray(levels_HWC.cpu().numpy()).save(file, format="JPEG", quality=QUALITY)
     return file.tell() / BYTES_PER_KILOBYTE
