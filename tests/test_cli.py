@@ -258,7 +258,7 @@ def test_eval_prints_a_table(dgpo_fast: CommandLine, straight_run: Path, monkeyp
 
 def test_eval_scores_what_it_is_told_to(dgpo_fast: CommandLine, straight_run: Path, tmp_path: Path) -> None:
     """By other rewards, on other prompts, of an earlier checkpoint: as JSON, CSV and page."""
-    (tmp_path / "prompts.txt").write_text('a blue circle\n"two", <red> squares\nnever drawn\n')
+    (tmp_path / "prompts.txt").write_text("a blue circle\n<red>\nnever drawn\n")
     status, stdout, stderr = dgpo_fast(
         *("eval", straight_run, "--json", "--reward", "misbehaving:Brightness", "--prompts", tmp_path / "prompts.txt"),
         *("--num-prompts", 2, "--images-per-prompt", 3, "--step", 3, "--set", "rollout.images_per_forward=2"),
@@ -274,11 +274,11 @@ def test_eval_scores_what_it_is_told_to(dgpo_fast: CommandLine, straight_run: Pa
     assert [(row["number"], row["image"], row["model"]) for row in rows] == [
         (str(number), str(image), model) for number in range(2) for image in range(3) for model in ("base", "tuned")
     ]
-    assert {row["prompt"] for row in rows} == {"a blue circle", '"two", <red> squares'}
+    assert {row["prompt"] for row in rows} == {"a blue circle", "<red>"}
     for model in ("base", "tuned"):
         scores = [float(row["contrast"]) for row in rows if row["model"] == model]
         assert len({*scores}) == 6 and np.mean(scores) == pytest.approx(result[model]["contrast"], rel=1e-6)
-    assert "&lt;red&gt; squares" in (tmp_path / "gallery" / "index.html").read_text()
+    assert "&lt;red&gt;" in (tmp_path / "gallery" / "index.html").read_text()
     assert len([*(tmp_path / "gallery" / "images").iterdir()]) == 12
 
 
