@@ -121,7 +121,9 @@ class Subject:
 def subject(name: str, files: Path) -> Subject:
     """The reward of that name; what it loads is written under `files`, unless it lies there already."""
     transformers.utils.logging.disable_progress_bar()  # of writing; loading shows none either
-    return SUBJECTS[name](files)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return SUBJECTS[name](files)
 
 
 def images_and_prompts(num: int) -> tuple[Tensor, list[str]]:
