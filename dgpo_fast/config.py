@@ -593,6 +593,13 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: {text!r} is not a YAML value") from None
 
 
+REMOVED = {
+    "rewards.on_failure": ", of an earlier version: rewards.max_failed_share=0 ends a run at the first failure, as "
+    "stop did, and a larger share leaves such samples out, as skip did"
+}
+"""Keys of earlier versions, and what to write instead."""
+
+
 def _explain(error: ValidationError) -> str:
     """The first thing wrong, in one line."""
     first = error.errors(include_url=False)[0]
@@ -606,7 +613,7 @@ def _explain(error: ValidationError) -> str:
         return f"algorithm.name: input should be one of {names}, got {given!r}{suggest(given, ALGORITHM_NAMES)}"
     if first["type"] == "extra_forbidden":
         *sections, name = location
-        return f"unknown key {key!r}{suggest(name, _keys_of(sections))}"
+        return f"unknown key {key!r}{REMOVED.get(key) or suggest(name, _keys_of(sections))}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return message

@@ -89,12 +89,21 @@ def evaluation_config(
     sections = load_evaluation_recipe(recipe) if recipe is not None else {}
     # Values as JSON, which is YAML too: a source such as "3.5" stays a string.
     options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    names = [*rewards] or [term.get("name") for term in sections.get("rewards", {}).get("terms", ())]
     return change_config(
-        load_run_config(run_dir),
+        _without_idle_rewards(load_run_config(run_dir), names),
         {key: value for key, value in sections.items() if key in SECTIONS},
         [*overrides, *options],
         source=f"--recipe {recipe}" if recipe is not None else str(run_dir),
     )
+
+
+def _without_idle_rewards(config: Config, names: Sequence[str]) -> Config:
+    """The run's configuration without the places of rewards that `names`, if any replace its own, have no more."""
+    if not names:
+        return config
+    running = {name: place for name, place in config.rewards.running.items() if name in names}
+    return config.model_copy(update={"rewards": config.rewards.model_copy(update={"running": running})})
 
 
 def _refuse_unsettable(override: str) -> None:

@@ -176,13 +176,20 @@ class RewardsConfig(Section):
     unifiedreward: UnifiedRewardConfig = UnifiedRewardConfig()
 
     @model_validator(mode="after")
+    def _terms_differ(self) -> RewardsConfig:
+        titles = [term.title for term in self.terms]
+        for title in titles:
+            if titles.count(title) > 1:
+                raise ValueError(f"rewards.terms: {title!r} is there twice; expected one term with the sum of weights")
+        return self
+
+    @model_validator(mode="after")
     def _only_rewards_run(self) -> RewardsConfig:
         names = list(dict.fromkeys(term.name for term in self.terms))
         for name in self.running:
             if name not in names:
-                raise ValueError(
-                    f"rewards.running: no term has the reward {name!r}{suggest(name, names)} terms: {', '.join(names)}"
-                )
+                nearest = suggest(name, names) or ";"
+                raise ValueError(f"rewards.running: no term has the reward {name!r}{nearest} terms: {', '.join(names)}")
         return self
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dgpo_fast.config import Config, dump_config, load_recipe, recipe_names
+from dgpo_fast.config import Config, change_config, dump_config, load_recipe, load_run_config, recipe_names
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation_config import evaluation_config, evaluation_recipe_names, load_evaluation_recipe
 from dgpo_fast.prompts import load_prompts
@@ -84,6 +84,19 @@ def test_a_bad_recipe_is_refused(text: str, message: str, run: Path) -> None:
 def test_what_the_checkpoint_is_of_is_not_changed(setting: str, run: Path) -> None:
     with pytest.raises(UserError, match=r"^--set .*: eval takes settings of rewards, prompts, evaluation, rollout, "):
         evaluation_config(run, overrides=[setting])
+
+
+def test_places_of_rewards_that_are_not_asked_are_forgotten(run: Path) -> None:
+    """Those of the run; what an evaluation itself says of a reward that it has not is refused."""
+    places = {"shapes": {"processes": 2}, "jpeg_compressibility": {"images_per_call": 4}}
+    change = {"rewards": {"terms": [{"name": "shapes"}, {"name": "jpeg_compressibility"}], "running": places}}
+    config = change_config(load_run_config(run), change, source="test")
+    (run / "config.yaml").write_text(dump_config(config))
+    assert [*evaluation_config(run, rewards=["shapes"]).rewards.running] == ["shapes"]
+    assert evaluation_config(run, recipe="drawbench").rewards.running == {}
+    assert [*evaluation_config(run).rewards.running] == ["shapes", "jpeg_compressibility"]
+    with pytest.raises(UserError, match=r"no term has the reward 'shapes'; terms: pickscore"):
+        evaluation_config(run, rewards=["pickscore"], overrides=["rewards.running.shapes.processes=1"])
 
 
 @pytest.mark.parametrize("name", evaluation_recipe_names())

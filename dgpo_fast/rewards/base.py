@@ -99,9 +99,10 @@ def load_reward(name: str, settings: RewardsConfig | None = None, *, device: tor
         UserError: nothing of that name, it cannot be imported or made, or it is not callable.
     """
     if ":" not in name and name not in known_rewards():
+        known = ", ".join(known_rewards())
         raise UserError(
-            f"rewards: no reward {name!r}{suggest(name, known_rewards())} known: {', '.join(known_rewards())}; or your "
-            "own, as package.module:Class"
+            f"rewards: no reward {name!r}{suggest(name, known_rewards()) or ';'} known: {known}; or your own, as "
+            "package.module:Class"
         )
     try:
         reward = _make(name, settings or RewardsConfig(terms=(RewardConfig(name=name),)), torch.device(device))

@@ -98,27 +98,36 @@ def parse_asked(metadata: Mapping[str, Any]) -> Asked:
     tag = metadata.get("tag")
     if tag not in TAGS:
         raise ValueError(f"expected a tag out of {', '.join(TAGS)}, got {tag!r}")
-    include = tuple(_parse_clause(clause, place) for place, clause in enumerate(metadata.get("include") or ()))
+    include = tuple(_parse_clause(clause, place) for place, clause in enumerate(_clauses(metadata, "include")))
     if not include:
         raise ValueError("expected clauses in include, got none")
-    exclude = tuple(_parse_clause(clause, 0) for clause in metadata.get("exclude") or ())
+    exclude = tuple(_parse_clause(clause, 0) for clause in _clauses(metadata, "exclude"))
     return Asked(tag=tag, include=include, exclude=exclude)
+
+
+def _clauses(metadata: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]]:
+    clauses = metadata.get(key) or ()
+    if not isinstance(clauses, Sequence) or not all(isinstance(clause, Mapping) for clause in clauses):
+        raise ValueError(f"expected a list of clauses with a class and a count in {key}, got {clauses!r}")
+    return clauses
 
 
 def _parse_clause(clause: Mapping[str, Any], place: int) -> Clause:
     name, count, color, position = (clause.get(key) for key in ("class", "count", "color", "position"))
     if name not in CLASSES:
         raise ValueError(f"no class {name!r} of COCO{suggest(str(name), CLASSES)}")
-    if not isinstance(count, int) or count < 1:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ValueError(f"expected a count of 1 or more for {name!r}, got {count!r}")
     if color is not None and color not in COLORS:
         raise ValueError(f"no color {color!r} of {', '.join(COLORS)}")
     if position is None:
         return Clause(name=name, count=count, color=color)
+    if not isinstance(position, Sequence) or isinstance(position, str) or len(position) != 2:
+        raise ValueError(f"expected a position of {name!r} as [relation, number of a clause], got {position!r}")
     relation, target = position
     if relation not in RELATIONS:
         raise ValueError(f"no position {relation!r} of {', '.join(RELATIONS)}")
-    if not 0 <= target < place:
+    if not isinstance(target, int) or not 0 <= target < place:
         raise ValueError(f"the position of {name!r} is relative to clause {target!r}; expected one before it")
     return Clause(name=name, count=count, color=color, position=Position(relation, target))
 

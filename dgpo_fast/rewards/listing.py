@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from dgpo_fast.errors import UserError
@@ -21,7 +22,7 @@ def as_table() -> Table:
     table.add_column("higher means", ratio=2)
     table.add_column("on this machine", ratio=3, overflow="fold")
     for name, built_in in BUILT_IN.items():
-        table.add_row(name, built_in.about, "\n".join(lacking(name)) or READY)
+        table.add_row(name, built_in.about, escape("\n".join(lacking(name))) or READY)
     return table
 
 

@@ -295,6 +295,12 @@ def test_every_generated_prompt_can_be_judged() -> None:
         ({"include": [clause("dog"), clause("cat", position=["under", 0])]}, "no position 'under' of left of"),
         ({"include": [clause("dog", position=["above", 0])]}, "relative to clause 0; expected one before it"),
         ({"exclude": [clause("dgo")]}, "no class 'dgo'"),
+        ({"include": "dog"}, "expected a list of clauses with a class and a count in include, got 'dog'"),
+        ({"include": ["dog"]}, r"expected a list of clauses with a class and a count in include, got \['dog'\]"),
+        ({"exclude": {"class": "dog"}}, "expected a list of clauses with a class and a count in exclude"),
+        ({"include": [clause("dog", True)]}, "expected a count of 1 or more for 'dog', got True"),
+        ({"include": [clause("dog"), clause("cat", position=3)]}, r"a position of 'cat' as \[relation, number of"),
+        ({"include": [clause("dog"), clause("cat", position=["above", "0"])]}, "relative to clause '0'; expected one"),
     ],
 )
 def test_metadata_that_cannot_be_judged(change: dict[str, Any], message: str) -> None:

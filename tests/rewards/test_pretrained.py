@@ -210,6 +210,9 @@ def test_a_reward_whose_extra_is_not_installed_says_how_it_is(monkeypatch: pytes
     monkeypatch.delitem(sys.modules, "dgpo_fast.rewards.ocr", raising=False)
     (line,) = lacking("ocr")
     assert line == "'ocr' needs rapidocr, which is not installed: pip install 'dgpo-fast[ocr]'"
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(as_table())
+    assert "pip install 'dgpo-fast[ocr]'" in console.export_text()
 
 
 def test_every_reward_is_listed() -> None:
