@@ -19,6 +19,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dgpo_fast.config import Config, load_recipe, load_rewards, recipe_names, refuse_used
@@ -105,7 +106,8 @@ def train(
     if dry_run:
         from dgpo_fast import planning
 
-        Console().print(planning.render(planning.plan(config, num_ranks=ranks)))
+        # Warnings have commands to be copied: no line of them is broken.
+        Console().print(planning.render(planning.plan(config, num_ranks=ranks)), soft_wrap=True)
         return
     out = _run_directory_to_write(out, config, resume=resume)
 
@@ -391,7 +393,7 @@ def _score_table(title: str, *, base: dict[str, float], tuned: dict[str, float])
         table.add_column(column, justify="right")
     for metric, before in base.items():
         after = tuned[metric]
-        table.add_row(metric, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+        table.add_row(escape(metric), f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
     return table
 
 

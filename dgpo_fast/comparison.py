@@ -81,10 +81,10 @@ class Evaluation:
             title=escape(title), title_justify="left", caption=escape(_caption(found)), caption_justify="left",
             box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
         )  # fmt: skip
-        table.add_column("metric", no_wrap=True)
+        table.add_column("metric", overflow="fold", min_width=len("unifiedreward"))
         for column in ("base", "tuned", "change", INTERVAL, "p"):
-            table.add_column(column, justify="right", no_wrap=True)
-        table.add_column("win rate", justify="right")
+            table.add_column(column, justify="right", no_wrap=column != INTERVAL)
+        table.add_column("win rate", justify="right", min_width=len("100 %"))
         for metric, one in found.items():
             table.add_row(escape(metric), *_cells(one))
         return table

@@ -474,12 +474,13 @@ def change_config(config: Config, changes: Mapping[str, Any], overrides: Sequenc
 
 
 def refuse_used(out: Path) -> None:
-    """Makes sure that `out` holds no run.
+    """Makes sure that `out` holds no run with a step, or a checkpoint: one that failed before may be begun anew.
 
     Raises:
         UserError: it does, and a new one would overwrite it.
     """
-    if (out / "config.yaml").exists():
+    metrics = out / "metrics.jsonl"
+    if (metrics.exists() and metrics.stat().st_size > 0) or any((out / "checkpoints").glob("*")):
         raise UserError(f"{out} already holds a run: give --resume to go on with it, or another --out")
 
 
@@ -602,7 +603,9 @@ REMOVED = {
 
 def _explain(error: ValidationError) -> str:
     """The first thing wrong, in one line."""
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    # A mistyped key comes behind the one that is then missing, and says more.
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     # Of an error in `algorithm` the second part is the method's name, which is no key.
     location = [str(part) for part in first["loc"]]
     where = [part for place, part in enumerate(location) if (place, location[0]) != (1, "algorithm")]

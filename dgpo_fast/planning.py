@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from dgpo_fast.config import Config, check_ranks
@@ -233,9 +234,10 @@ def _describe_model(source: ModelSource, config: Config) -> tuple[str, list[str]
 
 
 def _missing_rewards(config: Config) -> Iterator[str]:
-    from dgpo_fast.rewards.base import absent_weights, has_weights, load_reward
+    from dgpo_fast.rewards.base import absent_weights, check_metric, has_weights, load_reward
 
     for term in config.rewards.terms:
+        check_metric(term)
         if config.rewards.running.get(term.name, RunningConfig()).url is not None:
             continue  # what it needs is where it runs
         if has_weights(term.name):
@@ -272,7 +274,7 @@ def render(plan: Plan) -> RenderableType:
     parts: list[RenderableType] = [_summary(plan)]
     if plan.cost is not None:
         parts += [_stage_table(plan.cost), _memory_table(plan.cost.memory), _zero_table(plan, plan.cost)]
-    parts += [f"[yellow]warning:[/] {warning}" for warning in plan.warnings]
+    parts += [f"[yellow]warning:[/] {escape(warning)}" for warning in plan.warnings]
     return Group(*parts)
 
 

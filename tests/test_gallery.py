@@ -314,3 +314,16 @@ def test_a_table_is_readable_in_a_terminal(width: int) -> None:
         (row,) = (line for line in lines if line.strip().startswith(name))
         assert re.search(r"-0\.300 +-0\.300 to -0\.300 +< 0\.001 +0 % \(0-32\)", row), row
     assert "1 of deqa" in capture.get()
+
+
+def test_long_names_of_metrics_leave_no_number_out() -> None:
+    console, scores = Console(width=80, file=None), np.arange(8.0)[:, None].repeat(2, 1)
+    base, tuned = {"jpeg_compressibility": scores}, {"jpeg_compressibility": scores - 0.3}
+    with console.capture() as capture:
+        console.print(evaluation(("a",) * 8, base, tuned).as_table())
+    shown = capture.get()
+    assert max(map(len, shown.splitlines())) <= 80
+    words = " ".join(shown.split())
+    assert all(part in words for part in ("jpeg_compress", "ibility", "-0.300000 to", "< 0.001", "0 %", "(0-32)")), (
+        shown
+    )

@@ -19,6 +19,7 @@ import torch
 from dgpo_fast import checkpoint, load_recipe
 from dgpo_fast.checkpoint import list_checkpoints
 from dgpo_fast.cli import main
+from dgpo_fast.config import refuse_used
 from dgpo_fast.errors import UserError
 from dgpo_fast.guard import Guard
 from dgpo_fast.metrics import MetricsLog, read_evaluations, read_metrics
@@ -104,6 +105,7 @@ RECIPE_MISTAKES = {
     "algorithm.trunc=3": "algorithm.trunc must be below rollout.steps (3), got 3",
     "algorithm.train_timesteps=4": "algorithm.train_timesteps must be at most algorithm.trunc + 1 = 3, got 4",
     "rewards.on_failure=skip": "unknown key 'rewards.on_failure', of an earlier version: rewards.max_failed_share=0",
+    "rewards.terms=[{nam: shapes}]": "unknown key 'rewards.terms.0.nam'; did you mean 'name'?",
     "rewards.terms=[{name: shapes}, {name: shapes, weight: 2.0}]": "rewards.terms: 'shapes' is there twice; expected",
     "rewards.max_failed_share=1.5": "rewards.max_failed_share: input should be less than or equal to 1, got 1.5",
     "rewards.min_group_size=5": "rewards.min_group_size must be at most groups.size, 4, got 5",
@@ -179,6 +181,19 @@ def test_an_output_that_cannot_be_written(out: str, refusal: Refusal, places: Pa
 def test_an_output_that_holds_a_run(refusal: Refusal, run: Path, straight_run: Path) -> None:
     assert f"{run} already holds a run: give --resume" in refusal("--out", run)
     assert digests(run) == digests(straight_run)
+
+
+def test_a_run_that_failed_before_its_first_step_may_be_begun_anew(run: Path, tmp_path: Path) -> None:
+    """Nothing is lost by it, and --resume would refuse what was wrong with it."""
+    failed = tmp_path / "failed"
+    failed.mkdir()
+    for name in ("config.yaml", "evaluations.jsonl"):
+        shutil.copy(run / name, failed)
+    (failed / "metrics.jsonl").touch()
+    refuse_used(failed)
+    shutil.copy(run / "metrics.jsonl", failed)
+    with pytest.raises(UserError, match="already holds a run"):
+        refuse_used(failed)
 
 
 # Seen on resume

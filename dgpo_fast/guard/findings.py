@@ -28,5 +28,6 @@ class Finding(NamedTuple):
     @property
     def line(self) -> str:
         """For the person who watches."""
+        done = "; the learning rate is halved" if self.action == "lower_lr" else ""
         helps = f"; what helps in a new run: {', '.join(self.advice)}" if self.advice else ""
-        return f"guard, step {self.step}: {self.what}, since step {self.since}{helps}"
+        return f"guard, step {self.step}: {self.what}, since step {self.since}{done}{helps}"

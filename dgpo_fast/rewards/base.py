@@ -38,6 +38,8 @@ class BuiltIn(NamedTuple):
     """Its module and class. Where `rewards` has a section of its name, it is made of that and a device."""
     about: str
     """What it scores, in a few words."""
+    metrics: tuple[str, ...] = ()
+    """Their names, where it has several."""
     extra: str | None = None
     """Of pyproject.toml: installs what it imports beyond the package's own requirements."""
 
@@ -47,25 +49,35 @@ BUILT_IN = {
     "aesthetic": BuiltIn("dgpo_fast.rewards.aesthetic:Aesthetic", "how pleasing people would find it, from 1 to 10"),
     "clipscore": BuiltIn("dgpo_fast.rewards.clipscore:CLIPScore", "how near CLIP finds image and prompt, 100 x cosine"),
     "deqa": BuiltIn(
-        "dgpo_fast.rewards.judge:JudgeReward", "quality, by the levels of DeQA-Score, from a model that looks"
+        "dgpo_fast.rewards.judge:JudgeReward", "quality, by the levels of DeQA-Score, from a model that looks",
+        metrics=("deqa", "answer"),
     ),
     "geneval": BuiltIn(
-        "dgpo_fast.rewards.geneval:GenEvalReward", "objects, their number, colours and places, detected"
+        "dgpo_fast.rewards.geneval:GenEvalReward", "objects, their number, colours and places, detected",
+        metrics=("soft", "strict", "correct"),
     ),
     "hpsv2": BuiltIn("dgpo_fast.rewards.hpsv2:HPSv2", "what people prefer, by HPS v2.1"),
     "imagereward": BuiltIn("dgpo_fast.rewards.imagereward:ImageReward", "what people prefer, by ImageReward"),
     "jpeg_compressibility": BuiltIn("dgpo_fast.rewards.jpeg:JpegCompressibility", "fewer kilobytes as a JPEG file"),
     "jpeg_incompressibility": BuiltIn("dgpo_fast.rewards.jpeg:JpegIncompressibility", "more kilobytes as a JPEG file"),
-    "judge": BuiltIn("dgpo_fast.rewards.judge:JudgeReward", "whatever you ask a model that looks"),
-    "ocr": BuiltIn("dgpo_fast.rewards.ocr:OcrReward", "whether the text in the prompt's quotes can be read", "ocr"),
+    "judge": BuiltIn(
+        "dgpo_fast.rewards.judge:JudgeReward", "whatever you ask a model that looks", metrics=("judge", "answer")
+    ),
+    "ocr": BuiltIn(
+        "dgpo_fast.rewards.ocr:OcrReward", "whether the text in the prompt's quotes can be read",
+        metrics=("ocr", "exact"), extra="ocr",
+    ),
     "pickscore": BuiltIn("dgpo_fast.rewards.pickscore:PickScore", "what people pick, by PickScore"),
     "shapes": BuiltIn(
-        "dgpo_fast.rewards.shapes:ShapesReward", "the embedded pipeline's world: shapes, colours, places"
+        "dgpo_fast.rewards.shapes:ShapesReward", "the embedded pipeline's world: shapes, colours, places",
+        metrics=("soft", "strict"),
     ),
     "unifiedreward": BuiltIn(
-        "dgpo_fast.rewards.judge:JudgeReward", "alignment and quality, as UnifiedReward is asked, by a model that looks"
+        "dgpo_fast.rewards.judge:JudgeReward",
+        "alignment and quality, as UnifiedReward is asked, by a model that looks",
+        metrics=("unifiedreward", "answer"),
     ),
-}
+}  # fmt: skip
 
 
 def register_reward(name: str) -> Callable[[R], R]:
@@ -113,6 +125,19 @@ def load_reward(name: str, settings: RewardsConfig | None = None, *, device: tor
     if not callable(reward):
         raise UserError(f"rewards: {name!r} is not callable: a reward is called with images and prompts")
     return cast(Reward, reward)
+
+
+def check_metric(term: RewardConfig) -> None:
+    """Makes sure that a reward of the package has the metric that a term is of; of others it is not known yet.
+
+    Raises:
+        UserError: it has not.
+    """
+    built_in = None if term.name in _FACTORIES else BUILT_IN.get(term.name)
+    metrics = () if built_in is None else built_in.metrics or (term.name,)
+    if built_in is not None and term.metric is not None and term.metric not in metrics:
+        nearest = suggest(term.metric, metrics) or f"; it has {', '.join(metrics)}"
+        raise UserError(f"rewards: {term.name!r} has no metric {term.metric!r}{nearest}")
 
 
 def absent_weights(name: str, settings: RewardsConfig) -> list[tuple[Pretrained, str]]:

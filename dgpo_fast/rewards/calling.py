@@ -150,7 +150,7 @@ def attempt(count: int, ask: Callable[[], Sequence[Metrics]]) -> Answer:
         return Answer(count, ask())
     except (UserError, Abandoned):
         raise
-    except Exception as error:  # whatever a user's reward raises
+    except (Exception, SystemExit) as error:  # whatever a user's reward raises, or a library that it calls
         return Answer(count, None, Failure.of(error))
 
 

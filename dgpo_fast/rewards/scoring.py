@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dgpo_fast.errors import UserError, suggest
 from dgpo_fast.reward_config import RewardConfig, RewardsConfig
+from dgpo_fast.rewards.base import check_metric
 from dgpo_fast.rewards.calling import MAX_REASON, Here, Metrics, Patience, Place, backoff
 from dgpo_fast.rewards.places import place_of
 
@@ -67,6 +68,7 @@ class Scorer:
         self.places: dict[str, Place] = {}
         try:
             for term in config.terms:
+                check_metric(term)
                 if term.name not in self.places:
                     self.places[term.name] = place_of(term.name, config, device=device, stop=self.stop)
         except BaseException:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
+import torch
 from torch import Tensor
 
 from dgpo_fast.errors import UserError
+from dgpo_fast.records import Prompt
+from dgpo_fast.reward_config import RewardConfig
 from dgpo_fast.rewards import Reward, base, known_rewards, load_reward, register_reward
+from dgpo_fast.rewards.base import check_metric
 from dgpo_fast.rewards.shapes import ShapesReward
 
 
@@ -76,3 +80,28 @@ def test_a_registered_class_that_cannot_be_made() -> None:
 
     with pytest.raises(UserError, match=r"'broken' cannot be made: FileNotFoundError: weights\.bin"):
         load_reward("broken")
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        (RewardConfig(name="shapes", metric="strict"), None),
+        (RewardConfig(name="misbehaving:Brightness", metric="whatever"), None),
+        (RewardConfig(name="shapes", metric="strct"), "'shapes' has no metric 'strct'; did you mean 'strict'"),
+        (RewardConfig(name="pickscore", metric="soft"), "'pickscore' has no metric 'soft'; it has pickscore"),
+    ],
+)
+def test_the_metrics_of_the_package_are_known_beforehand(term: RewardConfig, message: str | None) -> None:
+    """Of rewards of one's own they are not."""
+    if message is None:
+        check_metric(term)
+        return
+    with pytest.raises(UserError, match=message):
+        check_metric(term)
+
+
+@pytest.mark.parametrize("name", ["shapes", "jpeg_compressibility", "ocr"])
+def test_metrics_are_those_that_a_reward_returns(name: str) -> None:
+    caption = Prompt("a red circle", {"text": "red"})
+    output = load_reward(name)(torch.rand(1, 3, 72, 72), [caption])
+    assert (tuple(output) if isinstance(output, Mapping) else ()) == base.BUILT_IN[name].metrics

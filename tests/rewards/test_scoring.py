@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -127,6 +128,12 @@ def test_batches_are_weighed_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = Scorer(RewardsConfig(terms=(RewardConfig(name="a", weight=3.0),)))
     batches = [scorer.measure(IMAGES[:2], PROMPTS[:2]), scorer.measure(IMAGES[2:], PROMPTS[2:])]
     assert scorer.combine(batches).reward_B.tolist() == scorer(IMAGES, PROMPTS).reward_B.tolist() == [0, 1.5, 3]
+
+
+def test_a_reward_that_wants_to_exit_has_failed(score: Score) -> None:
+    """As a library may that it calls; the run would end without a word."""
+    with pytest.raises(UserError, match="'a' failed for 3 of 3 images, last: SystemExit: 3"):
+        score(lambda images, prompts: sys.exit(3))
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
