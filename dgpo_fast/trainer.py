@@ -165,7 +165,14 @@ class Trainer:
         return grouped.scored, grouped.metrics
 
     def _learn(self, scored: ScoredGroups, update: int) -> dict[str, Any]:
-        """The gradient of all micro-batches of a step on all ranks, then the step: number `update` of the iteration."""
+        """The gradient of all micro-batches of a step on all ranks, then the step: number `update` of the iteration.
+
+        One whose groups were all left out, on every rank alike, is only counted.
+        """
+        if scored.num_groups[update] == 0:
+            made = self.learner.leave_out(self.step, lr_factor=self.guard.lr_factor)
+            self.step += 1
+            return {**made, "loss": None}
         outputs: list[LossOutput] = []
         for batches in self.algorithm.batches(scored, update=update):
             weights = self.algorithm.group_weights(self.policy, batches) or [None] * len(batches)
