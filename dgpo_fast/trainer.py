@@ -200,7 +200,7 @@ class Trainer:
             self._save_samples(run)
         if is_due(config.evaluation.every) and self.step not in self.scores:
             self._evaluate(run)
-        if self.guard.stops:
+        if self.guard.stops and self.step < self.config.steps:  # a finished run has been told all the same
             raise Interrupted(STOPPED, way_on=self.guard.way_on)
         self.interruption.check()
 
