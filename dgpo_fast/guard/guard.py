@@ -85,7 +85,7 @@ class Guard:
         training = None if rewards is None else fmean(rewards)
         evaluated = Evaluated(step, held_out[0], held_out[1], training, num_images)
         self._evaluations = [*self._evaluations, evaluated][-KEPT_EVALUATIONS:]
-        std = self._first[0].reward_std if self._first else None
+        std = next((reading.reward_std for reading in self._first if reading.reward_std is not None), None)
         if self.settings.action == "off" or std is None:
             return []
         broken = {
