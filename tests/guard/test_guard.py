@@ -105,6 +105,33 @@ def test_groups_that_were_left_out_are_none_without_spread(report: Report) -> No
         assert [finding.name for finding in findings] == ["zero_std"] * is_found
 
 
+@pytest.mark.parametrize(("before", "after"), [(5, 40), (40, 5)])
+@pytest.mark.parametrize("saved_after", [3, 5, 39, 40, 60])
+def test_the_first_window_is_what_it_was_when_it_was_whole(
+    before: int, after: int, saved_after: int, report: Report
+) -> None:
+    """Later steps are not let in by a window that is longer on resume, and none is cut by one that is shorter."""
+    guard = Guard(config(f"guard.window={before}"))
+    observe(guard, report, range(1, saved_after + 1))
+    resumed = Guard(config(f"guard.window={after}"))
+    resumed.restore(json.loads(json.dumps(guard.state())))
+    observe(resumed, report, range(saved_after + 1, 100))
+    is_whole = saved_after >= before
+    expected = before if is_whole else max(after, saved_after + 1)
+    assert [reading.step for reading in resumed.state()["first"]] == [*range(1, expected + 1)]
+
+
+def test_what_fell_is_found_with_a_longer_window_too(report: Report) -> None:
+    """The beginning would else be a mixture of what was sound and what is not."""
+    guard = Guard(config("guard.window=5"))
+    observe(guard, report, range(1, 101))
+    resumed = Guard(config("guard.window=40"))
+    resumed.restore(json.loads(json.dumps(guard.state())))
+    found = observe(resumed, report, range(101, 260), diversity=0.2)
+    assert [finding.name for finding in found] == ["diversity"]
+    assert "from 0.8 at the beginning" in found[0].what
+
+
 def test_off_looks_at_nothing_and_later_knows_the_past(report: Report) -> None:
     off = Guard(config("guard.action=off"))
     assert observe(off, report, range(1, 9), clip_fraction=1.0) == [] and not off.stops
