@@ -171,7 +171,8 @@ class OptimizerConfig(Section):
     """Steps over which the learning rate falls linearly, to a tenth at the lowest; null keeps it."""
     max_grad_norm: Positive = 1.0
     max_skipped: Annotated[int, Field(ge=0)] = 2
-    """Steps in a row that may be left out because their gradient is not finite; with one more, the run stops."""
+    """Steps in a row that may be left out because their gradient is not finite; with one more, the run stops.
+    Those that no group is left for are not among them."""
     images_per_micro_batch: Count = 16
     steps_per_iteration: Count = 1
     """Steps that an iteration's groups are shared out to, one after the other."""

@@ -20,10 +20,12 @@ class GuardConfig(Section):
     """What a run is watched for. A threshold of null is never reached."""
 
     action: Annotated[Literal["warn", "stop", "lower_lr", "off"], BeforeValidator(_off)] = "warn"
-    """Where a finding begins: say so; save and exit with status 1; halve the learning rate, from the next iteration on;
-    or do not look. What is found in evaluations lowers no learning rate: how often one is made decides no weight."""
+    """Where a finding begins: say so; save and exit with status 1, where steps are left; halve the learning rate, from
+    the next iteration on; or do not look. What is found in evaluations lowers no learning rate: how often one is made
+    decides no weight."""
     window: Annotated[int, Field(ge=2)] = 10
-    """Optimizer steps that are looked at together. The first judgement comes behind the first window."""
+    """Optimizer steps that are looked at together. The first judgement comes behind the first window. One that is
+    changed on resume leaves the run's first window what it was."""
     diversity: Share | None = 0.3
     """Share of what the diversity was at the beginning, below which groups have become all alike."""
     zero_std: Share | None = 0.9

@@ -29,7 +29,7 @@ class Learner:
         self.policy = load_policy(config, world)
         self.engine = train_policy(self.policy, config, world)
         self.skipped, self.skipped_in_a_row = 0, 0
-        """Steps that were not made because their gradient was not finite."""
+        """Steps that were not made: `skipped_in_a_row` are those whose gradient was not finite."""
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of this rank's `loss` to the step's."""
@@ -48,7 +48,7 @@ class Learner:
             UserError: more than `optimizer.max_skipped` steps in a row were not made.
         """
         settings, average = self.config.optimizer, self.config.evaluation_ema
-        lr = lr_factor * settings.lr_at(number)
+        lr = self._lr(number, lr_factor)
         grad_norm, is_made = self.engine.step(lr)
         if is_made:
             self.policy.refresh("policy")
@@ -63,6 +63,15 @@ class Learner:
                 "finite (optimizer.max_skipped): no such step was made, checkpoints are intact"
             )
         return {"grad_norm": grad_norm, "lr": lr, "skipped_steps": self.skipped}
+
+    def leave_out(self, number: int, *, lr_factor: float = 1.0) -> dict[str, Any]:
+        """The metrics of step `number` where no group is left to learn from; to be called instead of `step`.
+
+        Neither weights nor averages move: by a gradient of zero Adam's momentum and weight decay would move them. It
+        says nothing of the gradients before it, so `optimizer.max_skipped` counts on behind it.
+        """
+        self.skipped += 1
+        return {"grad_norm": None, "lr": self._lr(number, lr_factor), "skipped_steps": self.skipped}
 
     def save(self, run_dir: Path, step: int, values: dict[str, Any]) -> None:
         """Writes the checkpoint of `step`, with plain `values` beside what learns."""
@@ -87,6 +96,9 @@ class Learner:
         self.engine.refresh(saved.values["adam_steps"])
         self.policy.refresh(*TRAINED)
         self.skipped, self.skipped_in_a_row = saved.values["skipped"], saved.values["skipped_in_a_row"]
+
+    def _lr(self, number: int, factor: float) -> float:
+        return factor * self.config.optimizer.lr_at(number)
 
     def _held(self) -> dict[str, Held]:
         """What this rank holds of all that learns: the policy, Adam's averages, the policy's."""

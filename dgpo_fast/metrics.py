@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,7 +73,7 @@ class MetricsLog:
     def write(self, report: StepReport) -> None:
         """Adds one optimizer step."""
         values = as_line(report)
-        self._metrics.write(json.dumps(values) + "\n")
+        self._metrics.write(json.dumps(values, allow_nan=False) + "\n")
         self._metrics.flush()
         shown = {f"{name}/{key}": values[key] for name, keys in SECTIONS.items() for key in keys}
         shown |= {key: values[key] for key in values if key.startswith(SINGLE_REWARD)}
@@ -142,9 +143,15 @@ class MetricsLog:
 
 
 def as_line(report: StepReport) -> dict[str, Any]:
-    """A step as metrics.jsonl has it: flat, each reward by itself behind the rest, as `reward/NAME`."""
+    """A step as metrics.jsonl has it: flat, each reward by itself behind the rest, as `reward/NAME`.
+
+    What is not finite, such as the gradient's norm of a skipped step, is None: JSON has no word for it.
+    """
     values = dataclasses.asdict(report)
-    return values | {f"{SINGLE_REWARD}{title}": mean for title, mean in values.pop("rewards").items()}
+    values |= {f"{SINGLE_REWARD}{title}": mean for title, mean in values.pop("rewards").items()}
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

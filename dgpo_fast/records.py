@@ -117,8 +117,10 @@ class ScoredGroups:
     rollout: Rollout
     reward_B: Tensor  # float32; NaN where not valid
     valid_B: Tensor  # bool; False keeps a sample's place in every batch, with weight zero: it failed, or too many did
-    num_valid: tuple[int, ...]  # over all ranks, of the groups of each optimizer step; at least 1
-    num_groups: tuple[int, ...]  # over all ranks, those of each optimizer step that have valid samples; at least 1
+    num_valid: tuple[int, ...]  # over all ranks, of the groups of each optimizer step
+    num_groups: tuple[
+        int, ...
+    ]  # over all ranks, those of each optimizer step that have valid samples; with 0, none is made
     group_size_G: Tensor  # float32, valid samples of every group of the iteration, on whatever ranks
     advantage_B: Tensor  # float32; 0 where not valid
 
@@ -187,9 +189,9 @@ class StepReport:
     clamped_advantages: int
     failed_samples: int
     dropped_groups: int
-    loss: float
+    loss: float | None  # with `grad_norm` null of a step that was not made because no group was left
     kl: float | None = None  # where the reference is not asked
-    grad_norm: float
+    grad_norm: float | None
     lr: float
     skipped_steps: int
     rollout_s: float

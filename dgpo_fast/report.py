@@ -25,6 +25,7 @@ from dgpo_fast.config import Config, load_run_config
 from dgpo_fast.errors import UserError
 from dgpo_fast.files import write_atomically
 from dgpo_fast.guard.held_out import held_out_reward
+from dgpo_fast.guard.rules import diversity_at_first
 from dgpo_fast.metrics import SINGLE_REWARD, read_evaluations, read_metrics, read_warnings
 from dgpo_fast.profiling import BACKGROUND
 from dgpo_fast.samples import Tile, read_grid
@@ -297,16 +298,21 @@ def threshold(run: Run, key: str) -> float | None:
     guard = run.config.guard
     match key:
         case "zero_std_groups" if guard.zero_std is not None:
-            return guard.zero_std * run.config.groups.per_iteration
+            return guard.zero_std * _counted_groups(run)
         case "clip_fraction":
             return guard.clip
         case "group_weight_saturation":
             return guard.saturation
         case "diversity" if guard.diversity is not None:
-            first = run.column(key)[: guard.window]
-            start = float(max(first[0], np.median(first)))
-            return guard.diversity * start if math.isfinite(start) else None
+            start = diversity_at_first(run.column(key)[: guard.window].tolist())
+            return None if start is None else guard.diversity * start
     return None
+
+
+def _counted_groups(run: Run) -> float:
+    """How many groups of an iteration counted: the median, since the guard takes the share of each iteration's own."""
+    dropped = [line.get("dropped_groups", 0) for line in run.metrics]
+    return run.config.groups.per_iteration - float(np.median(dropped))
 
 
 def _ahead(run: Run) -> Chart | None:

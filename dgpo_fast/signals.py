@@ -26,8 +26,8 @@ def step_metrics(
     world: World,
     *,
     update: int,
-) -> dict[str, float]:
-    """The metrics of a step that was just made, equal on every rank; what cannot be measured is left out.
+) -> dict[str, float | None]:
+    """The metrics of a step that was just made, equal on every rank; what cannot be measured is None, or left out.
 
     Args:
         outputs: of this rank's micro-batches.
@@ -40,7 +40,8 @@ def step_metrics(
         # Every rank has it whole. Yet devices may round it unlike, and what the guard decides must be one decision.
         parts["adapter_norm"] = change_norm / world.size
     sums = dict(zip(parts, world.sum(torch.stack([*parts.values()])).tolist(), strict=True))
-    return {**sums, "diversity": math.sqrt(sums["diversity"])}
+    variance = sums["diversity"]
+    return {**sums, "diversity": math.sqrt(variance) if math.isfinite(variance) else None}
 
 
 @torch.no_grad()

@@ -165,7 +165,14 @@ class Trainer:
         return grouped.scored, grouped.metrics
 
     def _learn(self, scored: ScoredGroups, update: int) -> dict[str, Any]:
-        """The gradient of all micro-batches of a step on all ranks, then the step: number `update` of the iteration."""
+        """The gradient of all micro-batches of a step on all ranks, then the step: number `update` of the iteration.
+
+        One whose groups were all left out, on every rank alike, is only counted.
+        """
+        if scored.num_groups[update] == 0:
+            made = self.learner.leave_out(self.step, lr_factor=self.guard.lr_factor)
+            self.step += 1
+            return {**made, "loss": None}
         outputs: list[LossOutput] = []
         for batches in self.algorithm.batches(scored, update=update):
             weights = self.algorithm.group_weights(self.policy, batches) or [None] * len(batches)
@@ -193,7 +200,7 @@ class Trainer:
             self._save_samples(run)
         if is_due(config.evaluation.every) and self.step not in self.scores:
             self._evaluate(run)
-        if self.guard.stops:
+        if self.guard.stops and self.step < self.config.steps:  # a finished run has been told all the same
             raise Interrupted(STOPPED, way_on=self.guard.way_on)
         self.interruption.check()
 

@@ -114,6 +114,24 @@ def test_stop_saves_and_holds_until_told_otherwise(
     assert len(read_metrics(tmp_path)) == step + 1
 
 
+def test_a_finished_run_is_not_stopped(
+    collapsing: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is found in its last step is told; with more steps to make, it stops there."""
+    settings = ("guard.action=stop", "evaluation.every=0", "checkpoints.every=99")
+    assert stopped(collapsing(*settings), tmp_path / "long") == 1
+    step = read_warnings(tmp_path / "long")[0]["step"]
+    capsys.readouterr()
+    run = tmp_path / "run"
+    Trainer(collapsing(*settings, f"steps={step}"), run).train()
+    assert {line["step"] for line in read_warnings(run)} == {step} and len(read_metrics(run)) == step
+    said = capsys.readouterr().err
+    assert f"guard, step {step}: the reward fell to " in said and "stopped after" not in said
+    Trainer(collapsing(*settings, f"steps={step}"), run, resume=True).train()
+    assert stopped(collapsing(*settings, "steps=6"), run, resume=True) == 1
+    assert len(read_metrics(run)) == step
+
+
 def test_two_ranks_stop_together(quick: tuple[str, ...], child_environment: dict[str, str], tmp_path: Path) -> None:
     """After the same step, with one checkpoint of both and one line of what was found."""
     settings = [*quick, *COLLAPSE, "guard.action=stop", "evaluation.every=0", "checkpoints.every=99"]

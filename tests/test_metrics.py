@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 import types
 from pathlib import Path
@@ -83,6 +84,17 @@ def test_a_line_holds_the_step_in_the_order_of_the_record_and_is_on_disk_at_once
         }
     ]
     log.close()
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    """No reader of JSON but Python's own takes NaN."""
+    log = open_log(tmp_path)
+    step = dataclasses.replace(report(1, loss=math.nan), grad_norm=math.inf, rewards={"one": -math.inf, "two": 2.0})
+    log.write(step)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    (line,) = read_metrics(tmp_path)
+    assert line["loss"] is line["grad_norm"] is line["reward/one"] is None and line["reward/two"] == 2.0
 
 
 def test_every_metric_is_plotted_once() -> None:

@@ -343,6 +343,19 @@ def test_thresholds_are_the_configurations(tmp_path: Path) -> None:
     assert threshold(run, "kl") is None
 
 
+def test_thresholds_know_of_steps_without_a_value_and_of_groups_that_were_left_out(tmp_path: Path) -> None:
+    """As the guard does: by what the first window has, and of the groups that count."""
+    guard = {"diversity": 0.5, "zero_std": 0.75, "window": 3}
+    run_dir = write_run(tmp_path / "run", num_steps=9, samples=False, guard=guard)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for line, diversity in zip(lines, (None, 0.6, 0.8, *[0.1] * 6), strict=True):
+        line["diversity"], line["dropped_groups"] = diversity, 4
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(run_dir)
+    assert threshold(run, "diversity") == 0.5 * 0.7
+    assert threshold(run, "zero_std_groups") == 0.75 * 4
+
+
 def test_the_gap_is_what_the_training_reward_gained_more(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "run", num_steps=9, evaluations=0, samples=False, guard={"window": 3})
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -16,11 +18,12 @@ from torch import Tensor
 from dgpo_fast import Trainer, load_recipe
 from dgpo_fast.config import Config
 from dgpo_fast.models.adapters import AdapterPolicy
+from dgpo_fast.models.policy import Policy
 from dgpo_fast.models.sd3 import load_model
 from dgpo_fast.parallel.placement import Placement
 from dgpo_fast.parallel.world import ALONE, World
-from dgpo_fast.records import Conditioning, PromptBatch, Rollout, ScoredGroups
-from dgpo_fast.signals import variance_part
+from dgpo_fast.records import Conditioning, LossOutput, PromptBatch, Rollout, ScoredGroups
+from dgpo_fast.signals import step_metrics, variance_part
 
 LATENT = (4, 3, 3)
 GROUPS, SIZE = 4, 6
@@ -108,6 +111,15 @@ def test_diversity_is_of_the_steps_own_groups() -> None:
     for update in (0, 1):
         expected = written(scored, first_group=2 * update, stop_group=2 * update + 2)
         assert float(variance_part(scored, ALONE, update=update)) == pytest.approx(expected, rel=64 * EPS)
+
+
+def test_diversity_that_nothing_tells_is_none() -> None:
+    """Every group has one sample with a reward: it counts where `rewards.min_group_size` is 1."""
+    alone = tuple(sample for sample in range(GROUPS * SIZE) if sample % SIZE)
+    policy = cast(Policy, SimpleNamespace(change_norm=lambda: None))
+    outputs = [LossOutput(loss=torch.tensor(0.5), metrics={"loss": torch.tensor(0.5)})]
+    scored = groups(tuple(range(GROUPS * SIZE)), failed=alone)
+    assert step_metrics(outputs, scored, policy, ALONE, update=0) == {"loss": 0.5, "diversity": None}
 
 
 def test_diversity_of_equal_images_is_nothing_and_of_single_ones_unknown() -> None:

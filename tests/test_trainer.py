@@ -279,6 +279,47 @@ def test_an_iteration_of_which_no_group_is_left_is_an_error(
         trainer.run_iteration()
 
 
+@pytest.mark.parametrize("algorithm", ["tiny-dgpo", "tiny-flow-grpo"])
+def test_a_step_of_which_no_group_is_left_is_not_made(
+    algorithm: str, tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind one that was made: with a gradient of zero Adam's momentum would move weights, and averages follow."""
+    own = [key for key in quick if algorithm == "tiny-dgpo" or not key.startswith(("algorithm.", "model.sampling"))]
+    own += ["algorithm.trained_steps=2"] if algorithm == "tiny-flow-grpo" else []
+    settings = [
+        "optimizer.steps_per_iteration=2", "evaluation_ema.every=1", "optimizer.weight_decay=0.1", "steps=4",
+        "rewards.max_failed_share=0.5", "optimizer.max_skipped=0", "evaluation.every=0",
+    ]  # fmt: skip
+    trainer = Trainer(load_recipe(algorithm, [*own, *settings]), tmp_path)
+    score, learn, moved = trainer._score, trainer._learn, list[bool]()
+
+    def failing_score(rollout: Rollout, scores: Scores) -> Any:
+        scores.reward_B[4:] = math.nan
+        return score(rollout, scores)
+
+    def state() -> dict[str, Tensor]:
+        held = trainer.learner._held()
+        return {f"{kind} {piece.name}": piece.values.clone() for kind in held for piece in held[kind].pieces}
+
+    def watched_learn(scored: ScoredGroups, update: int) -> dict[str, Any]:
+        before, made = state(), learn(scored, update)
+        moved.append(any(not torch.equal(value, before[name]) for name, value in state().items()))
+        return made
+
+    monkeypatch.setattr(trainer, "_score", failing_score)
+    monkeypatch.setattr(trainer, "_learn", watched_learn)
+    trainer.train()
+    assert moved == [True, False, True, False]
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 1, 2]
+    assert [line["dropped_groups"] for line in lines] == [1, 1, 1, 1]
+    for key in ("loss", "grad_norm", "diversity"):
+        assert [line[key] is None for line in lines] == [False, True, False, True], key
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert (tmp_path / "report.html").exists() and trainer.learner.engine.steps_made() == 2
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path, quick: tuple[str, ...]) -> None:
     trainer = Trainer(load_recipe("tiny-dgpo", quick), tmp_path)
     before = trainer.policy.trainable.detach().clone()

@@ -34,6 +34,8 @@ class Guard:
         self.lr_factor = 1.0
         """Of the recipe's learning rate."""
         self._first: list[Reading] = []
+        self._is_first_whole = False
+        """The run's first window is then what it is, though `guard.window` may change on resume."""
         self._recent: deque[Reading] = deque(maxlen=2 * self.settings.window)
         self._best: Level | None = None
         self._changes = Changes()
@@ -54,8 +56,9 @@ class Guard:
     def observe(self, report: StepReport) -> list[Finding]:
         """Takes a step's report; what is wrong for the first time."""
         reading, window = Reading.of(report, num_groups=self.config.groups.per_iteration), self.settings.window
-        if len(self._first) < window:
+        if not self._is_first_whole:
             self._first.append(reading)
+            self._is_first_whole = len(self._first) >= window
         if self._recent and (report.step - 1) % self.config.optimizer.steps_per_iteration == 0:
             self._changes = self._changes.and_from(self._recent[-1].reward, reading.reward)
         self._recent.append(reading)
@@ -85,7 +88,7 @@ class Guard:
         training = None if rewards is None else fmean(rewards)
         evaluated = Evaluated(step, held_out[0], held_out[1], training, num_images)
         self._evaluations = [*self._evaluations, evaluated][-KEPT_EVALUATIONS:]
-        std = self._first[0].reward_std if self._first else None
+        std = next((reading.reward_std for reading in self._first if reading.reward_std is not None), None)
         if self.settings.action == "off" or std is None:
             return []
         broken = {
@@ -103,6 +106,7 @@ class Guard:
         return {
             "lr_factor": self.lr_factor,
             "first": self._first,
+            "is_first_whole": self._is_first_whole,
             "recent": [*self._recent],
             "best": self._best,
             "changes": self._changes,
@@ -117,6 +121,8 @@ class Guard:
             return
         self.lr_factor, self._evaluated_step = state["lr_factor"], state["evaluated_step"]
         self._first = [Reading(*each) for each in state["first"]]
+        # A checkpoint that does not say it is of a version whose first window grew with `guard.window`.
+        self._is_first_whole = state.get("is_first_whole", len(self._first) >= self.settings.window)
         self._recent.extend(Reading(*each) for each in state["recent"])
         self._best = Level(*state["best"]) if state["best"] else None
         self._changes = Changes(*state["changes"])

@@ -30,9 +30,10 @@ class Reading(NamedTuple):
 
     @classmethod
     def of(cls, report: StepReport, *, num_groups: int) -> Reading:
-        """Of an iteration of so many groups."""
+        """Of an iteration of so many groups, of which those that were left out have no spread to be judged."""
+        counted = num_groups - report.dropped_groups
         signals = (
-            report.reward_mean, report.reward_std, report.zero_std_groups / num_groups, report.clip_fraction,
+            report.reward_mean, report.reward_std, report.zero_std_groups / counted, report.clip_fraction,
             report.group_weight_saturation, report.diversity, report.kl, report.adapter_norm,
         )  # fmt: skip
         return cls(report.step, *map(_finite, signals))
@@ -48,7 +49,7 @@ class Level(NamedTuple):
 
     @classmethod
     def of(cls, window: Sequence[Reading]) -> Level | None:
-        """Of steps; None where a reward is missing."""
+        """Of the steps that have a reward; None where they are less than half."""
         rewards, spreads = values(window, "reward"), values(window, "reward_std")
         return None if rewards is None or spreads is None else cls(window[-1].step, fmean(rewards), fmean(spreads))
 
@@ -74,10 +75,13 @@ class Changes(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """What rules look at. Windows are of `guard.window` steps, but for `before`, which may be of fewer or none."""
+    """What rules look at. Windows are of `guard.window` steps, but for `before`, which may be of fewer or none.
+
+    Where steps lack a signal, rules judge by the others, if these are at least half of a window.
+    """
 
     first: Sequence[Reading]
-    """The run's first window."""
+    """The run's first window, of as many steps as `guard.window` then was."""
     before: Sequence[Reading]
     """The window before the last."""
     last: Sequence[Reading]
@@ -94,8 +98,12 @@ class History:
 
     @property
     def error2(self) -> float:
-        """The square of the standard error of a window's mean reward."""
-        return self.variance * self.updates / len(self.last)
+        """The square of the standard error of the last window's mean reward."""
+        return self.error2_of(self.last)
+
+    def error2_of(self, window: Sequence[Reading]) -> float:
+        """The square of the standard error of a window's mean reward, by the steps that have one."""
+        return self.variance * self.updates / max(1, sum(reading.reward is not None for reading in window))
 
 
 Rule = Callable[[History, GuardConfig], Breach | None]
@@ -103,11 +111,9 @@ Rule = Callable[[History, GuardConfig], Breach | None]
 
 def diversity(history: History, guard: GuardConfig) -> Breach | None:
     """Groups have become alike: the median is below a share of the first step's diversity or the first window's."""
-    found, first = _median(history.last, "diversity"), _median(history.first, "diversity")
-    if guard.diversity is None or found is None or first is None:
-        return None
-    start = max(first, history.first[0].diversity or 0.0)
-    if found >= guard.diversity * start:
+    found = _median(history.last, "diversity")
+    start = diversity_at_first([reading.diversity for reading in history.first])
+    if guard.diversity is None or found is None or start is None or found >= guard.diversity * start:
         return None
     return _breach(history, f"the diversity within groups fell to {found:.3g}, from {start:.3g} at the beginning")
 
@@ -134,7 +140,7 @@ def saturation(history: History, guard: GuardConfig) -> Breach | None:
     now, then = Level.of(history.last), Level.of(history.first)
     if guard.saturation is None or found is None or found < guard.saturation or now is None or then is None:
         return None
-    if now.mean > then.mean + 2 * math.sqrt(2 * history.error2):
+    if now.mean > then.mean + 2 * math.sqrt(history.error2 + history.error2_of(history.first)):
         return None
     return _breach(
         history,
@@ -154,8 +160,8 @@ def adapter_norm(history: History, guard: GuardConfig) -> Breach | None:
 
 
 def reward(history: History, guard: GuardConfig) -> Breach | None:
-    """The mean reward is well below what it was in the first step, or in the best window, beyond its noise."""
-    now, start = Level.of(history.last), Level.of(history.first[:1])
+    """The mean reward is well below what it was in the first step that has one, or in the best window, beyond noise."""
+    now, start = Level.of(history.last), _first_level(history.first)
     if guard.reward_drop is None or now is None or start is None:
         return None
     # The groups' means of a step differ no more than the images do; a fall that is under way counts as noise, too.
@@ -183,9 +189,29 @@ RULES: Mapping[str, Rule] = {
 
 
 def values(window: Sequence[Reading], key: str) -> list[float] | None:
-    """One signal's values; None where one is missing, or the window is empty."""
-    found = [getattr(reading, key) for reading in window]
-    return None if not found or None in found else found
+    """One signal's values, as `known` has them."""
+    return known([getattr(reading, key) for reading in window])
+
+
+def known(window: Sequence[float | None]) -> list[float] | None:
+    """What of a window was measured and is finite; None where that is less than half of it, or there is none."""
+    found = [value for value in map(_finite, window) if value is not None]
+    return found if found and 2 * len(found) >= len(window) else None
+
+
+def diversity_at_first(first: Sequence[float | None]) -> float | None:
+    """What a run's diversity is compared with: the first step's, or the first window's median where that is more.
+
+    None where less than half of the first window was measured.
+    """
+    found = known(first)
+    return None if found is None else max(median(found), _finite(first[0]) or 0.0)
+
+
+def _first_level(first: Sequence[Reading]) -> Level | None:
+    """Of the first step that has a reward."""
+    levels = (Level.of([reading]) for reading in first)
+    return next((level for level in levels if level is not None), None)
 
 
 def _growth(history: History, guard: GuardConfig, key: str, name: str) -> Breach | None:

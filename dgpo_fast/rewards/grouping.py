@@ -30,7 +30,8 @@ def group_scores(
     """Rewards and advantages; those of all ranks are normalised together, since the deviation may be global.
 
     A group of which fewer than `rewards.min_group_size` samples have a reward does not count: none of its samples is
-    valid, and the others are learnt from as if they were the whole iteration. All keep their places.
+    valid, and the others are learnt from as if they were the whole iteration. All keep their places. An optimizer step
+    may thus be left with none: `num_groups` says so, on every rank alike.
 
     Raises:
         UserError: on every rank, where too many samples failed, or no group counts.
@@ -81,5 +82,5 @@ def group_scores(
 
 
 def _of_steps(counted: Tensor, updates: int) -> tuple[int, ...]:
-    """How many count in each optimizer step; at least 1, to be divided by."""
-    return tuple(counted.view(updates, -1).sum(1).clamp(min=1).tolist())
+    """How many count in each optimizer step."""
+    return tuple(counted.view(updates, -1).sum(1).tolist())

@@ -79,6 +79,59 @@ def test_values_that_are_not_finite_are_not_judged(report: Report) -> None:
     assert observe(guard, report, range(5, 20), **nothing) == []
 
 
+@pytest.mark.parametrize("missing", [1, 2, 3])
+def test_one_missing_reading_in_the_first_window_blinds_no_rule(missing: int, report: Report) -> None:
+    nothing = dict.fromkeys(("reward_mean", "diversity", "kl", "adapter_norm", "clip_fraction"), float("nan"))
+    guard = Guard(config())
+    for step in range(1, 11):
+        assert guard.observe(report(step, **(nothing if step == missing else {}))) == []
+    found = observe(guard, report, range(11, 20), clip_fraction=1.0, diversity=0.1, reward_mean=0.1, kl=9.0)
+    assert {finding.name for finding in found} == {"clip", "diversity", "reward", "kl"}
+
+
+def test_a_missing_reading_in_every_window_blinds_no_rule(report: Report) -> None:
+    guard, findings = Guard(config("guard.window=5")), []
+    for step in range(1, 60):
+        fallen = float("nan") if step % 5 == 0 else 0.01
+        findings += guard.observe(report(step, **({"diversity": fallen, "reward_mean": fallen} if step > 10 else {})))
+    assert [finding.name for finding in findings] == ["diversity", "reward"]
+
+
+def test_groups_that_were_left_out_are_none_without_spread(report: Report) -> None:
+    """Of 16 groups 8 count, and none of these teaches; then all but 2 of 10."""
+    for spread, is_found in ((0, True), (2, False)):
+        guard = Guard(config("groups.per_iteration=16"))
+        findings = observe(guard, report, range(1, 9), zero_std_groups=8 - spread, dropped_groups=8)
+        assert [finding.name for finding in findings] == ["zero_std"] * is_found
+
+
+@pytest.mark.parametrize(("before", "after"), [(5, 40), (40, 5)])
+@pytest.mark.parametrize("saved_after", [3, 5, 39, 40, 60])
+def test_the_first_window_is_what_it_was_when_it_was_whole(
+    before: int, after: int, saved_after: int, report: Report
+) -> None:
+    """Later steps are not let in by a window that is longer on resume, and none is cut by one that is shorter."""
+    guard = Guard(config(f"guard.window={before}"))
+    observe(guard, report, range(1, saved_after + 1))
+    resumed = Guard(config(f"guard.window={after}"))
+    resumed.restore(json.loads(json.dumps(guard.state())))
+    observe(resumed, report, range(saved_after + 1, 100))
+    is_whole = saved_after >= before
+    expected = before if is_whole else max(after, saved_after + 1)
+    assert [reading.step for reading in resumed.state()["first"]] == [*range(1, expected + 1)]
+
+
+def test_what_fell_is_found_with_a_longer_window_too(report: Report) -> None:
+    """The beginning would else be a mixture of what was sound and what is not."""
+    guard = Guard(config("guard.window=5"))
+    observe(guard, report, range(1, 101))
+    resumed = Guard(config("guard.window=40"))
+    resumed.restore(json.loads(json.dumps(guard.state())))
+    found = observe(resumed, report, range(101, 260), diversity=0.2)
+    assert [finding.name for finding in found] == ["diversity"]
+    assert "from 0.8 at the beginning" in found[0].what
+
+
 def test_off_looks_at_nothing_and_later_knows_the_past(report: Report) -> None:
     off = Guard(config("guard.action=off"))
     assert observe(off, report, range(1, 9), clip_fraction=1.0) == [] and not off.stops

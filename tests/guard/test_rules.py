@@ -18,6 +18,7 @@ from dgpo_fast.guard.rules import (
     adapter_norm,
     clip,
     diversity,
+    diversity_at_first,
     kl,
     reward,
     saturation,
@@ -172,6 +173,34 @@ def test_what_is_not_measured_is_not_judged(key: str) -> None:
     none = window(1, *[None] * 12, key=key)
     past = history(none[:4], none[8:], before=none[4:8])
     assert RULES[key](past, GUARD) is None
+
+
+@pytest.mark.parametrize(("number", "is_judged"), [(2, True), (1, False)])
+@pytest.mark.parametrize("key", ["zero_std", "clip", "diversity", "kl", "adapter_norm", "reward"])
+def test_half_a_window_is_enough_to_judge_by(key: str, number: int, is_judged: bool) -> None:
+    """Of four steps two."""
+    bad = {"zero_std": 1.0, "clip": 1.0, "diversity": 0.1, "kl": 9.0, "adapter_norm": 99.0, "reward": -9.0}[key]
+    last = window(9, *[bad] * number, *[None] * (4 - number), key=key)
+    past = history(window(1, *[1.0] * 4), last, before=window(5, *[1.0] * 4))
+    assert (RULES[key](past, GUARD) is not None) == is_judged
+
+
+def test_an_error_is_of_the_steps_that_have_a_reward() -> None:
+    past = history(window(1, *[1.0] * 4), window(5, 1.0, None, 1.0, None), variance=0.5)
+    assert past.error2 == 0.5 / 2 and past.error2_of(past.first) == 0.5 / 4
+
+
+@pytest.mark.parametrize(
+    ("first", "expected"),
+    [
+        ((0.8, 0.4, 0.4), 0.8), ((0.3, 0.4, 0.6), 0.4), ((None, 0.4, 0.6), 0.5), ((math.nan, 0.4, 0.6), 0.5),
+        ((0.8, None, None), None), ((), None),
+    ],
+)  # fmt: skip
+def test_diversity_begins_at_the_first_step_or_the_first_window(
+    first: tuple[float | None, ...], expected: float | None
+) -> None:
+    assert diversity_at_first(first) == expected
 
 
 # Evaluations: images differ by 0.4, so that of 32 images the error of a difference is 0.1
