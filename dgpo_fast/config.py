@@ -580,7 +580,7 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def _apply(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    *sections, last = key.strip().split(".")
+    *sections, last = _path(key.strip())
     if not equals or not last:
         raise UserError(f"--set takes key=value, such as optimizer.lr=1e-4, got {override!r}")
     for section in sections:
@@ -591,6 +591,12 @@ def _apply(data: dict[str, Any], override: str) -> None:
         data[last] = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         raise UserError(f"--set {override}: {text!r} is not a YAML value") from None
+
+
+def _path(key: str) -> list[str]:
+    """The parts of a key. The name of a reward of one's own has dots, and a colon, which no key has."""
+    running = re.fullmatch(r"(rewards)\.(running)\.(.+?)(?:\.([^.:]*))?", key)
+    return [part for part in running.groups() if part is not None] if running else key.split(".")
 
 
 def _explain(error: ValidationError) -> str:
