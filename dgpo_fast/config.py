@@ -369,8 +369,14 @@ def check_ranks(config: Config, num_ranks: int) -> None:
     """Makes sure that an iteration divides among the ranks, and a rank's share of it into micro-batches.
 
     Raises:
-        UserError: it does not; the nearest value that does is named. Or there are fewer held-out prompts than ranks.
+        UserError: it does not; the nearest value that does is named. Or there are fewer held-out prompts than ranks, or
+            other ranks would not wait for a reward as long as it may take.
     """
+    if num_ranks > 1 and config.rewards.timeout_s >= config.parallel.timeout_s:
+        raise UserError(
+            f"rewards.timeout_s must be below parallel.timeout_s, {config.parallel.timeout_s:g}, for which other ranks "
+            f"wait; got {config.rewards.timeout_s:g}"
+        )
     updates, size, micro = (
         config.optimizer.steps_per_iteration,
         config.groups.size,

@@ -3,6 +3,10 @@
 A reward that raises for a batch is asked again for what it owes, `rewards.retries` times, then for each image alone.
 One that did not answer at all is not asked for each: that would take as long each time. A score that is not finite is
 asked for once more, alone. What then has no score is a failed image: NaN, and no error until they are too many.
+
+All of that together takes no more than `rewards.timeout_s`, which a reward elsewhere has in equal shares for each time
+that it is asked for the batch: one that hangs is given up in time for the next. What runs in this process cannot be
+given up, so it is asked again only as long as there is time for a call such as the longest so far.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from torch import Tensor
 
 from dgpo_fast.errors import UserError, suggest
 from dgpo_fast.reward_config import RewardConfig, RewardsConfig
-from dgpo_fast.rewards.calling import MAX_REASON, Here, Metrics, Patience, Place, backoff
+from dgpo_fast.rewards.calling import MAX_REASON, START_S, Here, Metrics, Patience, Place, backoff
 from dgpo_fast.rewards.places import place_of
 
 
@@ -218,23 +222,30 @@ class _Inquiry:
         return [row for row in range(len(self.found)) if not self._is_finite(row)]
 
     def _ask_for_all(self) -> None:
-        self._ask(range(len(self._prompts)), self._patience())
+        whole = Patience(self._config.timeout_s, self._stop, start_s=START_S)
+        self._ask(range(len(self._prompts)), self._share(whole))
         for attempt in range(self._config.retries):
-            if unanswered := self._unanswered():
-                self._patience().sleep(backoff(attempt))
-                self._ask(unanswered, self._patience())
+            if (unanswered := self._unanswered()) and whole.has_time_for_a_call:
+                share = self._share(whole)
+                share.sleep(backoff(attempt))
+                self._ask(unanswered, share)
         if self._config.retries:
             unanswered = [row for row in self._unanswered() if row not in self._hung]
-            self._ask_one_by_one(unanswered if len(unanswered) > 1 else [])
-            self._ask_one_by_one([row for row in self.lacking() if self.found[row] is not None])
+            self._ask_one_by_one(unanswered if len(unanswered) > 1 else [], whole)
+            self._ask_one_by_one([row for row in self.lacking() if self.found[row] is not None], whole)
 
-    def _ask_one_by_one(self, rows: Sequence[int]) -> None:
-        """Each that can be begun in the time that a batch may take."""
-        together = self._patience()
+    def _ask_one_by_one(self, rows: Sequence[int], whole: Patience) -> None:
+        """Each for which there is time."""
         for row in rows:
-            if not together.is_over:
-                self._ask([row], self._patience())
-        together.check()
+            if whole.has_time_for_a_call:
+                self._ask([row], self._share(whole))
+        whole.check()
+
+    def _share(self, whole: Patience) -> Patience:
+        """For one time that the reward is asked."""
+        if not self._place.is_elsewhere:
+            return whole
+        return whole.part(self._config.timeout_s / (1 + self._config.retries))
 
     def _ask(self, rows: Sequence[int], patience: Patience) -> None:
         patience.check()
@@ -267,9 +278,6 @@ class _Inquiry:
 
     def _unanswered(self) -> list[int]:
         return [row for row, metrics in enumerate(self.found) if metrics is None]
-
-    def _patience(self) -> Patience:
-        return Patience(self._config.timeout_s, self._stop)
 
 
 def total_failures(of_parts: Iterable[Mapping[str, Failed]]) -> dict[str, Failed]:

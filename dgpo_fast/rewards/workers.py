@@ -37,10 +37,8 @@ from dgpo_fast.environment import num_cores
 from dgpo_fast.errors import UserError
 from dgpo_fast.reward_config import RewardsConfig
 from dgpo_fast.rewards.base import Reward, load_reward, register_reward, registered
-from dgpo_fast.rewards.calling import Answer, Failure, Patience, attempt, call
+from dgpo_fast.rewards.calling import START_S, Answer, Failure, Patience, attempt, call
 
-START_S = 600.0
-"""For a process to make its reward, whose model may have to be downloaded."""
 OWN_END_S = 30.0
 """Beyond its time, after which a process that hangs ends by itself, were the one that started it hanging too."""
 BURIAL_S = 5.0
@@ -66,7 +64,7 @@ class Workers:
     def __init__(self, name: str, settings: RewardsConfig, *, device: torch.device, stop: Event) -> None:
         running = settings.running[name]
         assert running.processes is not None
-        self._name, self._images_per_call, self._stop = name, running.images_per_call, stop
+        self._images_per_call = running.images_per_call
         order = _Order(
             name=name,
             factory=_for_others(name),
@@ -77,14 +75,14 @@ class Workers:
         )
         self._workers = [_Worker(order) for _ in range(running.processes)]
         weakref.finalize(self, _kill, self._workers).atexit = False
-        missing = self._start()
+        missing = self._start(Patience(START_S, stop))
         if missing is not None:
             self.close()
             raise UserError(f"rewards.running.{name}.processes: {missing}")
 
     def ask(self, images_BCHW: Tensor, prompts: Sequence[str], patience: Patience) -> list[Answer]:
-        missing = self._start()
-        patience = Patience(patience.seconds, self._stop)  # begins once there is somebody to ask
+        with patience.starting():
+            missing = self._start(patience.all_left_to_start)
         patience.check()
         errand = _Errand(images_BCHW, prompts, self._pieces(len(prompts)))
         ready = {worker: Thread(target=errand.serve, args=(worker,), daemon=True) for worker in self._workers}
@@ -103,12 +101,11 @@ class Workers:
     def close(self) -> None:
         _kill(self._workers)
 
-    def _start(self) -> str | None:
+    def _start(self, patience: Patience) -> str | None:
         """Starts what does not run, all at once; why one of them could not be."""
         starting = [worker for worker in self._workers if not worker.is_ready]
         for worker in starting:
             worker.start()
-        patience = Patience(START_S, self._stop)
         found = [worker.await_reward(patience) for worker in starting]
         return next((reason for reason in found if reason is not None), None)
 
