@@ -49,7 +49,7 @@ class RunningConfig(Section):
     def _is_a_url(cls, url: str | None) -> str | None:
         if url is None:
             return None
-        if not _is_url(url):
+        if not is_url(url):
             raise ValueError(f"rewards.running: expected a url such as http://host:8000, got {url!r}")
         return url.rstrip("/")
 
@@ -203,11 +203,12 @@ class RewardsConfig(Section):
         return self
 
 
-def _is_url(text: str) -> bool:
+def is_url(text: str) -> bool:
+    """Whether it is the address of a server, without a password, a query and a fragment, which would go unused."""
     try:
         parts = urlsplit(text)
         port = parts.port
     except ValueError:
         return False
-    has_rest = parts.query or parts.fragment or parts.username
+    has_rest = "@" in parts.netloc or "?" in text or "#" in text
     return parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0 and not has_rest

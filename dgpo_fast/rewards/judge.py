@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from dgpo_fast.errors import UserError, suggest
-from dgpo_fast.reward_config import JudgeConfig
+from dgpo_fast.reward_config import JudgeConfig, is_url
 
 KEY_VARIABLE = "DGPO_FAST_JUDGE_KEY"
 LONGEST_BACKOFF_S = 30.0
@@ -333,12 +333,7 @@ def _checked_url(settings: JudgeConfig) -> str:
     expected = "expected the address of an OpenAI-compatible server's API, as http://localhost:8000/v1"
     if url is None:
         raise UserError(f"{settings.key}.url: not set; {expected}")
-    try:
-        parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number
-        is_address = False
-    if not is_address:
+    if not is_url(url):
         raise UserError(f"{settings.key}.url: {expected}, got {url!r}")
     return url.rstrip("/")
 
