@@ -67,7 +67,9 @@ class Scorer:
         self.stop = Event()
         """Set where nobody waits for scores any more."""
         self.metric_names: dict[str, Sequence[str]] = {}
-        """Of each reward that has scored an image."""
+        """Of each reward that has scored an image, in the order in which they first came: the first is what a term
+        without a metric is of, whatever order later ones come in."""
+        self._is_closed = False
         self.places: dict[str, Place] = {}
         try:
             for term in config.terms:
@@ -86,9 +88,19 @@ class Scorer:
         self.close()
 
     def close(self) -> None:
+        self._is_closed = True
         self.stop.set()
         for place in self.places.values():
             place.close()
+
+    def resume(self) -> None:
+        """Has somebody wait for scores again, once nobody did.
+
+        Raises:
+            RuntimeError: it is closed.
+        """
+        self._refuse_closed()
+        self.stop.clear()
 
     def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Scores:
         """Scores of `images_BCHW`, a prompt each.
@@ -109,7 +121,9 @@ class Scorer:
         Raises:
             UserError: a reward returns the wrong number of scores or lacks the recipe's metric, or says so itself.
             Abandoned: nobody waits any more.
+            RuntimeError: it is closed.
         """
+        self._refuse_closed()
         is_away = {name: place.is_elsewhere for name, place in self.places.items()}
         on_cpu = images_BCHW.cpu() if any(is_away.values()) else images_BCHW
         inquiries = {
@@ -127,9 +141,6 @@ class Scorer:
         for name, thread in threads.items():
             thread.join()
             inquiries[name].check()
-        for name, inquiry in inquiries.items():
-            if (row := next(filter(None, inquiry.found), None)) is not None:
-                self.metric_names[name] = list(row)
         lacking = {name: inquiry.lacking() for name, inquiry in inquiries.items()}
         return Measured(
             metrics={name: inquiry.found for name, inquiry in inquiries.items()},
@@ -173,10 +184,14 @@ class Scorer:
                     f"cannot be stopped in this process; one of its own can: rewards.running.{name}.processes=1"
                 )
 
+    def _refuse_closed(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("rewards: this Scorer is closed, and what ran for it has ended; make another")
+
     def _join(self, name: str, rows: Sequence[Metrics | None]) -> dict[str, Tensor]:
         """The metrics of a reward for all images, NaN where it failed; none where it has never scored."""
         scored = [row for row in rows if row is not None]
-        expected = list(scored[0]) if scored else self.metric_names.get(name, [])
+        expected = self.metric_names.get(name, [])
         for row in scored:
             if row.keys() != set(expected):
                 raise UserError(
@@ -205,6 +220,7 @@ class _Inquiry:
         self._name, self._images_BCHW, self._prompts = name, images_BCHW, prompts
         self._place, self._config, self._stop = scorer.places[name], scorer.config, scorer.stop
         self._terms = [term for term in scorer.config.terms if term.name == name]
+        self._metric_names = scorer.metric_names
 
     def carry_out(self) -> None:
         """Asks; what goes wrong beyond a failure is for `check` to raise, perhaps in another thread."""
@@ -263,8 +279,9 @@ class _Inquiry:
 
     def _take(self, row: int, metrics: Metrics) -> None:
         self.found[row] = metrics
+        self._metric_names.setdefault(self._name, list(metrics))
         for term in self._terms:
-            metric = term.metric or next(iter(metrics))
+            metric = self._chosen(term)
             if metric not in metrics:
                 raise UserError(f"rewards: {term.name!r} has no metric {metric!r}{suggest(metric, metrics)}")
             if not isfinite(metrics[metric]):
@@ -272,9 +289,10 @@ class _Inquiry:
 
     def _is_finite(self, row: int) -> bool:
         metrics = self.found[row]
-        return metrics is not None and all(
-            isfinite(metrics[term.metric or next(iter(metrics))]) for term in self._terms
-        )
+        return metrics is not None and all(isfinite(metrics[self._chosen(term)]) for term in self._terms)
+
+    def _chosen(self, term: RewardConfig) -> str:
+        return term.metric or self._metric_names[self._name][0]
 
     def _unanswered(self) -> list[int]:
         return [row for row, metrics in enumerate(self.found) if metrics is None]

@@ -110,6 +110,26 @@ def test_the_first_metric_counts_unless_another_is_chosen(score: Score) -> None:
     assert list(both.metrics) == ["soft", "strict", "b.soft", "b.strict"]
 
 
+def test_the_first_metric_stays_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever order the reward gives them in later: it would change what is trained on."""
+    batches = iter([{"good": [1, 2, 3], "bad": [9, 9, 9]}, {"bad": [9, 9, 9], "good": [4, 5, 6]}])
+    monkeypatch.setattr(base, "_FACTORIES", {"a": lambda: lambda images, prompts: next(batches)})
+    scorer = Scorer(RewardsConfig(terms=(RewardConfig(name="a"),)))
+    assert scorer(IMAGES, PROMPTS).reward_B.tolist() == [1, 2, 3]
+    scores = scorer(IMAGES, PROMPTS)
+    assert scores.reward_B.tolist() == [4, 5, 6]
+    assert list(scores.metrics) == ["good", "bad"]
+
+
+def test_a_closed_scorer_scores_no_more() -> None:
+    with Scorer(RewardsConfig(terms=(RewardConfig(name="shapes"),))) as scorer:
+        pass
+    for use in (scorer.resume, lambda: scorer(IMAGES, PROMPTS)):
+        with pytest.raises(RuntimeError, match="this Scorer is closed"):
+            use()
+    assert scorer.stop.is_set()
+
+
 def test_terms_of_one_reward_score_the_images_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
