@@ -94,7 +94,7 @@ class OcrConfig(Section):
     """The reward `ocr`: is the text that the prompt asks for in the image?"""
 
     threads: Count | None = None
-    """Images read at a time, on a core each; null for this rank's share of the cores that the process may use."""
+    """Images read at a time, on a core each; null for this process's share of the cores."""
 
 
 class JudgeConfig(Section):

@@ -33,7 +33,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dgpo_fast.environment import num_cores
+from dgpo_fast.environment import WORKERS_VARIABLE, share_of_cores
 from dgpo_fast.errors import UserError
 from dgpo_fast.reward_config import RewardsConfig
 from dgpo_fast.rewards.base import Reward, load_reward, register_reward, registered
@@ -70,7 +70,7 @@ class Workers:
             factory=_for_others(name),
             settings=settings,
             device=str(device),
-            num_threads=max(1, num_cores() // running.processes),
+            num_processes=running.processes,
             limit_s=settings.timeout_s + OWN_END_S,
         )
         self._workers = [_Worker(order) for _ in range(running.processes)]
@@ -152,7 +152,7 @@ class _Order(NamedTuple):
     factory: Any  # what recipes name so where this process has registered it, else None
     settings: RewardsConfig
     device: str
-    num_threads: int
+    num_processes: int  # that do it
     limit_s: float
 
 
@@ -260,7 +260,7 @@ def _work(pipe: Connection[Any, Any], order: _Order) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(order.num_threads)
+    _take_share_of_cores(order.num_processes)
     device = torch.device(order.device)
     try:
         if order.factory is not None:
@@ -282,6 +282,11 @@ def _work(pipe: Connection[Any, Any], order: _Order) -> None:
         answer = _answer(order.name, reward, torch.from_numpy(images).to(device), prompts)
         faulthandler.cancel_dump_traceback_later()
         pipe.send(answer)
+
+
+def _take_share_of_cores(num_processes: int) -> None:
+    os.environ[WORKERS_VARIABLE] = str(num_processes)
+    torch.set_num_threads(share_of_cores())
 
 
 def _answer(name: str, reward: Reward, images_BCHW: Tensor, prompts: Sequence[str]) -> Answer | UserError:

@@ -70,6 +70,7 @@ class Obedient:
             "told": [float(told(prompt).get("told", 0)) for prompt in prompts],
             "process": [float(os.getpid())] * len(prompts),
             "images": [float(len(images_BCHW))] * len(prompts),
+            "processes": [float(os.environ.get("DGPO_FAST_REWARD_PROCESSES", 0))] * len(prompts),
         }
         for place, prompt in enumerate(prompts):
             how, once = told(prompt).get("do"), told(prompt).get("once")

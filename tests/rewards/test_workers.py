@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from dgpo_fast import environment
 from dgpo_fast.errors import UserError
 from dgpo_fast.records import Prompt
 from dgpo_fast.reward_config import RewardConfig, RewardsConfig, RunningConfig
-from dgpo_fast.rewards import Scorer, base, calling, load_reward, register_reward
+from dgpo_fast.rewards import Scorer, base, calling, load_reward, register_reward, workers
 from dgpo_fast.rewards.calling import Abandoned
 
 NAME = "obedient"
@@ -56,6 +57,7 @@ def test_a_batch_is_shared_out_and_scored_as_here(pool: Scorer) -> None:
     assert torch.equal(scores.reward_B, IMAGES.mean((1, 2, 3)))
     assert scores.metrics["told"].tolist() == [0, 1, 2, 3, 4]
     assert scores.metrics["images"].tolist() == [3, 3, 3, 2, 2]
+    assert scores.metrics["processes"].tolist() == [2] * 5
     processes = {*scores.metrics["process"].tolist()}
     assert os.getpid() not in processes and 1 <= len(processes) <= 2
     again = pool(IMAGES, prompts()).metrics["process"]
@@ -131,6 +133,18 @@ def test_nobody_waits_for_what_is_of_no_use(pool: Scorer, monkeypatch: pytest.Mo
     thread.join(TOO_LONG_S)
     assert not thread.is_alive() and len(raised) == 1
     pool.stop.clear()
+
+
+def test_cores_are_shared_out_among_ranks_and_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(environment, "num_cores", lambda: 16)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv(environment.WORKERS_VARIABLE, "1")
+    workers._take_share_of_cores(4)
+    assert threads == [2] and environment.share_of_cores() == 2
+    workers._take_share_of_cores(16)
+    assert threads == [2, 1]
 
 
 @pytest.mark.usefixtures("quick")
