@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -110,6 +111,21 @@ def test_a_process_that_hangs_is_ended(pool: Scorer, monkeypatch: pytest.MonkeyP
     assert scores.failed == {NAME: (2, "no answer within 3 s, so its process was ended")}
 
 
+def test_a_reward_may_start_processes(pool: Scorer) -> None:
+    scores = pool(IMAGES, prompts(p0={"do": "pool"}))
+    expected = [math.sqrt(IMAGES[0].mean().item()), *IMAGES[1:].mean((1, 2, 3)).tolist()]
+    assert scores.failed == {} and scores.reward_B.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("then", ["SIGKILL", "hang"])
+def test_what_a_reward_has_started_ends_with_its_process(then: str, pool: Scorer, tmp_path: Path) -> None:
+    started = int(pool(IMAGES[:1], prompts(p0={"do": "start"})[:1]).reward_B)
+    assert is_running(started)
+    told = {f"p{place}": {"do": then, "once": str(tmp_path / f"{place}")} for place in (0, 4)}  # both processes
+    assert pool(IMAGES, prompts(**told)).failed == {}
+    assert not is_running(started)
+
+
 def test_a_process_that_hangs_is_asked_again(pool: Scorer, tmp_path: Path) -> None:
     scores = pool(IMAGES, prompts(p0={"do": "hang", "once": str(tmp_path / "done")}))
     assert torch.equal(scores.reward_B, IMAGES.mean((1, 2, 3))) and scores.failed == {}
@@ -169,18 +185,24 @@ if __name__ == "__main__":
     name, started = "misbehaving:Obedient", sys.argv[1]
     running = {name: RunningConfig(processes=1)}
     scorer = Scorer(RewardsConfig(terms=(RewardConfig(name=name),), running=running))
+    child = scorer(torch.zeros(1, 3, 4, 4), [Prompt("", {"do": "start"})])
     hanging = [Prompt("", {"do": "hang", "once": started})]
     threading.Thread(target=scorer.measure, args=(torch.zeros(1, 3, 4, 4), hanging), daemon=True).start()
     while not os.path.exists(started):
         time.sleep(0.01)
-    print(scorer.places[name]._workers[0]._process.pid, flush=True)
+    print(scorer.places[name]._workers[0]._process.pid, int(child.reward_B), flush=True)
     END
 """
-ENDS = {"SIGKILL": "os.kill(os.getpid(), signal.SIGKILL)", "an exception": "raise ZeroDivisionError"}
+ENDS = {
+    "SIGKILL": "os.kill(os.getpid(), signal.SIGKILL)",
+    "an exception": "raise ZeroDivisionError",
+    "its last line": "pass",
+}
 
 
 def test_processes_end_with_the_one_that_started_them(child_environment: dict[str, str], tmp_path: Path) -> None:
-    """Hanging in a reward, they neither outlive it nor keep it from ending, however it ends."""
+    """Hanging in a reward, which has started one of its own, they neither outlive it nor keep it from ending, however it
+    ends."""
     parents = {}
     for how, code in ENDS.items():
         script = tmp_path / f"{how}.py"
@@ -191,8 +213,8 @@ def test_processes_end_with_the_one_that_started_them(child_environment: dict[st
         )  # fmt: skip
     for how, parent in parents.items():
         out, err = parent.communicate(timeout=TOO_LONG_S)  # which waits for the worker, too: it has the same stderr
-        assert parent.returncode == {"SIGKILL": -signal.SIGKILL, "an exception": 1}[how], err
-        assert not is_running(int(out))
+        assert parent.returncode == {"SIGKILL": -signal.SIGKILL, "an exception": 1, "its last line": 0}[how], err
+        assert not any(map(is_running, map(int, out.split())))
 
 
 def is_running(process: int) -> bool:
