@@ -51,8 +51,7 @@ def num_cores() -> int:
 
 
 def share_of_cores() -> int:
-    """Cores for this process, where the other ranks of this machine, and the other worker processes of a reward, take as
-    many; at least 1."""
+    """Cores for this process, where other ranks here, and other workers of a reward, take as many; at least 1."""
     sharers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * int(os.environ.get(WORKERS_VARIABLE, "1"))
     return max(1, num_cores() // sharers)
 

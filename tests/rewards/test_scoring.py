@@ -288,10 +288,10 @@ class Away:
 
 
 def test_a_reward_elsewhere_has_an_equal_share_each_time() -> None:
-    scorer = Scorer(RewardsConfig(terms=(RewardConfig(name="shapes"),), retries=2, timeout_s=0.6))
+    scorer = Scorer(RewardsConfig(terms=(RewardConfig(name="shapes"),), retries=2, timeout_s=1.5))
     away = scorer.places["shapes"] = Away()
     assert scorer.measure(IMAGES, PROMPTS).failed == {"shapes": (3, "no answer")}
-    assert len(away.given_s) == 3 and all(0.1 < given <= 0.2 for given in away.given_s)
+    assert len(away.given_s) == 3 and all(0 < given <= 0.5 for given in away.given_s)
 
 
 def test_starting_a_process_does_not_count_unless_it_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:

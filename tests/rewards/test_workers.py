@@ -201,8 +201,7 @@ ENDS = {
 
 
 def test_processes_end_with_the_one_that_started_them(child_environment: dict[str, str], tmp_path: Path) -> None:
-    """Hanging in a reward, which has started one of its own, they neither outlive it nor keep it from ending, however it
-    ends."""
+    """Hanging in a reward that has started one of its own, they neither outlive it nor keep it from ending."""
     parents = {}
     for how, code in ENDS.items():
         script = tmp_path / f"{how}.py"
