@@ -370,8 +370,14 @@ def check_ranks(config: Config, num_ranks: int) -> None:
     """Makes sure that an iteration divides among the ranks, and a rank's share of it into micro-batches.
 
     Raises:
-        UserError: it does not; the nearest value that does is named. Or there are fewer held-out prompts than ranks.
+        UserError: it does not; the nearest value that does is named. Or there are fewer held-out prompts than ranks, or
+            other ranks would not wait for a reward as long as it may take.
     """
+    if num_ranks > 1 and config.rewards.timeout_s >= config.parallel.timeout_s:
+        raise UserError(
+            f"rewards.timeout_s must be below parallel.timeout_s, {config.parallel.timeout_s:g}, for which other ranks "
+            f"wait; got {config.rewards.timeout_s:g}"
+        )
     updates, size, micro = (
         config.optimizer.steps_per_iteration,
         config.groups.size,
@@ -582,7 +588,7 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def _apply(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    *sections, last = key.strip().split(".")
+    *sections, last = _path(key.strip())
     if not equals or not last:
         raise UserError(f"--set takes key=value, such as optimizer.lr=1e-4, got {override!r}")
     for section in sections:
@@ -600,6 +606,12 @@ REMOVED = {
     "stop did, and a larger share leaves such samples out, as skip did"
 }
 """Keys of earlier versions, and what to write instead."""
+
+
+def _path(key: str) -> list[str]:
+    """The parts of a key. The name of a reward of one's own has dots, and a colon, which no key has."""
+    running = re.fullmatch(r"(rewards)\.(running)\.(.+?)(?:\.([^.:]*))?", key)
+    return [part for part in running.groups() if part is not None] if running else key.split(".")
 
 
 def _explain(error: ValidationError) -> str:

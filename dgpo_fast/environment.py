@@ -17,6 +17,9 @@ PACKAGES = (
     "numpy",
 )  # fmt: skip
 
+WORKERS_VARIABLE = "DGPO_FAST_REWARD_PROCESSES"
+"""In a worker process of a reward: how many of them the rank has. torchrun says in LOCAL_WORLD_SIZE how many ranks."""
+
 
 def describe_environment() -> dict[str, object]:
     """{"versions": {package: version}, "machine": str, "command": str}."""
@@ -45,6 +48,12 @@ def machine_name() -> str:
 def num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_of_cores() -> int:
+    """Cores for this process, where other ranks here, and other workers of a reward, take as many; at least 1."""
+    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * int(os.environ.get(WORKERS_VARIABLE, "1"))
+    return max(1, num_cores() // sharers)
 
 
 def peak_memory_gb(device: torch.device) -> float:

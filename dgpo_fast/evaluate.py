@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -165,9 +166,9 @@ def _score_share(
             )
             if chunk:
                 scoring.add(x0_BCHW, [prompt for prompt in chunk for _ in range(images_per_prompt)])
-    # A rank on which a reward has failed for all has the names of its metrics from another.
-    for names in world.gather_objects(scorer.metric_names):
-        scorer.metric_names = {**names, **scorer.metric_names}
+    # In the order that the first rank has seen them, that all choose alike; it has none where a reward failed for all.
+    of_ranks = world.gather_objects(scorer.metric_names)
+    scorer.metric_names.update(ChainMap(*of_ranks))
     scores = scoring.scores()
     check()
     _check_failures(scores, len(prompts) * images_per_prompt, config, world, say)

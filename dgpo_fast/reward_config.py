@@ -49,7 +49,7 @@ class RunningConfig(Section):
     def _is_a_url(cls, url: str | None) -> str | None:
         if url is None:
             return None
-        if not _is_url(url):
+        if not is_url(url):
             raise ValueError(f"rewards.running: expected a url such as http://host:8000, got {url!r}")
         return url.rstrip("/")
 
@@ -94,7 +94,7 @@ class OcrConfig(Section):
     """The reward `ocr`: is the text that the prompt asks for in the image?"""
 
     threads: Count | None = None
-    """Images read at a time, on a core each; null for this rank's share of the cores that the process may use."""
+    """Images read at a time, on a core each; null for this process's share of the cores."""
 
 
 class JudgeConfig(Section):
@@ -124,6 +124,9 @@ class JudgeConfig(Section):
     """Requests at a time."""
     timeout_s: Positive = 60.0
     """For how long the server may be silent before the request counts as failed."""
+    deadline_s: Positive = 300.0
+    """For all images of a batch together: those without an answer by then have no score. At most half of
+    `rewards.timeout_s`, within which images without a score are asked about once more."""
     retries: Index = 4
     """How often a request is sent again after a timeout, a lost connection or an error of the server."""
     backoff_s: NonNegative = 1.0
@@ -158,7 +161,10 @@ class RewardsConfig(Section):
     """How often a reward is asked again for images that it raised for, before it is asked for each alone; with 0 it is
     not asked again at all."""
     timeout_s: Positive = 600.0
-    """How long one reward may take for one batch. In this process it cannot be stopped: the run ends."""
+    """How long one reward may take for one batch, all retries included; processes that have to be started anew have
+    another ten minutes. In worker processes or behind HTTP it has an equal share, timeout_s / (1 + retries), for each
+    time that it is asked. In this process it cannot be stopped: the run ends. Below `parallel.timeout_s`, for which
+    other ranks wait."""
     max_failed_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Of an iteration's images, on all ranks, or of an evaluation's: how many may be left without a reward, and out of
     their groups, before the run ends; 0 ends it at the first."""
@@ -184,6 +190,17 @@ class RewardsConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _judges_end_in_time(self) -> RewardsConfig:
+        for term in self.terms:
+            judge = getattr(self, term.name, None) if term.name in type(self).model_fields else None
+            if isinstance(judge, JudgeConfig) and judge.deadline_s > self.timeout_s / 2:
+                raise ValueError(
+                    f"{judge.key}.deadline_s must be at most half of rewards.timeout_s, {self.timeout_s / 2:g}, got "
+                    f"{judge.deadline_s:g}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _only_rewards_run(self) -> RewardsConfig:
         names = list(dict.fromkeys(term.name for term in self.terms))
         for name in self.running:
@@ -193,11 +210,12 @@ class RewardsConfig(Section):
         return self
 
 
-def _is_url(text: str) -> bool:
+def is_url(text: str) -> bool:
+    """Whether it is the address of a server, without a password, a query and a fragment, which would go unused."""
     try:
         parts = urlsplit(text)
         port = parts.port
     except ValueError:
         return False
-    has_rest = parts.query or parts.fragment or parts.username
+    has_rest = "@" in parts.netloc or "?" in text or "#" in text
     return parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0 and not has_rest

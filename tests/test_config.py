@@ -318,6 +318,31 @@ def test_a_mistake_in_an_override_is_one_line(override: str, message: str) -> No
     assert message in str(error.value)
 
 
+OWN = "my_package.rewards:Mine"
+
+
+@pytest.mark.parametrize("override", [f"rewards.running.{OWN}.processes=3", f"rewards.running.{OWN}={{processes: 3}}"])
+def test_the_name_of_a_reward_of_ones_own_may_stand_in_a_key(override: str) -> None:
+    """For all its dots."""
+    recipe = load_recipe("tiny-dgpo", [f"rewards.terms=[{{name: '{OWN}'}}]", override])
+    assert {name: running.processes for name, running in recipe.rewards.running.items()} == {OWN: 3}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"rewards.running.{OWN}.proceses=3", f"unknown key 'rewards.running.{OWN}.proceses'; did you mean 'processes"),
+        (f"rewards.running.{OWN}.=3", "--set takes key=value"),
+        ("rewards.running.=3", "--set takes key=value"),
+        ("rewards.running.my_package.rewards:Mime.processes=3", f"; did you mean '{OWN}'?"),
+    ],
+)
+def test_a_mistake_in_such_a_key_is_one_line(override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe("tiny-dgpo", [f"rewards.terms=[{{name: '{OWN}'}}]", override])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
 def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"did you mean 'tiny-dgpo'.*sd35m-geneval"):
         load_recipe("tiny-dpgo")

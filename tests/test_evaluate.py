@@ -246,6 +246,17 @@ def test_every_image_has_its_scores_in_the_order_of_prompts(policy: AdapterPolic
     assert {name: values_PI.mean() for name, values_PI in scores.items()} == pytest.approx(means, rel=1e-12)
 
 
+def test_ranks_take_the_same_metric_first(
+    policy: AdapterPolicy, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the first rank, where a reward has begun with another on each."""
+    monkeypatch.setattr(World, "gather_objects", lambda self, share: [{"shapes": ["strict", "soft"]}, share])
+    monkeypatch.setattr(World, "sum", lambda self, tensor: tensor)
+    scorer = Scorer(config.rewards)
+    evaluate_view(policy, "ref", PROMPTS, config, scorer, World(rank=1, size=2, device=torch.device("cpu")))
+    assert scorer.metric_names["shapes"] == ["strict", "soft"]
+
+
 class Asked(Exception):
     """A rank has come to where it hears of the others."""
 

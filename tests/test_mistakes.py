@@ -114,6 +114,7 @@ RECIPE_MISTAKES = {
     "rewards.running.shapes.device=gpu": "rewards.running.shapes.device: string should match pattern",
     "rewards.running.shapes.url=localhost:8000": "rewards.running: expected a url such as http://host:8000, got "
     "'localhost:8000'",
+    "rewards.running.shapes.url=http://:pw@a:1": "rewards.running: expected a url such as http://host:8000, got ",
     "rewards.running.shapes={url: 'http://a:1', processes: 2}": "processes 2 is the server's own matter",
     "rewards.running.shapes={url: 'http://a:1', device: cpu}": "rewards.running: device cpu is the server's own matter",
     "steps": "--set takes key=value",

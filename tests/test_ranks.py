@@ -128,6 +128,13 @@ def test_micro_batches_must_divide_a_ranks_share(quick: tuple[str, ...]) -> None
         check_ranks(load_recipe("tiny-dgpo", [*quick, "optimizer.images_per_micro_batch=8"]), 2)
 
 
+def test_ranks_wait_for_each_others_rewards(quick: tuple[str, ...]) -> None:
+    recipe = load_recipe("tiny-dgpo", [*quick, "rewards.timeout_s=1800"])
+    check_ranks(recipe, 1)
+    with pytest.raises(UserError, match=r"rewards\.timeout_s must be below parallel\.timeout_s, 1800, .* got 1800"):
+        check_ranks(recipe, 2)
+
+
 def test_every_rank_draws_a_held_out_prompt(quick: tuple[str, ...]) -> None:
     changes = ["groups.per_iteration=4", "evaluation.num_prompts=3"]
     with pytest.raises(UserError, match=r"evaluation\.num_prompts must be at least the number of ranks, 4, .* got 3"):

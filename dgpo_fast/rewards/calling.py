@@ -7,7 +7,8 @@ A mistake is not: the wrong number of scores, or what the reward itself calls a 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from random import SystemRandom
 from threading import Event, Thread
@@ -24,6 +25,8 @@ Metrics = Mapping[str, float]
 
 BACKOFF_S = 0.5
 """Before the second attempt; doubled for each that follows, and made up to half longer or shorter by chance."""
+START_S = 600.0
+"""For a process to make its reward, whose model may have to be downloaded; and for all such starts of a batch."""
 POLL_S = 0.2
 """How often who waits looks whether it still should."""
 MAX_REASON = 500
@@ -54,10 +57,52 @@ class Abandoned(Exception):
 
 
 class Patience:
-    """How long somebody waits: until a time, and no longer than anybody wants to know."""
+    """How long somebody waits: until a time, and no longer than anybody wants to know.
 
-    def __init__(self, seconds: float, stop: Event) -> None:
+    Args:
+        start_s: beyond that, for processes to be started, all in all.
+        whole: of which it is a part, which ends with it at the latest.
+    """
+
+    def __init__(self, seconds: float, stop: Event, *, start_s: float = 0.0, whole: Patience | None = None) -> None:
         self.seconds, self._stop, self._end = seconds, stop, time.monotonic() + seconds
+        self._start_s, self._whole, self._longest_s = start_s, whole, 0.0
+        if whole is not None:
+            self._end = min(self._end, whole._end)
+
+    def part(self, seconds: float) -> Patience:
+        """Of that many seconds, from now on, or of all that is left."""
+        return Patience(seconds, self._stop, whole=self)
+
+    @property
+    def all_left_to_start(self) -> Patience:
+        """All that a start may take, what is left for answers included."""
+        whole = self._whole or self
+        return Patience(whole._start_s + whole.left, self._stop)
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """While processes are started, which does not count, unless it takes too long."""
+        began = time.monotonic()
+        yield
+        whole = self._whole or self
+        free_s = min(whole._start_s, time.monotonic() - began)
+        whole._start_s -= free_s
+        whole._end += free_s
+        if whole is not self:
+            self._end = min(self._end + free_s, whole._end)
+
+    @contextmanager
+    def calling(self) -> Iterator[None]:
+        """While something is called that nothing can stop."""
+        began = time.monotonic()
+        yield
+        self._longest_s = max(self._longest_s, time.monotonic() - began)
+
+    @property
+    def has_time_for_a_call(self) -> bool:
+        """Whether somebody waits for one that takes as long as the longest so far."""
+        return self.left > self._longest_s and not self._stop.is_set()
 
     @property
     def left(self) -> float:
@@ -183,8 +228,13 @@ class Here:
             for start in range(0, len(prompts), size):
                 patience.check()
                 piece_BCHW, asked = images_BCHW[start : start + size], prompts[start : start + size]
+                if not patience.has_time_for_a_call:  # one that is overdue would end the run
+                    reason = f"not asked: of {patience.seconds:g} s too little is left"
+                    answers.append(Answer(len(asked), None, Failure(reason, is_hang=True)))
+                    continue
                 piece_BCHW = piece_BCHW if self._device is None else piece_BCHW.to(self._device)
-                answers.append(attempt(len(asked), partial(call, self._name, self._reward, piece_BCHW, asked)))
+                with patience.calling():
+                    answers.append(attempt(len(asked), partial(call, self._name, self._reward, piece_BCHW, asked)))
         finally:
             self._asked_until = None
         return answers

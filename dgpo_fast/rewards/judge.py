@@ -7,6 +7,7 @@ import http.client
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -15,7 +16,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from multiprocessing.pool import ThreadPool
+from multiprocessing.pool import AsyncResult, ThreadPool
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from dgpo_fast.errors import UserError, suggest
-from dgpo_fast.reward_config import JudgeConfig
+from dgpo_fast.reward_config import JudgeConfig, is_url
 
 KEY_VARIABLE = "DGPO_FAST_JUDGE_KEY"
 LONGEST_BACKOFF_S = 30.0
@@ -119,8 +120,8 @@ class JudgeReward:
     server is silent for `timeout_s`, answers 408, 429 or 5xx, or what is not JSON.
 
     An image has no score where all of that was in vain, the server refuses the request for its content (any status but
-    these and 200), or the answer cannot be read or is not on the scale. A warning says how many have none, and why the
-    first has not.
+    these and 200), the answer cannot be read or is not on the scale, or there is none `deadline_s` after the batch was
+    handed over. A warning says how many have none, and why the first has not.
 
     Args:
         device: ignored: the model runs where the server is.
@@ -151,16 +152,28 @@ class JudgeReward:
         """
         pixels_BHWC = images_BCHW.float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         num_threads = max(1, min(self._settings.concurrency, len(prompts)))
+        end = time.monotonic() + self._settings.deadline_s
         with ThreadPool(num_threads) as pool:  # of daemons: a server that hangs must not keep the process alive
-            outcomes = pool.starmap(self._outcome, zip(pixels_BHWC, prompts, strict=True), chunksize=1)
+            asked = [pool.apply_async(self._outcome, (*one, end)) for one in zip(pixels_BHWC, prompts, strict=True)]
+            outcomes = [self._await(each, end) for each in asked]
         self._report([outcome for outcome in outcomes if isinstance(outcome, NoScoreError)], len(outcomes))
         answers = [math.nan if isinstance(outcome, NoScoreError) else outcome for outcome in outcomes]
         worst, best = self._template.scale
         return {self._settings.section: [(answer - worst) / (best - worst) for answer in answers], "answer": answers}
 
-    def _outcome(self, pixels_HWC: NDArray[np.uint8], prompt: str) -> float | NoScoreError:
+    def _await(self, outcome: AsyncResult[float | NoScoreError], end: float) -> float | NoScoreError:
+        # The threads watch the time, too, but a server that sends byte after byte keeps one for ever.
         try:
-            answer = read_answer(self._complete(self._request(pixels_HWC, prompt)), self._template)
+            return outcome.get(max(0.0, end - time.monotonic()))
+        except multiprocessing.TimeoutError:
+            return self._too_late()
+
+    def _too_late(self) -> NoScoreError:
+        return NoScoreError(f"no answer within {self._settings.deadline_s:g} s ({self._settings.key}.deadline_s)")
+
+    def _outcome(self, pixels_HWC: NDArray[np.uint8], prompt: str, end: float) -> float | NoScoreError:
+        try:
+            answer = read_answer(self._complete(self._request(pixels_HWC, prompt), end), self._template)
         except NoScoreError as error:
             return error
         worst, best = self._template.scale
@@ -187,23 +200,25 @@ class JudgeReward:
             body |= {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
         return json.dumps(body).encode()
 
-    def _complete(self, request: bytes) -> Any:
-        """The server's completion, decoded, from as many requests as it takes."""
+    def _complete(self, request: bytes, end: float) -> Any:
+        """The server's completion, decoded, from as many requests as it takes and there is time for."""
         attempt = 0
-        while True:
+        while (left_s := end - time.monotonic()) > 0:
             try:
-                return self._post(request)
+                return self._post(request, min(self._settings.timeout_s, left_s))
             except _RetryError as error:
                 if attempt == self._settings.retries:
                     raise error.final(str(error)) from None
             longest_s = min(self._settings.backoff_s * 2**attempt, LONGEST_BACKOFF_S)
-            time.sleep(longest_s * _JITTER.uniform(0.5, 1))  # what failed at once must not come back at once
+            wait_s = longest_s * _JITTER.uniform(0.5, 1)  # what failed at once must not come back at once
+            time.sleep(min(wait_s, max(0.0, end - time.monotonic())))
             attempt += 1
+        raise self._too_late()
 
-    def _post(self, request: bytes) -> Any:
+    def _post(self, request: bytes, timeout_s: float) -> Any:
         parts = urlsplit(self._url)
         make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        with closing(make(parts.hostname or "", parts.port, timeout=self._settings.timeout_s)) as connection:
+        with closing(make(parts.hostname or "", parts.port, timeout=timeout_s)) as connection:
             try:
                 connection.connect()
             except OSError as error:
@@ -318,12 +333,7 @@ def _checked_url(settings: JudgeConfig) -> str:
     expected = "expected the address of an OpenAI-compatible server's API, as http://localhost:8000/v1"
     if url is None:
         raise UserError(f"{settings.key}.url: not set; {expected}")
-    try:
-        parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number
-        is_address = False
-    if not is_address:
+    if not is_url(url):
         raise UserError(f"{settings.key}.url: {expected}, got {url!r}")
     return url.rstrip("/")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -15,7 +14,7 @@ from rapidfuzz.distance import Levenshtein
 from rapidocr.utils.output import RapidOCROutput
 from torch import Tensor
 
-from dgpo_fast.environment import num_cores
+from dgpo_fast.environment import share_of_cores
 from dgpo_fast.errors import UserError
 from dgpo_fast.reward_config import OcrConfig
 
@@ -70,7 +69,7 @@ class OcrReward:
 
     def __init__(self, settings: OcrConfig, *, device: torch.device) -> None:
         self._engine = rapidocr.RapidOCR(params=_ENGINE)
-        self._num_threads = settings.threads or _share_of_cores()
+        self._num_threads = settings.threads or share_of_cores()
 
     def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Mapping[str, Sequence[float]]:
         """Both metrics.
@@ -131,8 +130,3 @@ def similarity(found: str, target: str) -> float:
 
 def _normalised(text: str) -> str:
     return text.replace(" ", "").lower()
-
-
-def _share_of_cores() -> int:
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun sets it
-    return max(1, num_cores() // ranks)

@@ -86,7 +86,7 @@ class OverlappedScoring:
         self._abandoned = False
 
     def __enter__(self) -> OverlappedScoring:
-        self._scorer.stop.clear()
+        self._scorer.resume()
         self._thread.start()
         return self
 

@@ -71,10 +71,14 @@ class Remote:
         per_image = images_BCHW[0].numel() * 4
         # Less than all that fits: prompts and names need some room too.
         size = max(1, min(self._at_once, int(0.9 * self._max_bytes) // per_image))
-        return [
-            self._ask(images_BCHW[start : start + size], prompts[start : start + size], patience)
-            for start in range(0, len(prompts), size)
-        ]
+        answers: list[Answer] = []
+        for start in range(0, len(prompts), size):
+            asked, before = prompts[start : start + size], answers[-1].failure if answers else None
+            if before is not None and before.is_hang:  # which took all the time that there was
+                answers.append(Answer(len(asked), None, before))
+            else:
+                answers.append(self._ask(images_BCHW[start : start + size], asked, patience))
+        return answers
 
     def close(self) -> None:
         """Ends the connection; the next request makes another."""
@@ -88,6 +92,8 @@ class Remote:
 
     def _ask(self, images_BCHW: Tensor, prompts: Sequence[str], patience: Patience) -> Answer:
         count = len(prompts)
+        if not wire.are_pixels(images_BCHW).all():  # what a server refuses, and other images are sent without
+            return Answer(count, None, Failure("its pixels are not in [0, 1]"))
         try:
             response = self._send("POST", "/score", wire.pack(images_BCHW, prompts), patience)
         except _Unreached as error:
@@ -131,22 +137,22 @@ class Remote:
             _Unreached: none came in time.
             Abandoned: nobody waits.
         """
-        attempt, reason = 0, "it was not over"
+        attempt, reason = 0, ""
         while not patience.is_over:
             was_open, wait = self._connection is not None, backoff(attempt)
             found = self._try(partial(self._exchange, method, path, body, patience), patience)
             if isinstance(found, _Response):
                 if found.status not in BUSY:
                     return found
-                reason, wait = f"status {found.status}: {_error(found)}", found.retry_after_s or wait
+                reason, wait = f" (status {found.status}: {_error(found)})", found.retry_after_s or wait
             elif found is not None:
-                reason = f"{type(found).__name__}: {found}"
+                reason = f" ({type(found).__name__}: {found})"
                 if was_open and attempt == 0:
                     wait = 0  # a server ends connections that nobody used for a while
             patience.sleep(wait)
             attempt += 1
         patience.check()
-        raise _Unreached(f"no answer within {patience.seconds:g} s ({reason})")
+        raise _Unreached(f"no answer within {patience.seconds:g} s{reason}")
 
     def _try(self, exchange: Callable[[], _Response], patience: Patience) -> _Response | Exception | None:
         """What an exchange gives, or the network's error; None where patience was over first.

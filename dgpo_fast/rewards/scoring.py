@@ -3,6 +3,10 @@
 A reward that raises for a batch is asked again for what it owes, `rewards.retries` times, then for each image alone.
 One that did not answer at all is not asked for each: that would take as long each time. A score that is not finite is
 asked for once more, alone. What then has no score is a failed image: NaN, and no error until they are too many.
+
+All of that together takes no more than `rewards.timeout_s`, which a reward elsewhere has in equal shares for each time
+that it is asked for the batch: one that hangs is given up in time for the next. What runs in this process cannot be
+given up, so it is asked again only as long as there is time for a call such as the longest so far.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from torch import Tensor
 from dgpo_fast.errors import UserError, suggest
 from dgpo_fast.reward_config import RewardConfig, RewardsConfig
 from dgpo_fast.rewards.base import check_metric
-from dgpo_fast.rewards.calling import MAX_REASON, Here, Metrics, Patience, Place, backoff
+from dgpo_fast.rewards.calling import MAX_REASON, START_S, Here, Metrics, Patience, Place, backoff
 from dgpo_fast.rewards.places import place_of
 
 
@@ -64,7 +68,9 @@ class Scorer:
         self.stop = Event()
         """Set where nobody waits for scores any more."""
         self.metric_names: dict[str, Sequence[str]] = {}
-        """Of each reward that has scored an image."""
+        """Of each reward that has scored an image, in the order in which they first came: the first is what a term
+        without a metric is of, whatever order later ones come in."""
+        self._is_closed = False
         self.places: dict[str, Place] = {}
         try:
             for term in config.terms:
@@ -84,9 +90,19 @@ class Scorer:
         self.close()
 
     def close(self) -> None:
+        self._is_closed = True
         self.stop.set()
         for place in self.places.values():
             place.close()
+
+    def resume(self) -> None:
+        """Has somebody wait for scores again, once nobody did.
+
+        Raises:
+            RuntimeError: it is closed.
+        """
+        self._refuse_closed()
+        self.stop.clear()
 
     def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Scores:
         """Scores of `images_BCHW`, a prompt each.
@@ -107,7 +123,9 @@ class Scorer:
         Raises:
             UserError: a reward returns the wrong number of scores or lacks the recipe's metric, or says so itself.
             Abandoned: nobody waits any more.
+            RuntimeError: it is closed.
         """
+        self._refuse_closed()
         is_away = {name: place.is_elsewhere for name, place in self.places.items()}
         on_cpu = images_BCHW.cpu() if any(is_away.values()) else images_BCHW
         inquiries = {
@@ -125,9 +143,6 @@ class Scorer:
         for name, thread in threads.items():
             thread.join()
             inquiries[name].check()
-        for name, inquiry in inquiries.items():
-            if (row := next(filter(None, inquiry.found), None)) is not None:
-                self.metric_names[name] = list(row)
         lacking = {name: inquiry.lacking() for name, inquiry in inquiries.items()}
         return Measured(
             metrics={name: inquiry.found for name, inquiry in inquiries.items()},
@@ -171,10 +186,14 @@ class Scorer:
                     f"cannot be stopped in this process; one of its own can: rewards.running.{name}.processes=1"
                 )
 
+    def _refuse_closed(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("rewards: this Scorer is closed, and what ran for it has ended; make another")
+
     def _join(self, name: str, rows: Sequence[Metrics | None]) -> dict[str, Tensor]:
         """The metrics of a reward for all images, NaN where it failed; none where it has never scored."""
         scored = [row for row in rows if row is not None]
-        expected = list(scored[0]) if scored else self.metric_names.get(name, [])
+        expected = self.metric_names.get(name, [])
         for row in scored:
             if row.keys() != set(expected):
                 raise UserError(
@@ -203,6 +222,7 @@ class _Inquiry:
         self._name, self._images_BCHW, self._prompts = name, images_BCHW, prompts
         self._place, self._config, self._stop = scorer.places[name], scorer.config, scorer.stop
         self._terms = [term for term in scorer.config.terms if term.name == name]
+        self._metric_names = scorer.metric_names
 
     def carry_out(self) -> None:
         """Asks; what goes wrong beyond a failure is for `check` to raise, perhaps in another thread."""
@@ -220,23 +240,30 @@ class _Inquiry:
         return [row for row in range(len(self.found)) if not self._is_finite(row)]
 
     def _ask_for_all(self) -> None:
-        self._ask(range(len(self._prompts)), self._patience())
+        whole = Patience(self._config.timeout_s, self._stop, start_s=START_S)
+        self._ask(range(len(self._prompts)), self._share(whole))
         for attempt in range(self._config.retries):
-            if unanswered := self._unanswered():
-                self._patience().sleep(backoff(attempt))
-                self._ask(unanswered, self._patience())
+            if (unanswered := self._unanswered()) and whole.has_time_for_a_call:
+                share = self._share(whole)
+                share.sleep(backoff(attempt))
+                self._ask(unanswered, share)
         if self._config.retries:
             unanswered = [row for row in self._unanswered() if row not in self._hung]
-            self._ask_one_by_one(unanswered if len(unanswered) > 1 else [])
-            self._ask_one_by_one([row for row in self.lacking() if self.found[row] is not None])
+            self._ask_one_by_one(unanswered if len(unanswered) > 1 else [], whole)
+            self._ask_one_by_one([row for row in self.lacking() if self.found[row] is not None], whole)
 
-    def _ask_one_by_one(self, rows: Sequence[int]) -> None:
-        """Each that can be begun in the time that a batch may take."""
-        together = self._patience()
+    def _ask_one_by_one(self, rows: Sequence[int], whole: Patience) -> None:
+        """Each for which there is time."""
         for row in rows:
-            if not together.is_over:
-                self._ask([row], self._patience())
-        together.check()
+            if whole.has_time_for_a_call:
+                self._ask([row], self._share(whole))
+        whole.check()
+
+    def _share(self, whole: Patience) -> Patience:
+        """For one time that the reward is asked."""
+        if not self._place.is_elsewhere:
+            return whole
+        return whole.part(self._config.timeout_s / (1 + self._config.retries))
 
     def _ask(self, rows: Sequence[int], patience: Patience) -> None:
         patience.check()
@@ -254,8 +281,9 @@ class _Inquiry:
 
     def _take(self, row: int, metrics: Metrics) -> None:
         self.found[row] = metrics
+        self._metric_names.setdefault(self._name, list(metrics))
         for term in self._terms:
-            metric = term.metric or next(iter(metrics))
+            metric = self._chosen(term)
             if metric not in metrics:
                 raise UserError(f"rewards: {term.name!r} has no metric {metric!r}{suggest(metric, metrics)}")
             if not isfinite(metrics[metric]):
@@ -263,15 +291,13 @@ class _Inquiry:
 
     def _is_finite(self, row: int) -> bool:
         metrics = self.found[row]
-        return metrics is not None and all(
-            isfinite(metrics[term.metric or next(iter(metrics))]) for term in self._terms
-        )
+        return metrics is not None and all(isfinite(metrics[self._chosen(term)]) for term in self._terms)
+
+    def _chosen(self, term: RewardConfig) -> str:
+        return term.metric or self._metric_names[self._name][0]
 
     def _unanswered(self) -> list[int]:
         return [row for row, metrics in enumerate(self.found) if metrics is None]
-
-    def _patience(self) -> Patience:
-        return Patience(self._config.timeout_s, self._stop)
 
 
 def total_failures(of_parts: Iterable[Mapping[str, Failed]]) -> dict[str, Failed]:

@@ -26,7 +26,7 @@ from socketserver import TCPServer
 from threading import BoundedSemaphore, Lock, Thread, Timer
 from types import FrameType
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import torch
 
@@ -205,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._is_read = False
         try:
             self._check_sender()
-            path = urlsplit(self.path).path
+            path = _split(self.path).path
             if path not in ways:
                 raise _Refused(404, f"{self.command} {path}: expected GET /health or POST /score"[:200])
             self._send(200, ways[path](), is_last=False)
@@ -224,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
         if token and not hmac.compare_digest(given.encode("latin-1", "replace"), f"Bearer {token}".encode()):
             raise _Refused(401, f"expected the token of this server ({wire.TOKEN})")
         # A web page whose own name has come to mean this machine would send that name.
-        host = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
+        host = _split(f"//{self.headers.get('Host', '')}").hostname or ""
         if not token and not _is_loopback(host):
             raise _Refused(403, f"host {host!r}: without a token, only this machine is answered"[:200])
 
@@ -313,6 +313,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _hang_up(self) -> None:
         with suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
+
+
+def _split(address: str) -> SplitResult:
+    try:
+        return urlsplit(address)
+    except ValueError as error:  # brackets that hold no IPv6 address
+        raise _Refused(400, f"{address!r}: {error}"[:200]) from None
 
 
 def serve_reward(

@@ -28,6 +28,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from dgpo_fast.errors import UserError
 from dgpo_fast.records import Prompt
 from dgpo_fast.rewards.calling import Metrics
 
@@ -43,9 +44,13 @@ class Malformed(ValueError):
 
 
 def pack(images_BCHW: Tensor, prompts: Sequence[str]) -> list[bytes | memoryview]:
-    """The body of a request for float32 images on the CPU, in parts: the last is the images' own memory."""
-    named = [{"text": str(prompt), "metadata": dict(getattr(prompt, "metadata", {}))} for prompt in prompts]
-    header = json.dumps({"prompts": named, "images": "safetensors"}).encode()
+    """The body of a request for float32 images on the CPU, in parts: the last is the images' own memory.
+
+    Raises:
+        UserError: a prompt's metadata are nothing that JSON can hold.
+    """
+    named = ", ".join(map(_packed, prompts))
+    header = f'{{"prompts": [{named}], "images": "safetensors"}}'.encode()
     data = images_BCHW.float().contiguous().numpy().data.cast("B")
     # By hand, since the library's own writer copies the images twice.
     entry = {"dtype": "F32", "shape": list(images_BCHW.shape), "data_offsets": [0, len(data)]}
@@ -76,12 +81,18 @@ def unpack(body: bytes | bytearray, *, max_images: int, max_bytes: int) -> tuple
         case "safetensors":
             images_BCHW = _safetensors(bytes(rest), max_bytes=max_bytes)
         case "png":
-            images_BCHW = _pngs(rest, header.get("bytes"), max_bytes=max_bytes)
+            images_BCHW = _pngs(rest, header.get("bytes"), count=len(prompts), max_bytes=max_bytes)
         case other:
             raise Malformed(f"images: expected safetensors or png, got {other!r}"[:200])
     if len(images_BCHW) != len(prompts):
         raise Malformed(f"{len(images_BCHW)} images for {len(prompts)} prompts")
     return images_BCHW, prompts
+
+
+def are_pixels(images_BCHW: Tensor) -> Tensor:
+    """Whether all of an image is in [0, 1], bool [B]."""
+    least_B, most_B = images_BCHW.flatten(1).aminmax(dim=1)  # NaN where one is
+    return (least_B >= 0) & (most_B <= 1)
 
 
 class TooMuch(ValueError):
@@ -106,10 +117,13 @@ def unpack_metrics(body: bytes) -> dict[str, Tensor]:
     for name, column in columns.items():
         if not isinstance(column, list) or not all(value is None or _is_number(value) for value in column):
             raise Malformed(f"expected numbers or null in the metric {name!r}")
-    return {
-        name: torch.tensor([torch.nan if value is None else value for value in column], dtype=torch.float32)
-        for name, column in columns.items()
-    }
+    try:
+        return {
+            name: torch.tensor([torch.nan if value is None else float(value) for value in column], dtype=torch.float32)
+            for name, column in columns.items()
+        }
+    except OverflowError:
+        raise Malformed("expected numbers, got an integer beyond all floats") from None
 
 
 def unpack_object(body: bytes) -> Mapping[str, Any]:
@@ -119,6 +133,16 @@ def unpack_object(body: bytes) -> Mapping[str, Any]:
         Malformed: it is none.
     """
     return _json(body)
+
+
+def _packed(prompt: str) -> str:
+    """A prompt in JSON."""
+    try:
+        return json.dumps({"text": str(prompt), "metadata": dict(getattr(prompt, "metadata", {}))})
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"rewards: the metadata of the prompt {str(prompt)!r} cannot be sent to a server as JSON: {error}"
+        ) from None
 
 
 def _json(data: bytes) -> dict[str, Any]:
@@ -160,12 +184,16 @@ def _safetensors(data: bytes, *, max_bytes: int) -> Tensor:
         return images.float() / 255
     if images.dtype != torch.float32:
         raise Malformed(f"images: expected float32 or uint8, got {images.dtype}")
+    if not are_pixels(images).all():
+        raise Malformed("images: expected float32 in [0, 1]")
     return images
 
 
-def _pngs(data: memoryview, lengths: object, *, max_bytes: int) -> Tensor:
+def _pngs(data: memoryview, lengths: object, *, count: int, max_bytes: int) -> Tensor:
     if not isinstance(lengths, list) or not all(type(length) is int and length > 0 for length in lengths):
         raise Malformed("bytes: expected the length of each PNG file")
+    if len(lengths) != count:
+        raise Malformed(f"{len(lengths)} images for {count} prompts")
     if sum(lengths) != len(data):
         raise Malformed(f"bytes: {sum(lengths)} of PNG files, got {len(data)}")
     images: list[Tensor] = []

@@ -7,8 +7,9 @@ Processes are spawned, not forked, which CUDA would not survive. They begin with
 script of one's own that trains does so under `if __name__ == "__main__":`.
 
 A process ends with the one that started it, however that ended: a pipe between them closes, which a thread of the
-process waits for. It does not answer to SIGINT and SIGTERM, which a terminal or a scheduler sends to all processes of a
-run: that run still wants the scores of its last step.
+process waits for. It leads a group of its own, so that what a reward has started ends with it, too. It does not answer
+to SIGINT and SIGTERM, which a scheduler sends to all processes of a run: that run still wants the scores of its last
+step.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ import signal
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from threading import Event, Thread
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,14 +36,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dgpo_fast.environment import num_cores
+from dgpo_fast.environment import WORKERS_VARIABLE, share_of_cores
 from dgpo_fast.errors import UserError
 from dgpo_fast.reward_config import RewardsConfig
 from dgpo_fast.rewards.base import Reward, load_reward, register_reward, registered
-from dgpo_fast.rewards.calling import Answer, Failure, Patience, attempt, call
+from dgpo_fast.rewards.calling import START_S, Answer, Failure, Patience, attempt, call
 
-START_S = 600.0
-"""For a process to make its reward, whose model may have to be downloaded."""
 OWN_END_S = 30.0
 """Beyond its time, after which a process that hangs ends by itself, were the one that started it hanging too."""
 BURIAL_S = 5.0
@@ -66,25 +67,25 @@ class Workers:
     def __init__(self, name: str, settings: RewardsConfig, *, device: torch.device, stop: Event) -> None:
         running = settings.running[name]
         assert running.processes is not None
-        self._name, self._images_per_call, self._stop = name, running.images_per_call, stop
+        self._images_per_call = running.images_per_call
         order = _Order(
             name=name,
             factory=_for_others(name),
             settings=settings,
             device=str(device),
-            num_threads=max(1, num_cores() // running.processes),
+            num_processes=running.processes,
             limit_s=settings.timeout_s + OWN_END_S,
         )
         self._workers = [_Worker(order) for _ in range(running.processes)]
         weakref.finalize(self, _kill, self._workers).atexit = False
-        missing = self._start()
+        missing = self._start(Patience(START_S, stop))
         if missing is not None:
             self.close()
             raise UserError(f"rewards.running.{name}.processes: {missing}")
 
     def ask(self, images_BCHW: Tensor, prompts: Sequence[str], patience: Patience) -> list[Answer]:
-        missing = self._start()
-        patience = Patience(patience.seconds, self._stop)  # begins once there is somebody to ask
+        with patience.starting():
+            missing = self._start(patience.all_left_to_start)
         patience.check()
         errand = _Errand(images_BCHW, prompts, self._pieces(len(prompts)))
         ready = {worker: Thread(target=errand.serve, args=(worker,), daemon=True) for worker in self._workers}
@@ -103,12 +104,11 @@ class Workers:
     def close(self) -> None:
         _kill(self._workers)
 
-    def _start(self) -> str | None:
+    def _start(self, patience: Patience) -> str | None:
         """Starts what does not run, all at once; why one of them could not be."""
         starting = [worker for worker in self._workers if not worker.is_ready]
         for worker in starting:
             worker.start()
-        patience = Patience(START_S, self._stop)
         found = [worker.await_reward(patience) for worker in starting]
         return next((reason for reason in found if reason is not None), None)
 
@@ -155,7 +155,7 @@ class _Order(NamedTuple):
     factory: Any  # what recipes name so where this process has registered it, else None
     settings: RewardsConfig
     device: str
-    num_threads: int
+    num_processes: int  # that do it
     limit_s: float
 
 
@@ -166,7 +166,7 @@ class _Worker:
         self._order = order
         self._process: multiprocessing.process.BaseProcess | None = None
         self._pipe: Connection[Any, Any] | None = None
-        self._made = False
+        self._made = self._is_group_ended = False
         self._killed_for: Failure | None = None
         _all.add(self)
 
@@ -176,9 +176,10 @@ class _Worker:
 
     def start(self) -> None:
         self.kill()
-        self._killed_for = None
+        self._killed_for, self._is_group_ended = None, False
         self._pipe, theirs = _SPAWN.Pipe()
-        self._process = _SPAWN.Process(target=_work, args=(theirs, self._order), name="reward", daemon=True)
+        # A daemon might start no processes of its own, as a reward with a pool does.
+        self._process = _SPAWN.Process(target=_work, args=(theirs, self._order), name="reward", daemon=False)
         self._process.start()
         theirs.close()  # or the pipe would not end with the process
 
@@ -218,11 +219,21 @@ class _Worker:
         self._made, self._killed_for = False, Failure(reason, is_hang=True) if reason else self._killed_for
         if self._process is not None:
             self._process.kill()
+            self._end_group()
             self._process.join(BURIAL_S)
+
+    def _end_group(self) -> None:
+        """Ends what the reward has started, once: its number may be another's one day."""
+        assert self._process is not None and self._process.pid is not None
+        if not self._is_group_ended:
+            with suppress(ProcessLookupError):  # it has not come to lead one, or nothing of it is left
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._is_group_ended = True
 
     def _end(self) -> Failure:
         """Why the process is gone."""
         assert self._process is not None
+        self._end_group()
         self._process.join(BURIAL_S)
         self._made = False
         code = self._process.exitcode
@@ -260,10 +271,12 @@ def _for_others(name: str) -> Any:
 
 
 def _work(pipe: Connection[Any, Any], order: _Order) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    os.setpgid(0, 0)
+    before = {number: signal.signal(number, _not_heard) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A pool ends its processes by SIGTERM: those that it forks hear it. Those that it spawns would inherit SIG_IGN.
+    os.register_at_fork(after_in_child=lambda: [signal.signal(number, how) for number, how in before.items()])
     Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(order.num_threads)
+    _take_share_of_cores(order.num_processes)
     device = torch.device(order.device)
     try:
         if order.factory is not None:
@@ -287,6 +300,15 @@ def _work(pipe: Connection[Any, Any], order: _Order) -> None:
         pipe.send(answer)
 
 
+def _not_heard(number: int, frame: FrameType | None) -> None:
+    """Nothing."""
+
+
+def _take_share_of_cores(num_processes: int) -> None:
+    os.environ[WORKERS_VARIABLE] = str(num_processes)
+    torch.set_num_threads(share_of_cores())
+
+
 def _answer(name: str, reward: Reward, images_BCHW: Tensor, prompts: Sequence[str]) -> Answer | UserError:
     try:
         return attempt(len(prompts), partial(call, name, reward, images_BCHW, prompts))
@@ -298,4 +320,4 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import multiprocessing
 import os
 import signal
 import time
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 HOURS_S = 10_000.0
+FORK = multiprocessing.get_context("fork")
 
 
 class Brightness:
@@ -61,7 +64,8 @@ class Brightness:
 class Obedient:
     """A reward that says of what it was given, and by whom, unless a prompt's metadata tell it to do something else.
 
-    {"do": HOW}, as above, with {"once": FILE} only where FILE is not there yet, and makes it.
+    {"do": HOW}, as above, or "start": a process that does not end, and its number is the score; or "pool": it squares
+    the score in another process. With {"once": FILE} only where FILE is not there yet, and makes it.
     """
 
     def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Mapping[str, Sequence[float]]:
@@ -70,6 +74,7 @@ class Obedient:
             "told": [float(told(prompt).get("told", 0)) for prompt in prompts],
             "process": [float(os.getpid())] * len(prompts),
             "images": [float(len(images_BCHW))] * len(prompts),
+            "processes": [float(os.environ.get("DGPO_FAST_REWARD_PROCESSES", 0))] * len(prompts),
         }
         for place, prompt in enumerate(prompts):
             how, once = told(prompt).get("do"), told(prompt).get("once")
@@ -91,6 +96,13 @@ def obey(how: str, scores: dict[str, list[float]], place: int) -> None:
         raise RuntimeError("told to")
     elif how == "short":
         scores["mean"].pop()
+    elif how == "start":
+        child = FORK.Process(target=time.sleep, args=(HOURS_S,))
+        child.start()
+        scores["mean"][place] = float(child.pid or 0)
+    elif how == "pool":
+        with FORK.Pool(2) as pool:
+            scores["mean"][place] = pool.map(math.sqrt, [scores["mean"][place]])[0]
     else:
         scores["mean"][place] = float(how)
 

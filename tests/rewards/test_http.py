@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
 import pickle
@@ -211,6 +212,7 @@ def test_the_wrong_number_of_scores_is_an_error(output: Any) -> None:
 
 
 def test_a_slow_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time after its share, and after `timeout_s` for good."""
     let_go, calls = threading.Event(), []
 
     def reward(images_BCHW: Tensor, prompts: Sequence[str]) -> list[float]:
@@ -218,7 +220,7 @@ def test_a_slow_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         assert let_go.wait(TOO_LONG_S)
         return [1.0] * len(prompts)
 
-    with serving(reward) as own, asking(own.url, timeout_s=0.3) as scorer:
+    with serving(reward) as own, asking(own.url, timeout_s=0.6) as scorer:
         start = time.monotonic()
         with pytest.raises(UserError, match=r"'mine' failed for 5 of 5 images, last: no answer within 0\.3 s"):
             scorer(IMAGES, PROMPTS)
@@ -287,11 +289,43 @@ PEERS: dict[str, tuple[Callable[[socket.socket], None], str]] = {
 @pytest.mark.parametrize("how", PEERS)
 def test_what_is_no_answer_is_a_failure(how: str) -> None:
     talk, reason = PEERS[how]
-    with asking(Peer(talk).url, timeout_s=0.5) as scorer:
+    with asking(Peer(talk).url, timeout_s=1.0) as scorer:
         start = time.monotonic()
         with pytest.raises(UserError, match=f"'mine' failed for 5 of 5 images, last: .*{reason}"):
             scorer(IMAGES, PROMPTS)
         assert time.monotonic() - start < 10
+
+
+def test_all_pieces_of_a_batch_fail_for_the_reason_of_the_first() -> None:
+    peer = Peer(lambda peer: peer.close())
+    refusal = pytest.raises(
+        UserError, match=r"5 of 5 images, last: no answer within 0\.3 s \((Conn|BrokenP|RemoteDisc)"
+    )
+    with asking(peer.url, timeout_s=0.3, images_per_call=2, retries=0) as scorer, refusal:
+        scorer(IMAGES, PROMPTS)
+
+
+def test_an_image_that_is_none_costs_no_other_its_score() -> None:
+    """A server would refuse the request, which would end the run."""
+    images = IMAGES.clone()
+    images[1, 0, 0, 0] = torch.nan
+    with serving() as own, asking(own.url) as scorer:
+        scores = scorer(images, PROMPTS)
+    assert scores.failed == {NAME: (1, "its pixels are not in [0, 1]")}
+    assert scores.reward_B.isnan().tolist() == [False, True, False, False, False]
+
+
+def test_metadata_that_cannot_be_sent_are_a_mistake_of_the_user() -> None:
+    prompts = [*PROMPTS[:4], Prompt("when?", {"day": datetime.date(2020, 1, 1)})]
+    refusal = pytest.raises(UserError, match=r"the metadata of the prompt 'when\?' cannot be sent .* date is not JSON")
+    with serving() as own, asking(own.url) as scorer, refusal:
+        scorer(IMAGES, prompts)
+
+
+def test_a_number_that_no_float_holds_is_no_answer() -> None:
+    with pytest.raises(wire.Malformed, match="beyond all floats"):
+        wire.unpack_metrics(b'{"metrics": {"mean": [1%s]}}' % (b"0" * 400))
+    assert wire.unpack_metrics(b'{"metrics": {"mean": [1%s]}}' % (b"0" * 25))["mean"].tolist() == [pytest.approx(1e25)]
 
 
 def test_too_few_scores_in_an_answer_are_an_error() -> None:
@@ -469,6 +503,11 @@ BODIES = {
     "a torn PNG": (pngs(png(64, 64)[:60]), 400, "not PNG"),
     "a PNG of too many pixels": (pngs(png(2_000, 1_000)), 413, "2000 x 1000 pixels"),
     "lengths of PNGs that do not add up": (pngs(png(), bytes=[3]), 400, "bytes: 3 of PNG files"),
+    "no PNG at all": (framed({"prompts": PROMPT, "images": "png", "bytes": []}), 400, "0 images for 1 prompts"),
+    "lengths of PNGs for other prompts": (pngs(png(), png(), prompts=PROMPT), 400, "2 images for 1 prompts"),
+    "pixels above 1": (body(IMAGES + 0.5), 400, "expected float32 in [0, 1]"),
+    "pixels below 0": (body(IMAGES - 0.5), 400, "expected float32 in [0, 1]"),
+    "pixels that are no numbers": (body(IMAGES * float("nan")), 400, "expected float32 in [0, 1]"),
     "lengths of PNGs that are none": (pngs(png(), bytes=[-1, True]), 400, "expected the length of each PNG file"),
     "PNGs of two sizes": (pngs(png(), png(5, 4)), 400, "PNG files of one size"),
 }  # fmt: skip
@@ -506,6 +545,8 @@ REQUESTS: dict[str, tuple[dict[str, Any], int, str]] = {
         "no Transfer-Encoding",
     ),
     "another host's name": ({"body": b"x", "headers": {"Host": "evil.example"}}, 403, "only this machine is answered"),
+    "a host that is none": ({"body": b"x", "headers": {"Host": "["}}, 400, "Invalid IPv6"),
+    "a path that is none": ({"method": "GET", "path": "ftp://["}, 400, "Invalid IPv6"),
     "far too much": ({"body": b"x" * 3_000_000}, 413, "3000000 bytes; this server takes 1000000"),
 }
 

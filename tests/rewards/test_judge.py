@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread, Timer
 from typing import Any, NamedTuple
@@ -316,6 +317,45 @@ def test_such_an_image_is_left_out_of_its_group(server: Server) -> None:
     assert scored.reward_B.isnan().tolist() == [False, False, True, False]
 
 
+@pytest.mark.parametrize("drips", [False, True])
+def test_a_silent_server_costs_its_images_and_ends_no_run(drips: bool) -> None:
+    """All of them have one deadline, within what the reward may take, however many there are and however it hangs."""
+    silent = socket.create_server(("127.0.0.1", 0), backlog=64)
+    peers: list[socket.socket] = []
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                peers.append(silent.accept()[0])
+
+    def drip() -> None:
+        while silent.fileno() != -1:
+            for peer in peers:
+                with suppress(OSError):
+                    peer.sendall(b"H" if drips else b"")
+            time.sleep(0.02)
+
+    for work in (accept, drip):
+        Thread(target=work, daemon=True).start()
+    url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+    settings = JudgeConfig(url=url, model="m", timeout_s=0.3, backoff_s=0.01, deadline_s=0.8, concurrency=2)
+    config = RewardsConfig(terms=(RewardConfig(name="judge"),), timeout_s=20.0, judge=settings)
+    start = time.monotonic()
+    with pytest.warns(UserWarning, match="images have no score"), Scorer(config) as scorer:
+        measured = scorer.measure(IMAGES, PROMPTS)
+    assert measured.failed == {"judge": (4, "returned nan")}
+    assert time.monotonic() - start < 20
+    silent.close()
+    for peer in peers:
+        peer.close()
+
+
+def test_a_judge_ends_before_it_is_given_up() -> None:
+    with pytest.raises(ValidationError, match=r"rewards\.deqa\.deadline_s must be at most half .*, 200, got 300"):
+        RewardsConfig(terms=(RewardConfig(name="deqa"),), timeout_s=400.0)
+    RewardsConfig(terms=(RewardConfig(name="shapes"),), timeout_s=400.0)
+
+
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_what_every_image_would_meet_ends_the_run(server: Server, status: int) -> None:
     server.reply = lambda asked, before: Reply(status, b'{"error":\n"model judge-7b?"}')
@@ -412,6 +452,10 @@ input()
         ({"url": None}, r"rewards\.judge\.url: not set; expected .* as http://localhost:8000/v1"),
         ({"url": "localhost:8000"}, r"rewards\.judge\.url: expected .*, got 'localhost:8000'"),
         ({"url": "http://host:port/v1"}, r"rewards\.judge\.url: expected .*, got 'http://host:port/v1'"),
+        ({"url": "http://me:secret@host/v1"}, r"rewards\.judge\.url: expected"),
+        ({"url": "http://:secret@host/v1"}, r"rewards\.judge\.url: expected"),
+        ({"url": "http://host/v1?api-version=2"}, r"rewards\.judge\.url: expected"),
+        ({"url": "http://host/v1#there"}, r"rewards\.judge\.url: expected"),
         ({"url": "http:///v1"}, r"rewards\.judge\.url: expected"),
         ({"model": None}, r"rewards\.judge\.model: not set"),
         ({"template": "unifiedreward2"}, r"no template 'unifiedreward2'; did you mean 'unifiedreward-2'\?"),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -106,6 +109,26 @@ def test_the_first_metric_counts_unless_another_is_chosen(score: Score) -> None:
     assert score(reward, terms=[{"metric": "strict"}]).reward_B.tolist() == [0, 0, 1]
     both = score(reward, reward, terms=[{"metric": "soft"}, {"metric": "strict"}])
     assert list(both.metrics) == ["soft", "strict", "b.soft", "b.strict"]
+
+
+def test_the_first_metric_stays_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever order the reward gives them in later: it would change what is trained on."""
+    batches = iter([{"good": [1, 2, 3], "bad": [9, 9, 9]}, {"bad": [9, 9, 9], "good": [4, 5, 6]}])
+    monkeypatch.setattr(base, "_FACTORIES", {"a": lambda: lambda images, prompts: next(batches)})
+    scorer = Scorer(RewardsConfig(terms=(RewardConfig(name="a"),)))
+    assert scorer(IMAGES, PROMPTS).reward_B.tolist() == [1, 2, 3]
+    scores = scorer(IMAGES, PROMPTS)
+    assert scores.reward_B.tolist() == [4, 5, 6]
+    assert list(scores.metrics) == ["good", "bad"]
+
+
+def test_a_closed_scorer_scores_no_more() -> None:
+    with Scorer(RewardsConfig(terms=(RewardConfig(name="shapes"),))) as scorer:
+        pass
+    for use in (scorer.resume, lambda: scorer(IMAGES, PROMPTS)):
+        with pytest.raises(RuntimeError, match="this Scorer is closed"):
+            use()
+    assert scorer.stop.is_set()
 
 
 def test_terms_of_one_reward_score_the_images_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +258,62 @@ def test_nothing_is_asked_again_without_retries(score: Score) -> None:
 
     assert score(reward, retries=0, max_failed_share=0.5).reward_B.isnan().tolist() == [False, True, False]
     assert len(calls) == 1
+
+
+def test_all_retries_share_the_time_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward of this process is not asked again where it would not answer in time: nothing could stop it."""
+    calls, overdue = [], []
+
+    def reward(images_BCHW: Tensor, prompts: Sequence[str]) -> list[float]:
+        calls.append(prompts)
+        time.sleep(0.1)
+        overdue.append(scorer.places["a"].is_overdue)  # type: ignore[attr-defined]
+        raise RuntimeError("down")
+
+    monkeypatch.setattr(base, "_FACTORIES", {"a": lambda: reward})
+    scorer = Scorer(RewardsConfig(terms=(RewardConfig(name="a"),), retries=50, timeout_s=1.0))
+    assert scorer.measure(IMAGES, PROMPTS).failed == {"a": (3, "RuntimeError: down")}
+    assert 1 < len(calls) < 10
+    assert not any(overdue[:-1]), "the last may have met a busy machine"
+
+
+class Away:
+    """A place of a reward that hangs as long as it may."""
+
+    is_elsewhere = True
+
+    def __init__(self) -> None:
+        self.given_s: list[float] = []
+
+    def ask(self, images_BCHW: Tensor, prompts: Sequence[str], patience: calling.Patience) -> list[calling.Answer]:
+        self.given_s.append(patience.left)
+        patience.sleep(patience.left)
+        return [calling.Answer(len(prompts), None, calling.Failure("no answer", is_hang=True))]
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_reward_elsewhere_has_an_equal_share_each_time() -> None:
+    scorer = Scorer(RewardsConfig(terms=(RewardConfig(name="shapes"),), retries=2, timeout_s=1.5))
+    away = scorer.places["shapes"] = Away()
+    assert scorer.measure(IMAGES, PROMPTS).failed == {"shapes": (3, "no answer")}
+    assert len(away.given_s) == 3 and all(0 < given <= 0.5 for given in away.given_s)
+
+
+def test_starting_a_process_does_not_count_unless_it_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(calling, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    whole = calling.Patience(10.0, threading.Event(), start_s=100.0)
+    part = whole.part(4.0)
+    assert part.all_left_to_start.left == 110
+    with part.starting():
+        now[0] += 60
+    assert (part.left, whole.left) == (4, 10)
+    with part.starting():
+        now[0] += 43
+    assert (part.left, whole.left) == (1, 7), "40 were left of 100"
+    assert whole.part(9.0).left == 7
 
 
 def test_a_reward_that_raises_for_a_whole_batch_once_it_has_scored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -15,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 
+from dgpo_fast import environment
 from dgpo_fast.errors import UserError
 from dgpo_fast.records import Prompt
 from dgpo_fast.reward_config import RewardConfig, RewardsConfig, RunningConfig
-from dgpo_fast.rewards import Scorer, base, calling, load_reward, register_reward
+from dgpo_fast.rewards import Scorer, base, calling, load_reward, register_reward, workers
 from dgpo_fast.rewards.calling import Abandoned
 
 NAME = "obedient"
@@ -56,6 +58,7 @@ def test_a_batch_is_shared_out_and_scored_as_here(pool: Scorer) -> None:
     assert torch.equal(scores.reward_B, IMAGES.mean((1, 2, 3)))
     assert scores.metrics["told"].tolist() == [0, 1, 2, 3, 4]
     assert scores.metrics["images"].tolist() == [3, 3, 3, 2, 2]
+    assert scores.metrics["processes"].tolist() == [2] * 5
     processes = {*scores.metrics["process"].tolist()}
     assert os.getpid() not in processes and 1 <= len(processes) <= 2
     again = pool(IMAGES, prompts()).metrics["process"]
@@ -108,6 +111,21 @@ def test_a_process_that_hangs_is_ended(pool: Scorer, monkeypatch: pytest.MonkeyP
     assert scores.failed == {NAME: (2, "no answer within 3 s, so its process was ended")}
 
 
+def test_a_reward_may_start_processes(pool: Scorer) -> None:
+    scores = pool(IMAGES, prompts(p0={"do": "pool"}))
+    expected = [math.sqrt(IMAGES[0].mean().item()), *IMAGES[1:].mean((1, 2, 3)).tolist()]
+    assert scores.failed == {} and scores.reward_B.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("then", ["SIGKILL", "hang"])
+def test_what_a_reward_has_started_ends_with_its_process(then: str, pool: Scorer, tmp_path: Path) -> None:
+    started = int(pool(IMAGES[:1], prompts(p0={"do": "start"})[:1]).reward_B)
+    assert is_running(started)
+    told = {f"p{place}": {"do": then, "once": str(tmp_path / f"{place}")} for place in (0, 4)}  # both processes
+    assert pool(IMAGES, prompts(**told)).failed == {}
+    assert not is_running(started)
+
+
 def test_a_process_that_hangs_is_asked_again(pool: Scorer, tmp_path: Path) -> None:
     scores = pool(IMAGES, prompts(p0={"do": "hang", "once": str(tmp_path / "done")}))
     assert torch.equal(scores.reward_B, IMAGES.mean((1, 2, 3))) and scores.failed == {}
@@ -133,6 +151,18 @@ def test_nobody_waits_for_what_is_of_no_use(pool: Scorer, monkeypatch: pytest.Mo
     pool.stop.clear()
 
 
+def test_cores_are_shared_out_among_ranks_and_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(environment, "num_cores", lambda: 16)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv(environment.WORKERS_VARIABLE, "1")
+    workers._take_share_of_cores(4)
+    assert threads == [2] and environment.share_of_cores() == 2
+    workers._take_share_of_cores(16)
+    assert threads == [2, 1]
+
+
 @pytest.mark.usefixtures("quick")
 def test_what_cannot_be_made_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"'misbehaving:Broken' cannot be made: FileNotFoundError: weights\.bin"):
@@ -155,18 +185,23 @@ if __name__ == "__main__":
     name, started = "misbehaving:Obedient", sys.argv[1]
     running = {name: RunningConfig(processes=1)}
     scorer = Scorer(RewardsConfig(terms=(RewardConfig(name=name),), running=running))
+    child = scorer(torch.zeros(1, 3, 4, 4), [Prompt("", {"do": "start"})])
     hanging = [Prompt("", {"do": "hang", "once": started})]
     threading.Thread(target=scorer.measure, args=(torch.zeros(1, 3, 4, 4), hanging), daemon=True).start()
     while not os.path.exists(started):
         time.sleep(0.01)
-    print(scorer.places[name]._workers[0]._process.pid, flush=True)
+    print(scorer.places[name]._workers[0]._process.pid, int(child.reward_B), flush=True)
     END
 """
-ENDS = {"SIGKILL": "os.kill(os.getpid(), signal.SIGKILL)", "an exception": "raise ZeroDivisionError"}
+ENDS = {
+    "SIGKILL": "os.kill(os.getpid(), signal.SIGKILL)",
+    "an exception": "raise ZeroDivisionError",
+    "its last line": "pass",
+}
 
 
 def test_processes_end_with_the_one_that_started_them(child_environment: dict[str, str], tmp_path: Path) -> None:
-    """Hanging in a reward, they neither outlive it nor keep it from ending, however it ends."""
+    """Hanging in a reward that has started one of its own, they neither outlive it nor keep it from ending."""
     parents = {}
     for how, code in ENDS.items():
         script = tmp_path / f"{how}.py"
@@ -177,8 +212,8 @@ def test_processes_end_with_the_one_that_started_them(child_environment: dict[st
         )  # fmt: skip
     for how, parent in parents.items():
         out, err = parent.communicate(timeout=TOO_LONG_S)  # which waits for the worker, too: it has the same stderr
-        assert parent.returncode == {"SIGKILL": -signal.SIGKILL, "an exception": 1}[how], err
-        assert not is_running(int(out))
+        assert parent.returncode == {"SIGKILL": -signal.SIGKILL, "an exception": 1, "its last line": 0}[how], err
+        assert not any(map(is_running, map(int, out.split())))
 
 
 def is_running(process: int) -> bool:
