@@ -50,8 +50,8 @@ class Evaluation:
         return {
             "split": self.split,
             "num_prompts": len(self.prompts),
-            "base": {metric: _number(one.base.mean) for metric, one in found.items()},
-            "tuned": {metric: _number(one.tuned.mean) for metric, one in found.items()},
+            "base": {metric: json_number(one.base.mean) for metric, one in found.items()},
+            "tuned": {metric: json_number(one.tuned.mean) for metric, one in found.items()},
             "base_interval": {metric: _ends(one.base) for metric, one in found.items()},
             "tuned_interval": {metric: _ends(one.tuned) for metric, one in found.items()},
             "difference": {metric: _difference(one) for metric, one in found.items()},
@@ -131,11 +131,11 @@ def _caption(found: Mapping[str, Comparison]) -> str:
 
 def _difference(one: Comparison) -> dict[str, Any]:
     return {
-        "mean": _number(one.change.mean),
-        "low": _number(one.change.low),
-        "high": _number(one.change.high),
-        "p": _number(one.p),
-        "win_rate": _number(one.win_rate.mean),
+        "mean": json_number(one.change.mean),
+        "low": json_number(one.change.low),
+        "high": json_number(one.change.high),
+        "p": json_number(one.p),
+        "win_rate": json_number(one.win_rate.mean),
         "win_rate_interval": _ends(one.win_rate),
         "num_prompts": one.num_prompts,
         "num_pairs": one.num_pairs,
@@ -144,12 +144,12 @@ def _difference(one: Comparison) -> dict[str, Any]:
 
 
 def _ends(estimate: Estimate) -> list[float | None]:
-    return [_number(estimate.low), _number(estimate.high)]
+    return [json_number(estimate.low), json_number(estimate.high)]
 
 
-def _number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None
+def json_number(value: float) -> float | None:
+    """The number, or None where it is not finite, which JSON has no number for."""
+    return float(value) if math.isfinite(value) else None
 
 
 def _cell(score: float) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 from markupsafe import Markup
 
 from dgpo_fast.charts import histogram
-from dgpo_fast.comparison import Evaluation, format_p
+from dgpo_fast.comparison import Evaluation, format_p, json_number
 from dgpo_fast.files import write_atomically
 from dgpo_fast.report import ASSETS as REPORT_ASSETS
 from dgpo_fast.report import format_signed, page_environment
@@ -135,7 +135,7 @@ def entries(evaluation: Evaluation) -> list[Entry]:
             prompt=str(prompt),
             category=getattr(prompt, "metadata", {}).get("category"),
             scores=_rows(*means, place=number),
-            changes=json.dumps({name: _number(change_P[number]) for name, change_P in means[2].items()}),
+            changes=json.dumps({name: json_number(change_P[number]) for name, change_P in means[2].items()}),
             pairs=[
                 Pair(
                     base=_image_file(number, image, "base"),
@@ -189,7 +189,3 @@ def _rows(
 
 def _image_file(number: int, image: int, side: str) -> str:
     return f"{IMAGES}/{number:04d}-{image}-{side}.webp"
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

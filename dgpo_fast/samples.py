@@ -74,7 +74,9 @@ def save_grid(images_BCHW: Tensor, prompts: Sequence[str], path: Path, *, column
 
 def to_pictures(images_BCHW: Tensor) -> list[Image.Image]:
     """Images, float in [0, 1] on any device, as pictures of as many pixels; values outside are clamped."""
-    return [Image.fromarray(pixels_HWC.numpy()) for pixels_HWC in _to_bytes(images_BCHW)]
+    from dgpo_fast.rewards.preprocessing import to_bytes
+
+    return [Image.fromarray(pixels_HWC.numpy()) for pixels_HWC in to_bytes(images_BCHW)]
 
 
 def read_grid(path: Path) -> list[Tile]:
@@ -89,11 +91,6 @@ def read_grid(path: Path) -> list[Tile]:
             return [Tile(tile["prompt"], grid.crop(tile["box"])) for tile in tiles]
     except (KeyError, OSError, UnidentifiedImageError):
         raise UserError(f"{path}: not a sample grid of dgpo-fast") from None
-
-
-def _to_bytes(images_BCHW: Tensor) -> Tensor:
-    """uint8 [B, H, W, C] on the CPU."""
-    return images_BCHW.detach().float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu()
 
 
 def _enlarge(image: Image.Image, enlargement: int) -> Image.Image:

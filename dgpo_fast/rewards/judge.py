@@ -28,6 +28,7 @@ from torch import Tensor
 
 from dgpo_fast.errors import UserError, suggest
 from dgpo_fast.reward_config import JudgeConfig, is_url
+from dgpo_fast.rewards.preprocessing import to_bytes
 
 KEY_VARIABLE = "DGPO_FAST_JUDGE_KEY"
 LONGEST_BACKOFF_S = 30.0
@@ -150,7 +151,7 @@ class JudgeReward:
             UserError: the server takes no connection for any image, refuses the key (401, 403), or does not know the
                 address or the model (404).
         """
-        pixels_BHWC = images_BCHW.float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        pixels_BHWC = to_bytes(images_BCHW).numpy()
         num_threads = max(1, min(self._settings.concurrency, len(prompts)))
         end = time.monotonic() + self._settings.deadline_s
         with ThreadPool(num_threads) as pool:  # of daemons: a server that hangs must not keep the process alive

@@ -54,6 +54,11 @@ class Preprocessing:
         return range(first, first + self.size)
 
 
+def to_bytes(images_BCHW: Tensor) -> Tensor:
+    """What an image file has of images in [0, 1]: uint8 [B, H, W, C] on the CPU; what is outside is clipped."""
+    return images_BCHW.detach().float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu()
+
+
 def resize_like_pillow(levels_BCHW: Tensor, new_size: tuple[int, int], seen: tuple[range, range]) -> Tensor:
     """Of what `Image.resize(..., BICUBIC)` gives of 8-bit images a part, to the bit: float64, from 0 to 255.
 
