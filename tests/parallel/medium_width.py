@@ -1,8 +1,8 @@
-"""A rank of one optimizer step under ZeRO 3 with four blocks in SD3.5-Medium's width, and a checkpoint of it.
+"""A rank of one optimizer step under ZeRO 3 with three blocks in SD3.5-Medium's width, and a checkpoint of it.
 
     torchrun --nproc-per-node 2 medium_width.py OUT
 
-Two blocks have a second attention; the last drops its text. OUT/expected.pt gets, from plain autograd, the weights and
+The first has a second attention; the last drops its text. OUT/expected.pt gets, from plain autograd, the weights and
 gradients of a layer of each kind.
 """
 
@@ -27,8 +27,8 @@ from dgpo_fast.records import Conditioning
 # None before a softmax: of nearly uniform attention, bfloat16 gradients of queries and keys are mostly rounding.
 LAYERS = (
     "pos_embed.proj.weight", "context_embedder.weight", "transformer_blocks.0.attn2.to_v.weight",
-    "transformer_blocks.1.norm1.linear.weight", "transformer_blocks.1.attn.add_v_proj.bias",
-    "transformer_blocks.2.ff_context.net.0.proj.weight", "transformer_blocks.3.attn.to_out.0.bias", "proj_out.weight",
+    "transformer_blocks.0.norm1.linear.weight", "transformer_blocks.1.attn.add_v_proj.bias",
+    "transformer_blocks.1.ff_context.net.0.proj.weight", "transformer_blocks.2.attn.to_out.0.bias", "proj_out.weight",
 )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def main(out: Path) -> None:
          "optimizer.decay_steps=null"],
     )  # fmt: skip
     world = World.from_environment(config)
-    shape = replace(SD35_MEDIUM, layers=4, dual_attention_layers=(0, 1))
+    shape = replace(SD35_MEDIUM, layers=3, dual_attention_layers=(0,))
     vae = VAEShape(block_channels=(32, 32, 32, 32), norm_groups=4)
     pipeline = pipeline_of_shape(shape, vae, dtype=torch.bfloat16, device="cpu")
     text: Any = None  # conditioning is given
