@@ -428,6 +428,11 @@ MAY_CHANGE_ON_RESUME = (
     "rewards.retries",
     "rewards.timeout_s",
     "rewards.max_failed_share",
+    *(
+        f"rewards.{judge}.{key}"
+        for judge in ("judge", "deqa", "unifiedreward")
+        for key in ("url", "concurrency", "timeout_s", "deadline_s", "retries", "backoff_s")
+    ),
 )
 
 

@@ -82,10 +82,13 @@ class RunDirectory:
         if not self.is_first:
             return
         self._log.close()
-        if kind is None:  # a report of a failed run could fail too, and hide why
+        try:
             seconds = {"/".join(path): round(value, 3) for path, value in sorted(self.clock.seconds.items())}
             (self.out / "stages.json").write_text(json.dumps(seconds, indent=2) + "\n")
             write_report(self.out)
+        except Exception:
+            if kind is None:  # of a run that has failed, the report's error would hide why
+                raise
 
     def log_step(self, report: StepReport) -> None:
         """A line of metrics.jsonl, the progress display, and what the guard says to it."""

@@ -357,7 +357,8 @@ def test_a_file_that_is_no_text_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     ["steps=9", "evaluation.every=7", "checkpoints.every=2", "checkpoints.keep_last=5", "logging.wandb=true",
-     "logging.samples_every=3", "parallel.backend=gloo", "model.prompt_cache=false"],
+     "logging.samples_every=3", "parallel.backend=gloo", "model.prompt_cache=false",
+     "rewards.judge.url=http://elsewhere:8000/v1", "rewards.deqa.deadline_s=100"],
 )  # fmt: skip
 def test_a_resumed_run_may_differ_in(change: str) -> None:
     assert resume_conflicts(load_recipe("tiny-dgpo"), load_recipe("tiny-dgpo", [change])) == []
@@ -375,6 +376,7 @@ def test_a_resumed_run_may_differ_in(change: str) -> None:
         ("evaluation.steps=3", "evaluation.steps: 14 -> 3"),
         ("rollout.steps=9", "rollout.steps: 10 -> 9"),
         ("prompts.test=null", "prompts.test: 'shapes:test' -> None"),
+        ("rewards.judge.template=deqa", "rewards.judge.template: 'unifiedreward' -> 'deqa'"),
     ],
 )
 def test_a_resumed_run_must_not_differ_in(change: str, conflict: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dgpo_fast import checkpoint, load_recipe
+from dgpo_fast import checkpoint, load_recipe, run_directory
 from dgpo_fast.checkpoint import list_checkpoints
 from dgpo_fast.cli import main
 from dgpo_fast.config import refuse_used
@@ -257,9 +257,19 @@ MISBEHAVIOUR = {
 def test_a_reward_that_fails(
     how: str, message: str, refusal: Refusal, run: Path, straight_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (run / "report.html").unlink()
     monkeypatch.setenv("MISBEHAVE", f"1-99:{how}")
     assert message in refusal("--out", run, "--resume", "--steps=8")
     assert_nothing_lost(run, straight_run)
+    assert (run / "report.html").exists(), "how it went so far"
+
+
+def test_a_report_that_fails_too_does_not_hide_why(
+    refusal: Refusal, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MISBEHAVE", "1-99:raise")
+    monkeypatch.setattr(run_directory, "write_report", lambda out: 1 / 0)
+    assert MISBEHAVIOUR["raise"] in refusal("--out", run, "--resume", "--steps=8")
 
 
 def test_a_disk_that_is_full_while_saving(

@@ -21,7 +21,7 @@ def advice(name: str, config: Config) -> tuple[str, ...]:
     """`key=value (now ...)` for the finding of the rule `name`, the most promising first; each is valid alone."""
     match name:
         case "zero_std":
-            return tuple(_more_spread(config))
+            return tuple([*_more_spread(config), *_lower_lr(config)])
         case "clip":
             return tuple([*_lower_lr(config), *_wider_range(config)])
         case "saturation":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -114,7 +115,7 @@ class Remote:
         """The limits of the server."""
         start = f"start it with `dgpo-fast serve-reward {self._name}`"
         try:
-            response = self._send("GET", "/health", [], patience)
+            response = self._send("GET", "/health", [], patience, waits=self._say_that_it_waits)
         except _Unreached as error:
             raise UserError(f"{self._key}: no reward answers at {self._url}: {error}; {start}") from None
         if response.status != 200:
@@ -130,8 +131,18 @@ class Remote:
             raise UserError(f"{self._key}: {self._url} serves {health.get('name')!r}, expected {self._name!r}; {start}")
         return limits  # type: ignore[no-any-return]
 
-    def _send(self, method: str, path: str, body: Body, patience: Patience) -> _Response:
+    def _say_that_it_waits(self, reason: str) -> None:
+        if os.environ.get("RANK", "0") == "0":  # one line, not one of every rank
+            waiting = f"{self._key}: {self._url} does not answer yet{reason}; waiting up to {GREETING_S:g} s for it"
+            print(waiting, file=sys.stderr, flush=True)
+
+    def _send(
+        self, method: str, path: str, body: Body, patience: Patience, *, waits: Callable[[str], None] | None = None
+    ) -> _Response:
         """The first response that is not of a server too busy for one.
+
+        Args:
+            waits: told, in words, why the first attempt gave none.
 
         Raises:
             _Unreached: none came in time.
@@ -149,6 +160,8 @@ class Remote:
                 reason = f" ({type(found).__name__}: {found})"
                 if was_open and attempt == 0:
                     wait = 0  # a server ends connections that nobody used for a while
+            if waits is not None and attempt == 0 and not patience.is_over:
+                waits(reason)
             patience.sleep(wait)
             attempt += 1
         patience.check()

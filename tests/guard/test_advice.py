@@ -40,7 +40,7 @@ def test_each_advice_can_be_taken_alone(recipe: str) -> None:
           "optimizer.steps_per_iteration=1 (now 2)")),
         ("tiny-flow-grpo", [], "zero_std",
          ("groups.size=16 (now 8)", "algorithm.noise_level=1 (now 0.7)",
-          "a reward with finer steps, or prompts that are harder")),
+          "a reward with finer steps, or prompts that are harder", "optimizer.lr=0.001 (now 0.003)")),
         ("tiny-diffusion-nft", ["algorithm.beta=0.1"], "overfit",
          ("algorithm.kl_coef=0.001 (now 0.0001)", "algorithm.beta=1 (now 0.1)", "algorithm.trunc=6 (now 9)",
           "optimizer.lr=0.001 (now 0.003)")),

@@ -168,6 +168,7 @@ def test_https(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as own:
         own.socket = context.wrap_socket(own.socket, server_side=True)
         url = own.url.replace("http://127.0.0.1", "https://localhost")
+        monkeypatch.setattr(remote, "GREETING_S", 2.0)  # a busy machine takes a while for a handshake
         with pytest.raises(UserError, match="CERTIFICATE_VERIFY_FAILED"):
             asking(url)
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
@@ -385,7 +386,7 @@ def test_a_busy_server_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
 # What is seen before a run begins
 
 
-def test_a_server_that_is_not_there() -> None:
+def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     with pytest.raises(
@@ -393,6 +394,8 @@ def test_a_server_that_is_not_there() -> None:
     ) as error:
         asking(url)
     assert "start it with `dgpo-fast serve-reward mine`" in str(error.value) and "\n" not in str(error.value)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "does not answer yet (ConnectionRefusedError" in said
 
 
 def test_a_server_of_another_reward() -> None:
