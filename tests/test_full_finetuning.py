@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from dgpo_fast.metrics import read_evaluations
 from dgpo_fast.models.full import FullPolicy
 from dgpo_fast.models.training import load_policy, train_policy
 from dgpo_fast.parallel.world import ALONE
+from dgpo_fast.profiling import Category, watched_by
 from dgpo_fast.records import Conditioning
 
 SETTINGS = (
@@ -77,6 +80,23 @@ def test_every_view_has_weights_of_its_own(config: Config) -> None:
     assert not torch.equal(averaged["ema"], base)
     assert not torch.equal(averaged["ema"], moved["policy"])
     assert torch.equal(averaged["ref"], base)
+
+
+def test_a_profiler_sees_the_blocks_of_every_view(config: Config) -> None:
+    policy = load_policy(config, ALONE)
+    assert isinstance(policy, FullPolicy)
+    train_policy(policy, config, ALONE)
+    given, seen = inputs(policy), list[str]()
+
+    @contextmanager
+    def watch(name: str, category: Category) -> Iterator[None]:
+        seen.extend([name] * (category == "block"))
+        yield
+
+    with watched_by(watch), torch.no_grad():
+        for view in ("policy", "old", "ref"):
+            policy.velocity(view, *given)  # type: ignore[arg-type]
+    assert seen == 3 * ["block dual", "block dual", "block joint", "block last"]
 
 
 def test_the_old_policy_lends_its_weights_and_has_them_back(config: Config) -> None:

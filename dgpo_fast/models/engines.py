@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dgpo_fast.config import AdapterConfig, ModelConfig
 from dgpo_fast.errors import UserError
+from dgpo_fast.models.block_ranges import announce_blocks
 from dgpo_fast.models.fp8 import why_unsupported
 from dgpo_fast.models.fused.attention import find_attention
 from dgpo_fast.models.fused.transformer import FusedTransformer
@@ -162,7 +163,10 @@ def make_engine(model: StableDiffusion3, adapter: AdapterConfig, flats: Mapping[
     """
     if model.config.engine == "fused":
         return FusedEngine(model, adapter, flats)
-    return CompiledEngine(model) if model.config.engine == "compile" else EagerEngine(model)
+    if model.config.engine == "compile":
+        return CompiledEngine(model)
+    announce_blocks(model.transformer)
+    return EagerEngine(model)
 
 
 def sampling_engine(engine: Engine, model: ModelConfig) -> Engine:

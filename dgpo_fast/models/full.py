@@ -17,6 +17,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
+from dgpo_fast.models.block_ranges import announce_blocks
 from dgpo_fast.models.engines import ReplicaEngine, View, compile_blocks
 from dgpo_fast.models.policy import Average, Policy, ReadPieces
 from dgpo_fast.models.sd3 import StableDiffusion3
@@ -88,6 +89,8 @@ class FullPolicy(Policy):
                 transformer.enable_gradient_checkpointing()
             if model.config.engine == "compile":
                 compile_blocks(transformer)
+            else:
+                announce_blocks(transformer)
             # Of all three: torch chooses a product's kernel by whether its weight requires gradients, and does so where
             # none are recorded, too (`should_fold` in ATen's LinearAlgebra.cpp). Equal weights are to give equal bits.
             transformer.requires_grad_(True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.engines import CompiledEngine, EagerEngine, FusedEngine, View
 from dgpo_fast.models.policy import TRAINED
+from dgpo_fast.profiling import Category, watched_by
 from dgpo_fast.records import Conditioning
 
 MakePolicy = Callable[..., AdapterPolicy]
@@ -80,6 +82,34 @@ def test_fused_is_eager_through_every_view(make_policy: MakePolicy, targets: tup
         assert relative(found[view], expected[view]) < 1e-5, view
         assert all(relative(found[view], expected[other]) > 1e-3 for other in VIEWS if other != view)
     assert relative(gradient(fused), gradient(eager)) < 1e-5
+
+
+@pytest.mark.parametrize("engine", ["eager", "fused"])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_profiler_sees_every_block(make_policy: MakePolicy, engine: str, checkpointing: str) -> None:
+    """Forward, and where it is recomputed; of blocks that run by hand, backward too."""
+    policy = make_policy(tiny(engine, f"model.checkpointing={checkpointing}"), spread=RANDOM_VIEWS)
+    inputs = inputs_of(policy)
+    seen: list[str] = []
+
+    @contextmanager
+    def watch(name: str, category: Category) -> Iterator[None]:
+        seen.append(name)
+        yield
+
+    with watched_by(watch):
+        velocity = policy.velocity("policy", *inputs)[0]
+        forward = [name for name in seen if name.startswith("block")]
+        seen.clear()
+        velocity.float().square().sum().backward()
+    kinds = ["block dual", "block dual", "block joint", "block last"]
+    assert forward == kinds
+    again = kinds[::-1] if checkpointing == "full" else []
+    assert [name for name in seen if not name.endswith("backward")] == again
+    assert sum(name.endswith("backward") for name in seen) == len(kinds) * (engine == "fused")
+    with torch.no_grad():
+        policy.velocity("policy", *inputs)
+    assert len(seen) == len(again) + len(kinds) * (engine == "fused"), "every range has ended, and nobody watches"
 
 
 def test_a_view_follows_its_weights(make_policy: MakePolicy) -> None:
