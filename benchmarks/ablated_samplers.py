@@ -1,36 +1,56 @@
-"""What the paper compares DGPO's samples with: those of an SDE, and those of the base, however far the policy has come.
+"""What the paper compares DGPO with: samples of an SDE, samples of the base, and pairs in place of groups.
 
-Neither is an option of the package: they are worse, and are here to show by how much.
+None is an option of the package: they are worse, and are here to show by how much.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.speedup_runs import Draws
+from benchmarks.speedup_runs import Run
 from dgpo_fast import Trainer, rng
 from dgpo_fast.algorithms.dgpo import DGPO
+from dgpo_fast.algorithms.diffusion_dpo import pairs
 from dgpo_fast.algorithms.sampling import Check, Deliver, GroupSampler
 from dgpo_fast.config import Config
 from dgpo_fast.flow.rollout import initial_noise
 from dgpo_fast.flow.sde import SDESampler
 from dgpo_fast.models.engines import View
 from dgpo_fast.models.policy import Evaluation, Policy
-from dgpo_fast.records import PromptBatch, Rollout
+from dgpo_fast.records import PromptBatch, Rollout, ScoredGroups
+from dgpo_fast.rewards import Scores
 
 NOISE_LEVEL = 0.7
 """Flow-GRPO's (arXiv 2505.05470)."""
 
 
-def ablate(trainer: Trainer, draws: Draws) -> None:
-    """Has DGPO's samples drawn otherwise, by the same solver's steps and schedule."""
-    if draws == "ode":
-        return
-    assert isinstance(trainer.algorithm, DGPO)
-    trainer.algorithm.groups = {"sde": StochasticGroups, "base": OfflineGroups}[draws](trainer.config)
+def ablate(trainer: Trainer, run: Run) -> None:
+    """Has a trainer of the run's recipe do what no setting says: draw DGPO's samples otherwise, or compare pairs."""
+    if run.draws != "ode":
+        assert isinstance(trainer.algorithm, DGPO)
+        trainer.algorithm.groups = {"sde": StochasticGroups, "base": OfflineGroups}[run.draws](trainer.config)
+    if run.compares_pairs:
+        compare_pairs(trainer)
+
+
+def compare_pairs(trainer: Trainer) -> None:
+    """Gives advantages to the best and the worst of a group alone; their mean square is that of whole groups, 1."""
+    score, size = trainer._score, trainer.config.groups.size
+
+    def of_pairs(rollout: Rollout, scores: Scores) -> tuple[ScoredGroups, dict[str, Any]]:
+        scored, metrics = score(rollout, scores)
+        chosen_P2, teaches_P = pairs(scored.reward_B.view(-1, size))
+        advantage_PG = torch.zeros(len(chosen_P2), size, device=chosen_P2.device)
+        advantage_PG.scatter_(1, chosen_P2, torch.tensor([1.0, -1.0]).expand(len(chosen_P2), 2))
+        advantage_PG *= (size / 2) ** 0.5 * teaches_P[:, None]
+        return replace(scored, advantage_B=advantage_PG.flatten()), metrics
+
+    trainer._score = of_pairs  # type: ignore[method-assign]
 
 
 class OfflineGroups(GroupSampler):

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speedup_runs import ABLATIONS, METHODS, OURS, Run, ablations, changes, finals, learning_rates
+from benchmarks.speedup_runs import (
+    ABLATIONS,
+    LEARNING_RATES,
+    METHODS,
+    OURS,
+    Run,
+    ablations,
+    changes,
+    finals,
+    fourth_rates,
+    learning_rates,
+)
 
 RESULTS = Path(__file__).parent / "results" / "speedup-cpu"
 MARGIN = 1.02
-"""A run ends with the iteration in which its budget does: a few seconds later."""
+"""An evaluation comes behind the iteration in which it is due: some seconds later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
     """A moment of a run."""
 
+    seconds: float
+    """Of training on one core of a quiet machine: iterations, times what one costs there."""
     core_s: float
-    """Seconds of training on one core."""
+    """That the core worked for the process, whoever it shared its caches with."""
     wall_s: float
-    """That they took on this machine, whatever else it did."""
+    """That passed."""
     step: int
     iteration: int
     images: int
@@ -59,25 +73,44 @@ class Result:
     points: Sequence[Point]
 
     def first(self, target: float) -> Point | None:
-        """The first evaluation at or above the target that the next one confirms; None where there is none.
+        """Where the target was reached: on the straight line to the first evaluation at or above it that the next one
+        confirms; None where there is none.
 
-        Of 256 images near 85 % a standard error is 2.2 points: one evaluation alone would reward a scattered curve.
+        One evaluation alone would reward a scattered curve: of 256 images near 85 % a standard error is 2.2 points.
         """
-        pairs = zip(self.points, self.points[1:], strict=False)
-        return next((point for point, after in pairs if min(point.strict, after.strict) >= target), None)
+        points = self.points
+        for number, (point, after) in enumerate(pairwise(points)):
+            if min(point.strict, after.strict) >= target:
+                before = points[max(number - 1, 0)]
+                return between(before, point, target) if before.strict < target else point
+        return None
+
+    @property
+    def last_confirmable(self) -> Point:
+        """Up to here a target that was reached would be known to be."""
+        return self.points[max(len(self.points) - 2, 0)]
 
     @property
     def mean_strict(self) -> float:
-        """Over the seconds of the budget, by trapezoids: by this settings are compared."""
+        """Over the seconds of the budget, by trapezoids: by this settings are compared. A run that ended before, since
+        its gradients were no numbers any longer, stays as it was."""
+        points = [*self.points, replace(self.points[-1], seconds=max(self.run.budget_s, self.points[-1].seconds))]
         area = sum(
-            (after.core_s - before.core_s) * (after.strict + before.strict) / 2
-            for before, after in zip(self.points, self.points[1:], strict=False)
+            (after.seconds - before.seconds) * (after.strict + before.strict) / 2 for before, after in pairwise(points)
         )
-        return area / (self.points[-1].core_s - self.points[0].core_s)
+        return area / points[-1].seconds
 
     def until(self, seconds: float) -> Result:
         """Its beginning: what a run of that budget would have been."""
-        return Result(run=self.run, points=tuple(point for point in self.points if point.core_s <= seconds * MARGIN))
+        begun = tuple(point for point in self.points if point.seconds <= seconds * MARGIN)
+        return Result(run=replace(self.run, budget_s=seconds), points=begun)
+
+
+def between(before: Point, after: Point, strict: float) -> Point:
+    """The point on the straight line between two at which the score is `strict`."""
+    share = (strict - before.strict) / (after.strict - before.strict)
+    values = {name: (1 - share) * getattr(before, name) + share * getattr(after, name) for name in KINDS}
+    return Point(**{name: kind(values[name]) for name, kind in KINDS.items()} | {"strict": strict})
 
 
 def results(runs: Sequence[Run], directory: Path) -> dict[str, list[Result]]:
@@ -104,7 +137,10 @@ def best(swept: Sequence[Result]) -> Result:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queue:
-    """The runs as far as they are known: changes wait for learning rates, final runs and ablations for changes."""
+    """The runs as far as they are known: changes wait for learning rates, final runs and ablations for changes.
+
+    The fourth learning rate waits for the first three.
+    """
 
     sweep: list[Run]
     finals: list[Run]
@@ -117,11 +153,22 @@ class Queue:
 
 def queue(directory: Path) -> Queue:
     """The runs that follow from the results in `directory`."""
-    rates = learning_rates()
-    chosen = _chosen(rates, directory)
+    tried = learning_rates()
+    found = results(tried, directory)
+    ordered = {
+        method: [_rate(result) for result in sorted(swept, key=lambda result: result.mean_strict, reverse=True)]
+        for method, swept in found.items()
+        if len(swept) == len(LEARNING_RATES)
+    }
+    rates = [*tried, *fourth_rates(ordered)]
+    chosen = {method: setting for method, setting in _chosen(rates, directory).items() if method in ordered}
     sweep = [*rates, *changes(chosen)]
     settled = _chosen(sweep, directory, of=chosen)
     return Queue(sweep=sweep, finals=finals(settled), ablations=ablations(settled[OURS]) if OURS in settled else [])
+
+
+def _rate(result: Result) -> str:
+    return result.run.setting[0].partition("=")[2]
 
 
 def _chosen(

@@ -124,7 +124,7 @@ class FlowGRPOConfig(Method):
     trained_steps: Count = 9
     """Steps of the rollout that are trained, from the first on; with a window, from among which it is drawn."""
     window: Count | None = None
-    """Flow-GRPO-Fast: steps that are stochastic and trained, one after the other, from a start that every iteration
+    """Flow-GRPO-Fast: steps that are stochastic and trained, one after the other, from a start that every micro-batch
     draws; the others follow the ODE. null makes every step stochastic and trains `trained_steps` of them."""
 
     @property

@@ -95,7 +95,7 @@ class PromptBatch:
 class Trajectory:
     """The steps of a stochastic rollout that are trained: S of them."""
 
-    first: int  # step of the rollout that the first of these is
+    first_B: tuple[int, ...]  # step of the rollout that the first of these is, the same for a whole micro-batch
     x_SBCHW: Tensor  # float32, [S + 1, ...]: latents before each step, and behind the last
     log_prob_SB: Tensor  # float32: log-densities of what the steps drew
 
@@ -127,7 +127,7 @@ class ScoredGroups:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoisedBatch:
-    """One micro-batch at one training sigma: whole groups, or pieces of some."""
+    """One micro-batch, with a training sigma for each sample that its group may share: whole groups, or pieces."""
 
     x_t_MCHW: Tensor  # float32
     x0_MCHW: Tensor  # float32; 0 where not valid

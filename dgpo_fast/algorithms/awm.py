@@ -2,14 +2,14 @@
 
     sample every group with an ODE solver                                                            rollout
     score them, normalise rewards to advantages A, at most 1                                   (the trainer)
-    draw a sigma from each stretch of the schedule, and noise for each sample: x_t, v*               batches
+    draw for each sample a sigma from each stretch of the schedule, and noise: x_t, v*               batches
     log p = -sigma (d^power - tiny^power) / power,    d = mean |v* - v_theta|^2 + tiny                   loss
     minimise -A p / p_before + kl_coef |v_theta - v_ref|^2 + old_coef |v_theta - v_old|^2                loss
     old <- average of old and policy                                                              after_step
 
 Where an iteration makes one optimizer step, as the published recipes do, p_before is p and the ratio exactly 1: what is
 clipped at 1 +- 1 there is never clipped. The published code samples with a multistep SDE solver whose noise is off;
-here it is the solver of the recipe. It draws sigmas for each micro-batch, here they are the iteration's.
+here it is the solver of the recipe. It draws sigmas for each micro-batch, here each sample has its own.
 
 Shape letters: M samples of a micro-batch, C H W latents.
 """
@@ -44,7 +44,7 @@ class AWM:
         self.config, self.settings = config, config.algorithm
         self.groups = GroupSampler(config)
         self.noised = NoisedBatches(
-            config, self.groups.sampler, placement_of(config, world.size), rank=world.rank, noise="sample",
+            config, self.groups.sampler, placement_of(config, world.size), rank=world.rank, drawn="sample",
             points=self.points,
         )  # fmt: skip
 
@@ -93,16 +93,12 @@ class AWM:
         average = self.config.old_policy
         policy.average_into("old", decay=min(average.max_decay, average.rate * (step + 1)))
 
-    def points(self, iteration: int) -> list[int]:
-        """A point of each stretch of the trained ones, which are cut into `train_timesteps` stretches."""
+    def points(self, streams: list[rng.Stream]) -> Tensor:
+        """For each stream a point of each of the `train_timesteps` stretches of the trained ones: int64 [streams, T]."""
         trained, number = self.settings.trained_points, self.settings.train_timesteps
-        bounds = torch.linspace(trained.start, trained.stop, number + 1, dtype=torch.float64).long().tolist()
-        name = rng.stream(self.config.seed, stage="timesteps", iteration=iteration)
-        share_T = rng.random_words([name], number)[0].double() / 2**32
-        return [
-            low + int(share * (high - low))
-            for share, low, high in zip(share_T.tolist(), bounds, bounds[1:], strict=False)
-        ]
+        bound_T = torch.linspace(trained.start, trained.stop, number + 1, dtype=torch.float64).long()
+        share_ST = rng.random_words(streams, number).double() / 2**32
+        return bound_T[:-1] + (share_ST * bound_T.diff()).long()
 
 
 def matching_likelihood(error_M: Tensor, sigma_M: Tensor, *, power: float) -> Tensor:

@@ -2,7 +2,7 @@
 
     sample every group from the old policy with an ODE solver                                       rollout
     score them, normalise rewards to advantages A;  r = clamp(1/2 + A / (2 A_max), 0, 1)      (the trainer)
-    draw sigma, and noise for each sample: x_t, v*                                                  batches
+    draw sigmas and noise for each sample: x_t, v*                                                  batches
     v+ = beta v_theta + (1 - beta) v_old,    v- = (1 + beta) v_old - beta v_theta                      loss
     minimise A_max (r |x_0(v+) - x_0|^2 / w+ + (1 - r) |x_0(v-) - x_0|^2 / w-) / beta
              + kl_coef |v_theta - v_ref|^2,    w = mean |x_0(v) - x_0|                                  loss
@@ -10,8 +10,7 @@
 
 With x_0(v) = x_t - sigma v, the error x_0(v) - x_0 is sigma (v* - v). Source of w, A_max and the averages: the code its
 authors published. It updates the old policy once per iteration, here it is once per optimizer step: the same where an
-iteration has one, as its GenEval recipe does. It draws noise levels for each sample, here they are the iteration's: the
-same gradient in expectation, of more variance where not all are trained.
+iteration has one, as its GenEval recipe does.
 
 Shape letters: M samples of a micro-batch, C H W latents.
 """
@@ -45,7 +44,7 @@ class DiffusionNFT:
         self.config, self.settings = config, config.algorithm
         self.groups = GroupSampler(config)
         self.noised = NoisedBatches(
-            config, self.groups.sampler, placement_of(config, world.size), rank=world.rank, noise="sample"
+            config, self.groups.sampler, placement_of(config, world.size), rank=world.rank, drawn="sample"
         )
 
     def prepare(self, policy: Policy) -> str:

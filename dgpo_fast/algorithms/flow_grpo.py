@@ -57,15 +57,10 @@ class FlowGRPO:
         self, policy: Policy, view: View, prompts: PromptBatch, *, deliver: Deliver = nobody, check: Check = nobody
     ) -> Rollout:
         """A group of samples per prompt by the stochastic sampler, and what its trained steps drew."""
-        per_forward, trained = self.config.rollout.images_per_forward, self._trained_steps(prompts.iteration)
-        is_window = self.settings.window is not None
-        sampler = SDESampler.from_config(
-            self.config.rollout, noise_level=self.settings.noise_level, window=trained if is_window else None
-        )
         noise_BCHW, drawn, trajectories = initial_noise(policy, prompts, seed=self.config.seed), [], []
-        for start in range(0, prompts.num_samples, per_forward):
+        for samples, trained in self._forwards(prompts):
             check()
-            samples = slice(start, start + per_forward)
+            sampler = self._sampler_of(trained)
             velocity = partial(self._velocity, policy, view, prompts, prompts.conditioning[prompts.group_B[samples]])
             x0_BCHW, trajectory = sampler.sample(
                 velocity, noise_BCHW[samples], partial(self._streams, prompts, samples), kept=trained
@@ -74,7 +69,7 @@ class FlowGRPO:
             trajectories.append(trajectory)
             deliver(x0_BCHW, prompts.prompt_of_sample[samples])
         trajectory = Trajectory(
-            first=trained.start,
+            first_B=sum((each.first_B for each in trajectories), ()),
             x_SBCHW=torch.cat([each.x_SBCHW for each in trajectories], dim=1),
             log_prob_SB=torch.cat([each.log_prob_SB for each in trajectories], dim=1),
         )
@@ -84,17 +79,15 @@ class FlowGRPO:
         """Micro-batches of one step each, one to a round: no loss asks for whole groups."""
         prompts, trajectory = scored.rollout.prompts, scored.rollout.trajectory
         assert trajectory is not None
-        optimizer, num_steps = self.config.optimizer, len(trajectory.log_prob_SB)
-        of_update = prompts.num_samples // optimizer.steps_per_iteration
-        for start in range(update * of_update, (update + 1) * of_update, optimizer.images_per_micro_batch):
-            mine = slice(start, start + optimizer.images_per_micro_batch)
+        num_steps = len(trajectory.log_prob_SB)
+        for mine in self._micro_batches(prompts.num_samples, update):
             valid_M = scored.valid_B[mine]
             # What could not be scored may not be finite either, and then a weight of zero would not keep it out.
             x_SMCHW = trajectory.x_SBCHW[:, mine].where(valid_M[:, None, None, None], 0.0)
             for place in range(num_steps):
                 yield [TrajectoryBatch(
                     x_MCHW=x_SMCHW[place], x_next_MCHW=x_SMCHW[place + 1],
-                    old_log_prob_M=trajectory.log_prob_SB[place, mine], step=trajectory.first + place,
+                    old_log_prob_M=trajectory.log_prob_SB[place, mine], step=trajectory.first_B[mine.start] + place,
                     conditioning=prompts.conditioning[prompts.group_B[mine]], unconditional=prompts.unconditional,
                     advantage_M=scored.advantage_B[mine], valid_M=valid_M,
                     sample_share=1 / (scored.num_valid[update] * num_steps),
@@ -153,14 +146,40 @@ class FlowGRPO:
             trained = self.sampler.step(number, x, velocity(x).detach(), x_next=x_next)
         return float((torch.exp(trained.log_prob_B - drawn.log_prob_B[:kept]) - 1).abs().max())
 
-    def _trained_steps(self, iteration: int) -> range:
-        """The first steps, or a window among them that begins where this iteration draws it."""
-        trained, window = self.settings.trained_steps, self.settings.window
-        if window is None:
-            return range(trained)
-        name = rng.stream(self.config.seed, stage="window", iteration=iteration)
-        (first,) = rng.choice(name, trained - window + 1, k=1)
+    def _micro_batches(self, num_samples: int, update: int) -> list[slice]:
+        """This rank's, for one of the iteration's optimizer steps."""
+        optimizer = self.config.optimizer
+        of_update, micro = num_samples // optimizer.steps_per_iteration, optimizer.images_per_micro_batch
+        stop = (update + 1) * of_update
+        return [slice(start, min(start + micro, stop)) for start in range(update * of_update, stop, micro)]
+
+    def _forwards(self, prompts: PromptBatch) -> Iterator[tuple[slice, range]]:
+        """The samples of each forward of the rollout, and the steps that they are trained at.
+
+        With a window every micro-batch has one of its own, as every batch that is sampled has in the published code.
+        """
+        num_samples, per_forward = prompts.num_samples, self.config.rollout.images_per_forward
+        parts = [(slice(0, num_samples), range(self.settings.trained_steps))]
+        if self.settings.window is not None:
+            updates = range(self.config.optimizer.steps_per_iteration)
+            micro_batches = [mine for update in updates for mine in self._micro_batches(num_samples, update)]
+            parts = [(mine, self._window(prompts.iteration, prompts.samples[mine.start])) for mine in micro_batches]
+        for mine, trained in parts:
+            for start in range(mine.start, mine.stop, per_forward):
+                yield slice(start, min(start + per_forward, mine.stop)), trained
+
+    def _window(self, iteration: int, sample: int) -> range:
+        """Steps among the trained ones, from where the micro-batch that begins with this sample draws it."""
+        window = self.settings.window
+        assert window is not None
+        name = rng.stream(self.config.seed, stage="window", iteration=iteration, sample=sample)
+        (first,) = rng.choice(name, self.settings.trained_steps - window + 1, k=1)
         return range(first, first + window)
+
+    def _sampler_of(self, trained: range) -> SDESampler:
+        if self.settings.window is None:
+            return self.sampler
+        return SDESampler.from_config(self.config.rollout, noise_level=self.settings.noise_level, window=trained)
 
     def _streams(self, prompts: PromptBatch, samples: slice, number: int) -> list[rng.Stream]:
         """What each sample's step is drawn from: named by iteration, group, sample and step."""

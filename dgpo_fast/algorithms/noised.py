@@ -18,16 +18,16 @@ from dgpo_fast.records import NoisedBatch, PromptBatch, ScoredGroups
 
 
 class NoisedBatches:
-    """Draws sigmas and noise: the same sigmas for every group, and a noise for each group, or for each sample.
+    """Draws sigmas and noise: the same sigmas for all and a noise for each group, or both for each sample.
 
-    Both are named by the iteration, the group, the sigma and perhaps the sample, so any number of ranks draws the same.
+    They are named by the iteration, the group, the sigma and perhaps the sample, so any number of ranks draws the same.
 
     Args:
         rank: this one.
         guides_reference: whether batches carry the empty prompt.
-        noise: what has a noise of its own.
-        points: which points of the schedule an iteration trains at; None for `train_timesteps` of `trained_points`,
-            without replacement.
+        drawn: whether a group shares sigmas and noise, or each sample has its own.
+        points: gives the points of the schedule that are trained at, [streams, passes], one row for each stream; None
+            for `train_timesteps` of `trained_points`, without replacement.
     """
 
     def __init__(
@@ -38,45 +38,56 @@ class NoisedBatches:
         *,
         rank: int,
         guides_reference: bool = False,
-        noise: Literal["group", "sample"] = "group",
-        points: Callable[[int], list[int]] | None = None,
+        drawn: Literal["group", "sample"] = "group",
+        points: Callable[[list[rng.Stream]], Tensor] | None = None,
     ) -> None:
         self.config, self.sampler, self.placement, self.rank = config, sampler, placement, rank
-        self._guides_reference, self._noise, self._points = guides_reference, noise, points or self._chosen_points
+        self._guides_reference, self._drawn, self._points = guides_reference, drawn, points or self._chosen_points
 
     def rounds(self, scored: ScoredGroups, *, update: int = 0) -> Iterator[list[NoisedBatch]]:
         """This rank's micro-batches of an optimizer step, in rounds that close their groups, sigma after sigma."""
         prompts, placement = scored.rollout.prompts, self.placement
         num_steps = prompts.num_samples // placement.micro // self.config.optimizer.steps_per_iteration
-        for point in self._points(prompts.iteration):
-            streams = self._noise_streams(prompts, point).to(scored.reward_B.device)
+        for point_B in self.points(prompts).unbind(1):
+            streams = self._noise_streams(prompts, point_B).to(scored.reward_B.device)
             for first in range(update * num_steps, (update + 1) * num_steps, placement.steps_per_round):
                 steps = range(first, first + placement.steps_per_round)
                 groups = placement.groups(steps, rank=self.rank)
-                yield [self._batch(scored, update, point, step, groups, streams) for step in steps]
+                yield [self._batch(scored, update, point_B, step, groups, streams) for step in steps]
+
+    def points(self, prompts: PromptBatch) -> Tensor:
+        """The points of the schedule that this rank's samples are trained at, a pass in each column: int64 [B, passes].
+
+        Where groups share their sigmas, all samples of the iteration do.
+        """
+        name = partial(rng.stream, self.config.seed, stage="timesteps", iteration=prompts.iteration)
+        if self._drawn == "group":
+            return self._points([name()]).expand(prompts.num_samples, -1)
+        numbers = (divmod(number, prompts.group_size) for number in prompts.samples)
+        return self._points([name(group=group, sample=sample) for group, sample in numbers])
 
     def _batch(
-        self, scored: ScoredGroups, update: int, point: int, step: int, groups: range, streams: Tensor
+        self, scored: ScoredGroups, update: int, point_B: Tensor, step: int, groups: range, streams: Tensor
     ) -> NoisedBatch:
         """The micro-batch of a micro-step of this rank's, in the round of which these are the groups."""
-        prompts, (sigma, timestep) = scored.rollout.prompts, self._training_sigma(point)
+        prompts, (sigma_P, timestep_P) = scored.rollout.prompts, self._training_sigmas()
         config, micro, device = self.config, self.placement.micro, scored.reward_B.device
         mine = slice(step * micro, (step + 1) * micro)
         row_M, valid_M = prompts.group_B[mine], scored.valid_B[mine]
-        if self._noise == "group":
+        if self._drawn == "group":
             group_M = torch.tensor(prompts.group_ids, device=device)[row_M] - groups.start
             streams_G4 = streams[groups.start : groups.stop]
         else:
             group_M, streams_G4 = torch.arange(micro, device=device), streams[mine]
         # What could not be scored may not be finite either, and then a weight of zero would not keep it out.
         x0_MCHW = scored.rollout.x0_BCHW[mine].where(valid_M[:, None, None, None], 0.0)
-        sigma_M = x0_MCHW.new_full(valid_M.shape, sigma, dtype=torch.float64)
+        sigma_M = sigma_P[point_B[mine]].to(device)
         noisy = flow_interpolate(x0_MCHW, sigma_M, streams=streams_G4, group_B=group_M, with_target=False)
         return NoisedBatch(
             x_t_MCHW=noisy.x_t,
             x0_MCHW=x0_MCHW,
             streams_G4=streams_G4,
-            timestep_M=x0_MCHW.new_full(valid_M.shape, timestep),
+            timestep_M=timestep_P[point_B[mine]].to(device),
             conditioning=prompts.conditioning[row_M],
             unconditional=prompts.unconditional if self._guides_reference else None,
             advantage_M=scored.advantage_B[mine],
@@ -87,26 +98,32 @@ class NoisedBatches:
             sample_share=1 / (scored.num_valid[update] * config.algorithm.passes),
         )
 
-    def _chosen_points(self, iteration: int) -> list[int]:
-        name = rng.stream(self.config.seed, stage="timesteps", iteration=iteration)
-        points = self.config.algorithm.trained_points
-        return [points[place] for place in rng.choice(name, len(points), k=self.config.algorithm.passes)]
+    def _chosen_points(self, streams: list[rng.Stream]) -> Tensor:
+        points, passes = self.config.algorithm.trained_points, self.config.algorithm.passes
+        return points.start + torch.tensor([rng.choice(stream, len(points), k=passes) for stream in streams])
 
-    def _training_sigma(self, index: int) -> tuple[float, float]:
-        """The training sigma and what the model is told, of a point of the schedule."""
-        timesteps = model_timesteps(self.sampler.sigmas, self.config.rollout.timesteps)
+    def _training_sigmas(self) -> tuple[Tensor, Tensor]:
+        """The training sigma, float64, and what the model is told, float32, of each point of the schedule."""
+        timesteps = torch.tensor(
+            model_timesteps(self.sampler.sigmas, self.config.rollout.timesteps), dtype=torch.float64
+        )
         exact = self.config.rollout.timesteps == "float"
-        return (float(self.sampler.sigmas[index]) if exact else timesteps[index] / 1000), timesteps[index]
+        return torch.from_numpy(self.sampler.sigmas) if exact else timesteps / 1000, timesteps.float()
 
-    def _noise_streams(self, prompts: PromptBatch, point: int) -> Tensor:
+    def _noise_streams(self, prompts: PromptBatch, point_B: Tensor) -> Tensor:
         """The words of streams of training noise, int64 [..., 4]: operators draw it where they use it.
 
         Those of all groups of the iteration, or those of this rank's samples.
         """
-        name = partial(
-            rng.stream, self.config.seed, stage="training noise", iteration=prompts.iteration, timestep=point
-        )
-        if self._noise == "group":
-            return torch.tensor([name(group=group) for group in range(self.config.groups.per_iteration)])
+        name = partial(rng.stream, self.config.seed, stage="training noise", iteration=prompts.iteration)
+        points = point_B.tolist()
+        if self._drawn == "group":
+            groups = range(self.config.groups.per_iteration)
+            return torch.tensor([name(group=group, timestep=points[0]) for group in groups])
         numbers = (divmod(number, prompts.group_size) for number in prompts.samples)
-        return torch.tensor([name(group=group, sample=sample) for group, sample in numbers])
+        return torch.tensor(
+            [
+                name(group=group, sample=sample, timestep=point)
+                for (group, sample), point in zip(numbers, points, strict=True)
+            ]
+        )

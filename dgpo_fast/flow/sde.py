@@ -96,5 +96,7 @@ class SDESampler:
             x_BCHW = taken.x_next
             if number == kept[-1]:
                 latents.append(x_BCHW)
-        trajectory = Trajectory(first=kept.start, x_SBCHW=torch.stack(latents), log_prob_SB=torch.stack(log_probs))
+        trajectory = Trajectory(
+            first_B=(kept.start,) * len(x_BCHW), x_SBCHW=torch.stack(latents), log_prob_SB=torch.stack(log_probs)
+        )
         return x_BCHW, trajectory

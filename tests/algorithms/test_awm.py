@@ -119,36 +119,36 @@ def test_the_likelihood_is_the_written_one(power: float) -> None:
 def test_a_point_is_drawn_from_each_stretch(tiny: Tiny, first: int, trunc: int, number: int, bounds: list[int]) -> None:
     """All of a stretch's points, as often; together the trained points, each in one stretch."""
     points = (f"algorithm.first={first}", f"algorithm.trunc={trunc}", f"algorithm.train_timesteps={number}")
-    algorithm, iterations = AWM(tiny("tiny-awm", *points, "rollout.steps=14")), 600
-    seen = [Counter[int]() for _ in range(number)]
-    for iteration in range(iterations):
-        for place, point in enumerate(algorithm.points(iteration)):
-            seen[place][point] += 1
+    algorithm, samples = AWM(tiny("tiny-awm", *points, "rollout.steps=14")), 600
+    point_ST = algorithm.points([rng.stream(0, stage="timesteps", sample=sample) for sample in range(samples)])
+    seen = [Counter(drawn) for drawn in point_ST.T.tolist()]
     assert [set(counts) for counts in seen] == [set(range(*pair)) for pair in pairwise(bounds)]
     assert set().union(*seen) == set(range(first, trunc + 1))
     for counts in seen:
-        expected = iterations / len(counts)
+        expected = samples / len(counts)
         # Five standard deviations of a binomial count.
         assert max(abs(count - expected) for count in counts.values()) <= 5 * expected**0.5
 
 
 def test_every_stretch_has_a_point(tiny: Tiny) -> None:
-    """However the points are cut: those of an iteration are different, and in order."""
+    """However the points are cut: those of a sample are different, and in order."""
     for last, number in ((7, 7), (11, 10), (23, 7), (29, 28), (39, 38), (39, 13), (39, 39)):
         points = (f"algorithm.trunc={last}", f"algorithm.train_timesteps={number}", "rollout.steps=40")
-        drawn = AWM(tiny("tiny-awm", *points)).points(last)
+        (drawn,) = AWM(tiny("tiny-awm", *points)).points([rng.stream(0, stage="timesteps", sample=last)]).tolist()
         assert len(drawn) == number and drawn == sorted(set(drawn)) and {*drawn} <= {*range(1, last + 1)}
 
 
 def test_batches_are_noised_at_the_drawn_points(make_policy: MakePolicy, tiny: Tiny, scored_noise: ScoredNoise) -> None:
-    """Each sample with a noise of its own."""
+    """Each sample with sigmas and a noise of its own."""
     config = tiny("tiny-awm", *TWO_SIGMAS)
     policy, algorithm = make_policy(config), AWM(config)
-    batches = [batch for (batch,) in algorithm.batches(scored_noise(policy, config))]
-    sigmas = [float(algorithm.groups.sampler.sigmas[point]) for point in algorithm.points(0)]
-    assert [batch.timestep_M[0].item() for batch in batches] == pytest.approx(
-        [1000 * sigma for sigma in sigmas for _ in range(2)], rel=EPS
-    )
+    scored = scored_noise(policy, config)
+    batches = [batch for (batch,) in algorithm.batches(scored)]
+    point_TB = algorithm.noised.points(scored.rollout.prompts).T
+    expected = 1000 * torch.from_numpy(algorithm.groups.sampler.sigmas)[point_TB]
+    told = torch.cat([batch.timestep_M for batch in batches]).view(point_TB.shape)
+    torch.testing.assert_close(told.double(), expected, rtol=EPS, atol=0)
+    assert len(set(point_TB[1].tolist())) > 1
     noises = torch.cat([noise_of(batch) for batch in batches]).flatten(1)
     assert (torch.corrcoef(noises) - torch.eye(16)).abs().max() < 5 / noises.shape[1] ** 0.5
 

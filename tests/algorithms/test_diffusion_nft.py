@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from operator import ne
 
 import pytest
 import torch
@@ -128,18 +129,23 @@ def test_a_policy_that_is_the_old_one_is_drawn_by_advantages_alone(
         assert (other - gradient).norm() < 64 * EPS * gradient.norm() / min(beta, 1)
 
 
-def test_each_sample_has_a_noise_of_its_own(make_policy: MakePolicy, tiny: Tiny, scored_noise: ScoredNoise) -> None:
-    """At sigmas of the schedule that all samples share."""
+def test_each_sample_has_sigmas_and_noises_of_its_own(
+    make_policy: MakePolicy, tiny: Tiny, scored_noise: ScoredNoise
+) -> None:
+    """Of the schedule, and none twice; the same for samples on other ranks."""
     config = tiny("tiny-diffusion-nft", *TWO_SIGMAS)
-    policy = make_policy(config)
+    policy, algorithm = make_policy(config), DiffusionNFT(config)
     scored, noises, told = scored_noise(policy, config), list[Tensor](), list[float]()
-    for (batch,) in DiffusionNFT(config).batches(scored):
-        (timestep,) = set(batch.timestep_M.tolist())
-        told.append(timestep)
+    for (batch,) in algorithm.batches(scored):
+        sigma_MCHW = batch.timestep_M.double()[:, None, None, None] / 1000
+        told.extend(batch.timestep_M.tolist())
         noises.extend(noise_of(batch))
-        x_t = (1 - timestep / 1000) * batch.x0_MCHW.double() + timestep / 1000 * noise_of(batch).double()
+        x_t = (1 - sigma_MCHW) * batch.x0_MCHW.double() + sigma_MCHW * noise_of(batch).double()
         torch.testing.assert_close(batch.x_t_MCHW.double(), x_t, rtol=0, atol=64 * EPS)
-    assert len(noises) == 16 and told[::2] == told[1::2] and len(set(told)) == 2
+    assert len(noises) == 16 and len(set(told[:8])) > 1 and all(map(ne, told[:8], told[8:]))
+    prompts = scored.rollout.prompts
+    some = replace(prompts, samples=prompts.samples[2:6])
+    assert torch.equal(algorithm.noised.points(some), algorithm.noised.points(prompts)[2:6])
     correlation = torch.corrcoef(torch.stack(noises).flatten(1)) - torch.eye(16)
     assert correlation.abs().max() < 5 / noises[0].numel() ** 0.5
     points = (1000 * DiffusionNFT(config).groups.sampler.sigmas[:3]).astype("float32").tolist()

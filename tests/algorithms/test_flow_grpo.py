@@ -243,7 +243,7 @@ def test_any_number_of_ranks_draws_the_same(
         samples = list(placement_of(config, 2).samples(rank, total=8))
         assert len(samples) == 4 and samples != list(range(4 * rank, 4 * rank + 4))
         share = drawn(policy, config, prompts_of, iteration=4, samples=samples).trajectory
-        assert share is not None and share.first == alone.trajectory.first
+        assert share is not None and share.first_B == tuple(alone.trajectory.first_B[sample] for sample in samples)
         assert torch.equal(share.x_SBCHW, alone.trajectory.x_SBCHW[:, samples])
         assert torch.equal(share.log_prob_SB, alone.trajectory.log_prob_SB[:, samples])
     assert not torch.equal(alone.x0_BCHW, later.x0_BCHW)
@@ -251,18 +251,25 @@ def test_any_number_of_ranks_draws_the_same(
     assert distance.min() > 0.1
 
 
-def test_a_window_is_drawn_for_every_iteration(make_policy: MakePolicy, tiny: Tiny, prompts_of: PromptsOf) -> None:
-    """Two of the first three steps; the others are those of the ODE, which has no density to train on."""
-    config = tiny("tiny-flow-grpo-fast", "algorithm.trained_steps=3")
-    policy = make_policy(config, spread=SPREAD)
-    firsts = set()
-    for iteration in range(8):
-        trajectory = drawn(policy, config, prompts_of, iteration=iteration, samples=range(4)).trajectory
-        assert trajectory is not None
-        assert trajectory.log_prob_SB.shape == (2, 4) and trajectory.x_SBCHW.shape[:2] == (3, 4)
-        assert trajectory.log_prob_SB.ne(0).all()
-        firsts.add(trajectory.first)
-    assert firsts == {0, 1}
+def test_a_window_is_drawn_for_every_micro_batch(make_policy: MakePolicy, tiny: Tiny, prompts_of: PromptsOf) -> None:
+    """Two of the first three steps; the others are those of the ODE, which has no density to train on.
+
+    Forwards of half a micro-batch, or of one and a half: neither changes what is trained.
+    """
+    for per_forward in (2, 6):
+        config = tiny("tiny-flow-grpo-fast", "algorithm.trained_steps=3", f"rollout.images_per_forward={per_forward}")
+        policy = make_policy(config, spread=SPREAD)
+        firsts = list[tuple[int, int]]()
+        for iteration in range(8):
+            trajectory = drawn(policy, config, prompts_of, iteration=iteration).trajectory
+            assert trajectory is not None
+            assert trajectory.log_prob_SB.shape == (2, 8) and trajectory.x_SBCHW.shape[:2] == (3, 8)
+            assert trajectory.log_prob_SB.ne(0).all()
+            one, other = trajectory.first_B[0], trajectory.first_B[4]
+            assert trajectory.first_B == (one,) * 4 + (other,) * 4
+            firsts.append((one, other))
+        assert {one for one, _ in firsts} == {other for _, other in firsts} == {0, 1}
+        assert any(one != other for one, other in firsts)
 
 
 def test_a_window_is_trained_where_it_was_drawn(
@@ -273,8 +280,9 @@ def test_a_window_is_trained_where_it_was_drawn(
     for iteration in (0, 1):
         rollout = drawn(policy, config, prompts_of, iteration=iteration)
         assert rollout.trajectory is not None
-        scored, first = score(rollout, config), rollout.trajectory.first
-        assert [batch.step for (batch,) in FlowGRPO(config).batches(scored)] == [first, first + 1] * 2
+        scored, first_B = score(rollout, config), rollout.trajectory.first_B
+        expected = [first_B[start] + place for start in (0, 4) for place in (0, 1)]
+        assert [batch.step for (batch,) in FlowGRPO(config).batches(scored)] == expected
         assert learn(policy, config, scored)[1]["clip_fraction"] == 0, "only steps of one window have a density"
 
 

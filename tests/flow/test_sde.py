@@ -63,7 +63,7 @@ def test_each_step_is_the_written_one() -> None:
     """In float64, from the latents before it and the noise of its streams; the densities are torch's."""
     sampler = SDESampler.from_config(ROLLOUT, noise_level=LEVEL)
     x0_BCHW, trajectory = draw(sampler, range(STEPS))
-    assert SIGMAS[0] == 1 and trajectory.first == 0
+    assert SIGMAS[0] == 1 and set(trajectory.first_B) == {0}
     assert trajectory.x_SBCHW.shape == (STEPS + 1, SAMPLES, *SHAPE)
     assert torch.equal(trajectory.x_SBCHW[0], start()) and torch.equal(trajectory.x_SBCHW[-1], x0_BCHW)
     for number in range(STEPS):
@@ -128,7 +128,7 @@ def test_outside_a_window_steps_are_eulers() -> None:
     window = range(2, 4)
     x0_BCHW, trajectory = draw(SDESampler.from_config(ROLLOUT, noise_level=LEVEL, window=window), window)
     everything = draw(SDESampler.from_config(ROLLOUT, noise_level=LEVEL, window=window), range(STEPS))[1]
-    assert trajectory.first == 2
+    assert trajectory.first_B == (2,) * SAMPLES
     assert trajectory.log_prob_SB.shape == (2, SAMPLES) and trajectory.x_SBCHW.shape == (3, SAMPLES, *SHAPE)
     assert torch.equal(trajectory.x_SBCHW, everything.x_SBCHW[2:5])
     assert torch.equal(everything.x_SBCHW[-1], x0_BCHW)

@@ -1,0 +1,114 @@
+"""What an iteration of each run costs on one core of a quiet machine: the clock of the speedup benchmark.
+
+    python -m benchmarks.speedup calibrate
+
+A run is as long as its iterations are dear. They are timed once for all, by turns in one process, while nothing else
+runs: neighbours share caches and hyperthreads, and make each second of a core do up to half as much, so that seconds
+counted during a run of hours would be those of the machine's other guests.
+"""
+
+from __future__ import annotations
+
+import csv
+import gc
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from benchmarks.speedup_runs import METHODS, Draws, Run
+
+ROUNDS = 5
+FILE = "costs.csv"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What decides how much work an iteration is, and by which code it is done."""
+
+    method: str
+    draws: Draws
+    flops: float
+    """Of an iteration, as planned."""
+    updates: int
+    """Optimizer steps of an iteration."""
+    group_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Seconds of an iteration: the median of the rounds, and their fifth and fourth quintile."""
+
+    kind: Kind
+    seconds: float
+    low: float
+    high: float
+
+
+def kind_of(run: Run) -> Kind:
+    from dgpo_fast import load_recipe
+    from dgpo_fast.planning import plan
+
+    config = load_recipe(METHODS[run.method].recipe, run.overrides)
+    cost = plan(config, num_ranks=1).cost
+    assert cost is not None
+    return Kind(
+        method=run.method, draws=run.draws, flops=float(f"{cost.flops:.6g}"),
+        updates=config.optimizer.steps_per_iteration, group_size=config.groups.size,
+    )  # fmt: skip
+
+
+def read_costs(results: Path) -> dict[Kind, Cost]:
+    """What was measured; nothing where nothing was."""
+    path = results / FILE
+    if not path.exists():
+        return {}
+    types: dict[str, Any] = {"method": str, "draws": str, "flops": float, "updates": int, "group_size": int}
+    with path.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    kinds = [Kind(**{name: kind(row[name]) for name, kind in types.items()}) for row in rows]
+    return {
+        kind: Cost(kind=kind, seconds=float(row["seconds"]), low=float(row["low"]), high=float(row["high"]))
+        for kind, row in zip(kinds, rows, strict=True)
+    }
+
+
+def write_costs(results: Path, costs: Iterable[Cost], origin: dict[str, str]) -> None:
+    names = [field.name for field in fields(Kind)]
+    with (results / FILE).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=[*names, "seconds", "low", "high", *origin])
+        writer.writeheader()
+        for cost in costs:
+            seconds = {name: f"{getattr(cost, name):.4g}" for name in ("seconds", "low", "high")}
+            writer.writerow(asdict(cost.kind) | seconds | origin)
+
+
+def calibrate(runs: Sequence[Run]) -> Iterator[Cost]:
+    """The cost of an iteration of every kind among the runs, once around each round; on one thread."""
+    import torch
+
+    from benchmarks.ablated_samplers import ablate
+    from dgpo_fast import Trainer, load_recipe
+
+    torch.set_num_threads(1)
+    of_kind = {kind_of(run): run for run in reversed(runs)}  # the first of each kind
+    with tempfile.TemporaryDirectory() as out:
+        trainers = {}
+        for number, (kind, run) in enumerate(of_kind.items()):
+            config = load_recipe(METHODS[run.method].recipe, run.overrides)
+            trainers[kind] = Trainer(config, Path(out) / str(number))
+            ablate(trainers[kind], run)
+            trainers[kind].run_iteration()  # allocates, and compiles what is compiled
+        gc.collect()
+        seconds: dict[Kind, list[float]] = {kind: [] for kind in of_kind}
+        for _ in range(ROUNDS):
+            for kind, trainer in trainers.items():
+                start = time.process_time()
+                trainer.run_iteration()
+                seconds[kind].append(time.process_time() - start)
+    for kind, measured in seconds.items():
+        low, *_, high = quantiles(measured, n=5)
+        yield Cost(kind=kind, seconds=median(measured), low=low, high=high)
