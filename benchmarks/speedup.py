@@ -143,7 +143,7 @@ def measure_costs(results: Path) -> None:
     costs = list(calibrate(every_kind()))
     write_costs(results, costs, origin())
     for cost in costs:
-        print(f"{cost.kind}: {cost.seconds:.3f} s ({cost.low:.3f} to {cost.high:.3f})")
+        print(f"{cost.kind}: {cost.seconds:.3f} s (median {cost.median:.3f})")
 
 
 @contextmanager

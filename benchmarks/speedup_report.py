@@ -2,47 +2,81 @@
 
     python -m benchmarks.speedup_report [--write]
 
-Nothing is extrapolated: a run that did not reach a target within its budget is "> budget", and what is divided by it is
-a bound. Numbers are of evaluations, so a time is that of the first at or above the target that the next one confirms.
+A target is reached where the straight line to the first evaluation at or above it, which the next one confirms, crosses
+it. Nothing is extrapolated: of a run that has not, it is known up to its last evaluation but one, and what is made of
+that is a bound.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
 from benchmarks.pages import filled
 from benchmarks.speedup_chart import Curve, draw
 from benchmarks.speedup_results import RESULTS, Point, Result, ablated, best, queue, results
-from benchmarks.speedup_runs import ABLATIONS, METHODS, OURS, SWEEP_S
+from benchmarks.speedup_runs import ABLATIONS, METHODS, OURS, SWEEP_S, TARGETS, short
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, README = DOCS / "benchmarks.md", DOCS.parent / "README.md"
-TARGETS = (0.65, 0.70, 0.75, 0.80, 0.85)
 COMPARED = 0.80
-"""The target at which methods are compared, decided before any run."""
+"""The target at which methods are compared, decided before any run of this protocol."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrival:
+    """Where the median seed of a method reached a target, or the last point at which it is known not to have."""
+
+    point: Point
+    is_reached: bool
+
+
+def arrivals(of_seeds: Sequence[Result], target: float) -> list[Arrival]:
+    """Of every seed, the earliest first, and those that never arrived last."""
+    found = [
+        Arrival(point=point or result.last_confirmable, is_reached=point is not None)
+        for result in of_seeds
+        for point in (result.first(target),)
+    ]
+    return sorted(found, key=lambda arrival: (not arrival.is_reached, arrival.point.seconds))
+
+
+def typical(of_seeds: Sequence[Result], target: float) -> Arrival | None:
+    """The median, or the lower of the two; None of nobody."""
+    found = arrivals(of_seeds, target)
+    return found[(len(found) - 1) // 2] if found else None
 
 
 def seconds_to(target: float, of_seeds: Sequence[Result]) -> str:
-    """The median of the seeds and their range, or that it took longer than the budget."""
-    found = sorted(point.core_s if (point := result.first(target)) else math.inf for result in of_seeds)
-    middle = median(found)
-    budget = f"> {of_seeds[0].run.budget_s:.0f}"
-    shown = [budget if math.isinf(value) else f"{value:.0f}" for value in (middle, found[0], found[-1])]
+    """The median of the seeds and their range, or up to when none had reached it."""
+    found, middle = arrivals(of_seeds, target), typical(of_seeds, target)
+    assert middle is not None
+    shown = [
+        f"{'' if arrival.is_reached else '> '}{arrival.point.seconds:.0f}" for arrival in (middle, found[0], found[-1])
+    ]
     return shown[0] if len(found) == 1 else f"{shown[0]} ({shown[1]} to {shown[2]})"
+
+
+def ratio(theirs: Arrival, ours: Arrival, of: Callable[[Point], float]) -> str:
+    """How many times ours theirs is, or a bound of it."""
+    if not theirs.is_reached and not ours.is_reached:
+        return "?"
+    sign = "" if theirs.is_reached and ours.is_reached else "< " if theirs.is_reached else "> "
+    return f"{sign}{of(theirs.point) / of(ours.point):.1f}"
 
 
 def table_of_targets(chosen: Mapping[str, Sequence[Result]]) -> str:
     heads = " | ".join(f"{target:.0%}" for target in TARGETS)
-    lines = [f"| | runs | {heads} | at the end |", "|---|---|" + "---|" * (len(TARGETS) + 1)]
+    lines = [f"| | runs | {heads} | best | at the end |", "|---|---|" + "---|" * (len(TARGETS) + 2)]
     for name, of_seeds in chosen.items():
         if of_seeds:
             cells = " | ".join(seconds_to(target, of_seeds) for target in TARGETS)
+            best_score = median(max(point.strict for point in result.points) for result in of_seeds)
             end = median(result.points[-1].strict for result in of_seeds)
-            lines.append(f"| {METHODS[name].title} | {len(of_seeds)} | {cells} | {end:.1%} |")
+            lines.append(f"| {METHODS[name].title} | {len(of_seeds)} | {cells} | {best_score:.1%} | {end:.1%} |")
     return "\n".join(lines)
 
 
@@ -52,40 +86,35 @@ def table_of_factors(chosen: Mapping[str, Sequence[Result]], target: float) -> s
         f"| to {target:.0%}, times DGPO's | time | iterations | FLOPs of an iteration | seconds of a FLOP |",
         "|---|---|---|---|---|",
     ]
-    ours = _typical(chosen.get(OURS, ()), target)
+    ours = typical(chosen.get(OURS, ()), target)
     for name, of_seeds in chosen.items():
-        if name == OURS or ours is None:
+        theirs = typical(of_seeds, target)
+        if name == OURS or ours is None or theirs is None:
             continue
-        theirs = _typical(of_seeds, target)
-        reached = theirs or min((result.points[-1] for result in of_seeds), key=lambda point: point.core_s)
-        more = "" if theirs else "> "
-        time, iterations = reached.core_s / ours.core_s, reached.iteration / ours.iteration
-        work = (reached.flops / reached.iteration) / (ours.flops / ours.iteration)
-        engine = (reached.core_s / reached.flops) / (ours.core_s / ours.flops)
-        lines.append(
-            f"| {METHODS[name].title} | {more}{time:.1f} | {more}{iterations:.1f} | {work:.2f} | {engine:.2f} |"
-        )
+        time = ratio(theirs, ours, lambda point: point.seconds)
+        iterations = ratio(theirs, ours, lambda point: point.iteration)
+        one, other = of_seeds[0].points[-1], chosen[OURS][0].points[-1]
+        work = (one.flops / one.iteration) / (other.flops / other.iteration)
+        engine = (one.seconds / one.flops) / (other.seconds / other.flops)
+        lines.append(f"| {METHODS[name].title} | {time} | {iterations} | {work:.2f} | {engine:.2f} |")
     return "\n".join(lines)
 
 
-def _typical(of_seeds: Sequence[Result], target: float) -> Point | None:
-    """Where the median seed reached the target; None where it did not."""
-    reached = sorted((point for result in of_seeds if (point := result.first(target))), key=lambda point: point.core_s)
-    middle = (len(of_seeds) - 1) // 2
-    return reached[middle] if 0 <= middle < len(reached) else None
-
-
 def table_of_quality(chosen: Mapping[str, Sequence[Result]], target: float) -> str:
-    """What else has changed where the target is reached."""
-    lines = ["| | strict | soft | distance to rendered images | diversity of a group |", "|---|---|---|---|---|"]
-    rows = [("base", result.points[0]) for of_seeds in chosen.values() for result in of_seeds][:1]
-    rows += [
-        (METHODS[name].title, point) for name, seeds in chosen.items() if seeds and (point := _typical(seeds, target))
-    ]
-    for title, point in rows:
-        lines.append(
-            f"| {title} | {point.strict:.1%} | {point.soft:.3f} | {point.distance:.5f} | {point.diversity:.4f} |"
-        )
+    """What else has changed where the target is reached: of the seeds that do, their mean and range."""
+    lines = ["| | soft | distance to rendered images | diversity of a group |", "|---|---|---|---|"]
+    found = {"base": [result.points[0] for of_seeds in chosen.values() for result in of_seeds][:1]}
+    for name, of_seeds in chosen.items():
+        found[METHODS[name].title] = [arrival.point for arrival in arrivals(of_seeds, target) if arrival.is_reached]
+    for title, points in found.items():
+        if points:
+            columns = (
+                ([point.soft for point in points], "{:.3f}"),
+                ([point.distance for point in points], "{:.5f}"),
+                ([point.diversity for point in points], "{:.4f}"),
+            )
+            cells = " | ".join(_mean_and_range(values, form) for values, form in columns)
+            lines.append(f"| {title} | {cells} |")
     return "\n".join(lines)
 
 
@@ -94,7 +123,7 @@ def table_of_sweep(swept: Mapping[str, Sequence[Result]]) -> str:
     for name, found in swept.items():
         if found:
             chosen, worst = best(found), min(result.mean_strict for result in found)
-            setting = ", ".join(f"`{item.rpartition('.')[2]}`" for item in chosen.run.setting)
+            setting = ", ".join(f"`{short(item)}`" for item in chosen.run.setting)
             number = f"{len(found)} of 8"
             lines.append(f"| {METHODS[name].title} | {number} | {setting} | {chosen.mean_strict:.1%} | {worst:.1%} |")
     return "\n".join(lines)
@@ -128,16 +157,21 @@ def _mean_and_range(values: Sequence[float], form: str) -> str:
 
 
 def table_of_speed(chosen: Mapping[str, Sequence[Result]], target: float) -> str:
-    """What README shows: seconds to the target, and how many times DGPO's they are."""
-    lines = [f"| to {target:.0%} exact images | runs | seconds of one core | times DGPO's |", "|---|---|---|---|"]
-    ours = _typical(chosen.get(OURS, ()), target)
+    """What README shows: seconds to the target, how many times DGPO's they are, and of that what is no engine's."""
+    lines = [
+        f"| to {target:.0%} exact images | runs | seconds of one core | times DGPO's | FLOPs, times DGPO's |",
+        "|---|---|---|---|---|",
+    ]
+    ours = typical(chosen.get(OURS, ()), target)
     for name, of_seeds in chosen.items():
         if of_seeds:
-            theirs = _typical(of_seeds, target)
-            reached = theirs or min((result.points[-1] for result in of_seeds), key=lambda point: point.core_s)
-            more = "" if theirs else "> "
-            times = "1" if name == OURS else f"{more}{reached.core_s / ours.core_s:.1f}" if ours else "?"
-            lines.append(f"| {METHODS[name].title} | {len(of_seeds)} | {seconds_to(target, of_seeds)} | {times} |")
+            theirs = typical(of_seeds, target)
+            time = work = "1" if name == OURS else "?"
+            if name != OURS and ours is not None and theirs is not None:
+                time = ratio(theirs, ours, lambda point: point.seconds)
+                work = ratio(theirs, ours, lambda point: point.flops)
+            cells = f"{seconds_to(target, of_seeds)} | {time} | {work}"
+            lines.append(f"| {METHODS[name].title} | {len(of_seeds)} | {cells} |")
     return "\n".join(lines)
 
 
@@ -156,7 +190,7 @@ def tables(directory: Path = RESULTS) -> dict[str, str]:
         "ablations": table_of_ablations(
             {"DGPO, as chosen": begun[OURS]}
             | {ablation.title: changed[name] for name, ablation in ABLATIONS.items()}
-            | {f"{METHODS[PAIRWISE].title}, as chosen: pairs, not groups": begun[PAIRWISE]}
+            | {f"{METHODS[PAIRWISE].title}, as chosen": begun[PAIRWISE]}
         ),
         "targets": table_of_targets(chosen),
         "factors": table_of_factors(chosen, COMPARED),
@@ -172,7 +206,7 @@ def _chosen(directory: Path) -> dict[str, list[Result]]:
     return {name: seeds[name] or [best(found)] for name, found in swept.items() if found}
 
 
-AXES = {"core_s": "seconds of training, one core", "images": "images", "flops": "FLOPs"}
+AXES = {"seconds": "seconds of training, one core", "images": "images", "flops": "FLOPs"}
 """What scores are drawn over."""
 
 

@@ -218,8 +218,7 @@ def every_kind() -> list[Run]:
     """A run of every setting that the queue may hold, but for the learning rates: what each costs is measured."""
     rate = ("optimizer.lr=1e-3",)
     settings = {method: [rate, *((*rate, change) for change in METHODS[method].changes)] for method in METHODS}
-    kinds = [_swept(method, setting) for method, tried in settings.items() for setting in tried]
-    return kinds + [run for setting in settings[OURS] for run in ablations(setting) if run.seed == FINAL_SEEDS[0]]
+    return [_swept(method, setting) for method, tried in settings.items() for setting in tried]
 
 
 def _has_beta(ablation: Ablation, setting: tuple[str, ...]) -> bool:

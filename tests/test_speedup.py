@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import sys
 from dataclasses import asdict
 from math import inf
 from pathlib import Path
-from typing import Any
+from subprocess import CalledProcessError
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from dgpo_fast.records import Rollout
+    from dgpo_fast.rewards import Scores
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -20,10 +26,13 @@ from benchmarks import speedup, speedup_report, speedup_results, speedup_runs  #
 from benchmarks.ablated_samplers import ablate  # noqa: E402
 from benchmarks.held_out import diversity, held_out, patch_distance  # noqa: E402
 from benchmarks.pages import filled  # noqa: E402
+from benchmarks.speedup_costs import Cost, kind_of, read_costs, write_costs  # noqa: E402
 from benchmarks.speedup_results import Point, Result, queue, read, write  # noqa: E402
-from benchmarks.speedup_runs import ABLATIONS, EULER, METHODS, Draws, Run  # noqa: E402
+from benchmarks.speedup_runs import ABLATIONS, EULER, METHODS, Run, every_kind, short  # noqa: E402
 from dgpo_fast import Trainer  # noqa: E402
 from dgpo_fast.config import load_recipe, resume_conflicts  # noqa: E402
+from dgpo_fast.errors import UserError  # noqa: E402
+from dgpo_fast.records import ScoredGroups  # noqa: E402
 from dgpo_fast.shapes.captions import parse_caption  # noqa: E402
 from dgpo_fast.shapes.render import render  # noqa: E402
 
@@ -36,11 +45,12 @@ def rendered(seed: int, per_prompt: int) -> torch.Tensor:
     return torch.from_numpy(np.stack([render(caption, generator) for caption in captions]))
 
 
-def point(core_s: float, strict: float, **more: Any) -> Point:
-    iteration = more.pop("iteration", int(core_s))
+def point(seconds: float, strict: float, **more: Any) -> Point:
+    iteration = more.pop("iteration", int(seconds))
     values = {
-        "core_s": core_s, "wall_s": core_s, "step": iteration, "iteration": iteration, "images": 128 * iteration,
-        "flops": 1e9 * iteration, "reward": 0.5, "strict": strict, "soft": strict, "distance": 0.01, "diversity": 0.2,
+        "seconds": seconds, "core_s": 1.5 * seconds, "wall_s": 2 * seconds, "step": iteration, "iteration": iteration,
+        "images": 128 * iteration, "flops": 1e9 * iteration, "reward": 0.5, "strict": strict, "soft": strict,
+        "distance": 0.01, "diversity": 0.2,
     }  # fmt: skip
     return Point(**{**values, **more})
 
@@ -85,15 +95,39 @@ def test_diversity_is_the_mean_over_pairs_of_a_prompt() -> None:
 # The queue
 
 
+RATES = {
+    "dgpo": ("3e-3", "1e-3", "1e-2"), "flow-grpo": ("3e-3", "3e-4", "1e-2"), "flow-grpo-fast": ("1e-3", "3e-3", "2e-3"),
+    "diffusion-nft": ("3e-4", "1e-3", "1e-4"), "awm": ("1e-3", "3e-4", "5e-4"),
+    "diffusion-dpo": ("3e-4", "3e-3", "1e-4"),
+}  # fmt: skip
+"""By method the best of the first three learning rates, the second, and what is tried fourth."""
+
+
+def test_the_fourth_learning_rate_lies_where_the_best_may_be(tmp_path: Path) -> None:
+    """Beyond an end of those that were tried, or between the best two."""
+    for run in queue(tmp_path).sweep:
+        best, second, _ = RATES[run.method]
+        rate = run.setting[0].partition("=")[2]
+        pretend(tmp_path, run, 0.5, 0.9 if rate == best else 0.8 if rate == second else 0.7)
+    added = queue(tmp_path).sweep[3 * len(METHODS) :]
+    assert {run.method: run.setting for run in added} == {
+        method: (f"optimizer.lr={fourth}",) for method, (_, _, fourth) in RATES.items()
+    }
+
+
 def test_methods_are_tuned_alike(tmp_path: Path) -> None:
     """Four learning rates, then four changes at the best, then three seeds that nothing was chosen by."""
     first = queue(tmp_path)
-    assert len({run.name for run in first.runs}) == len(first.runs) == 4 * len(METHODS)
+    assert len({run.name for run in first.runs}) == len(first.runs) == 3 * len(METHODS)
     assert [run.method for run in first.runs[: len(METHODS)]] == list(METHODS), "they take turns"
     for run in first.sweep:
         pretend(tmp_path, run, 0.5, 0.8 if run.setting == ("optimizer.lr=3e-3",) else 0.6)
+    rates = queue(tmp_path)
+    assert [run.setting for run in rates.sweep[len(first.sweep) :]] == [("optimizer.lr=1e-2",)] * len(METHODS)
+    for run in rates.sweep[len(first.sweep) :]:
+        pretend(tmp_path, run, 0.5, 0.6)
     second = queue(tmp_path)
-    added = second.sweep[len(first.sweep) :]
+    added = second.sweep[len(rates.sweep) :]
     assert second.finals == []
     assert sorted(run.method for run in added) == sorted([*METHODS] * 4)
     for name, method in METHODS.items():
@@ -109,36 +143,58 @@ def test_methods_are_tuned_alike(tmp_path: Path) -> None:
 
 def test_ablations_change_one_thing_of_the_chosen_setting(tmp_path: Path) -> None:
     """They begin once DGPO's sweep is over, and leave out the beta that was chosen."""
-    for run in queue(tmp_path).sweep:
-        if run.method == "dgpo":
-            pretend(tmp_path, run, 0.5, 0.6)
+    for _ in range(2):
+        assert queue(tmp_path).ablations == []
+        for run in queue(tmp_path).sweep:
+            if run.method == "dgpo" and len(run.setting) == 1:
+                pretend(tmp_path, run, 0.5, 0.6)
     assert queue(tmp_path).ablations == []
     for run in queue(tmp_path).sweep:
         if run.method == "dgpo" and len(run.setting) == 2:
-            pretend(tmp_path, run, 0.5, 0.9 if "algorithm.beta=1000" in run.setting else 0.7)
+            pretend(tmp_path, run, 0.5, 0.9 if "algorithm.beta=100" in run.setting else 0.7)
     found = queue(tmp_path).ablations
-    assert sorted({run.ablation or "" for run in found}) == sorted(ABLATIONS.keys() - {"beta-1000"})
+    assert sorted({run.ablation or "" for run in found}) == sorted(ABLATIONS.keys() - {"beta-100"})
     assert [run.seed for run in found if run.ablation == "sde"] == [1, 2, 3]
     assert len({run.name for run in found}) == len(found)
     chosen = load_recipe("tiny-dgpo", Run(method="dgpo", setting=found[0].setting, seed=1, budget_s=1.0).overrides)
     for run in found:
-        assert (run.setting[-1], run.budget_s) == ("algorithm.beta=1000", 600.0)
+        assert (run.setting[-1], run.budget_s) == ("algorithm.beta=100", 600.0)
         changed = resume_conflicts(chosen, load_recipe("tiny-dgpo", run.overrides))
         differ = {conflict.partition(":")[0] for conflict in changed} - {"seed"}
         assert differ == {change.partition("=")[0] for change in ABLATIONS[run.ablation or ""].changes}
 
 
-@pytest.mark.parametrize("draws", ["sde", "base"])
-def test_ablated_samples(draws: Draws, tmp_path: Path, quick: tuple[str, ...]) -> None:
+def ablated(name: str) -> Run:
+    return Run(method="dgpo", setting=(), seed=1, budget_s=1.0, ablation=name)
+
+
+@pytest.mark.parametrize("name", ["sde", "offline"])
+def test_ablated_samples(name: str, tmp_path: Path, quick: tuple[str, ...]) -> None:
     """The base's do not change with the policy; the SDE's are others than the ODE's, and the same again."""
     euler = [*quick, *EULER, "rollout.steps=3"]
     trainers = [Trainer(load_recipe("tiny-dgpo", euler), tmp_path / str(number)) for number in range(3)]
     for trainer in trainers[1:]:
-        ablate(trainer, draws)
+        ablate(trainer, ablated(name))
     plain, first, second = ([each.run_iteration()[0] for _ in range(2)] for each in trainers)
     assert [report.reward_mean for report in first] == [report.reward_mean for report in second]
-    assert (first[0].reward_mean == plain[0].reward_mean) == (draws == "base")
+    assert (first[0].reward_mean == plain[0].reward_mean) == (name == "offline")
     assert first[1].reward_mean != plain[1].reward_mean
+
+
+def test_ablated_groups(tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best is compared with the worst; whose group is all alike teaches nothing."""
+    trainer = Trainer(load_recipe("tiny-dgpo", [*quick]), tmp_path)
+    reward_B = torch.tensor([0.1, 0.9, 0.4, 0.5, 0.3, 0.3, 0.3, 0.3])
+    scored = ScoredGroups(
+        rollout=cast("Rollout", None), reward_B=reward_B, valid_B=reward_B > 0, num_valid=(8,), num_groups=(2,),
+        advantage_B=torch.zeros(8), group_size_G=torch.full((2,), 4.0),
+    )  # fmt: skip
+    monkeypatch.setattr(trainer, "_score", lambda rollout, scores: (scored, {"reward_mean": 0.4}))
+    ablate(trainer, ablated("pairs"))
+    found, metrics = trainer._score(cast("Rollout", None), cast("Scores", None))
+    expected = 2**0.5 * torch.tensor([-1.0, 1, 0, 0, 0, 0, 0, 0])
+    torch.testing.assert_close(found.advantage_B, expected)
+    assert metrics == {"reward_mean": 0.4} and found.reward_B is reward_B
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -149,10 +205,11 @@ def test_settings_are_of_the_method_and_leave_groups_and_evaluation_alone(name: 
             config = load_recipe(METHODS[name].recipe, run.overrides)
             differ = {key.partition(":")[0].partition(".")[0] for key in resume_conflicts(ours, config)}
             allowed = {"name", "description", "model", "rollout", "advantages", "algorithm", "old_policy", "optimizer"}
-            assert differ <= allowed
+            assert differ <= {*allowed, "evaluation_ema"}
             assert (config.groups, config.rewards, config.adapter) == (ours.groups, ours.rewards, ours.adapter)
             assert (config.rollout.guidance, config.rollout.steps) == (ours.rollout.guidance, ours.rollout.steps)
-            assert config.evaluation_ema == ours.evaluation_ema
+            assert config.evaluation_ema.max_decay == ours.evaluation_ema.max_decay
+            assert config.evaluation_ema.every == config.optimizer.steps_per_iteration, "the average is of iterations"
 
 
 def test_the_queue_leaves_what_is_done_or_worked_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +223,7 @@ def test_the_queue_leaves_what_is_done_or_worked_on(tmp_path: Path, monkeypatch:
     pretend(tmp_path, runs[0], 0.5, 0.6)
     (tmp_path / f".{runs[1].name}.lock").write_text(str(os.getpid()))
     (tmp_path / f".{runs[2].name}.lock").write_text("999999999")  # of a process that is gone
+    assert runs[1].method != runs[2].method
     speedup.work(tmp_path, most=1)
     assert started == [runs[2].name]
     speedup.work(tmp_path, most=2)
@@ -173,23 +231,90 @@ def test_the_queue_leaves_what_is_done_or_worked_on(tmp_path: Path, monkeypatch:
     assert [path.name for path in tmp_path.glob(".*.lock")] == [f".{runs[1].name}.lock"]
 
 
+def test_a_run_that_fails_is_left_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = queue(tmp_path).runs
+
+    def started_instead(command: list[str], **options: Any) -> None:
+        if command[4] == runs[0].name:
+            raise CalledProcessError(1, command)
+        pretend(tmp_path, next(run for run in runs if run.name == command[4]), 0.5, 0.6)
+
+    monkeypatch.setattr(speedup.subprocess, "run", started_instead)
+    with pytest.raises(CalledProcessError):
+        speedup.work(tmp_path, most=3)
+    assert {path.stem for path in tmp_path.glob("*.csv")} == {runs[1].name, runs[2].name}
+
+
+def price(directory: Path, run: Run, seconds: float) -> None:
+    cost = Cost(kind=kind_of(run), seconds=seconds, median=seconds)
+    write_costs(directory, [cost], {"commit": "abc"})
+
+
 def test_a_run_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     points = [point(0.0, 0.5), point(61.25, 0.75)]
-    monkeypatch.setattr(speedup, "train", lambda run: iter(points))
+    costs = list[float]()
+    monkeypatch.setattr(speedup, "train", lambda run, cost_s: (costs.append(cost_s), iter(points))[1])
     run = queue(tmp_path).runs[0]
+    price(tmp_path, run, 2.5)
     speedup.measure(run, tmp_path)
-    assert read(tmp_path / f"{run.name}.csv") == points
-    assert [path.name for path in tmp_path.iterdir()] == [f"{run.name}.csv"]
+    assert read(tmp_path / f"{run.name}.csv") == points and costs == [2.5]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["costs.csv", f"{run.name}.csv"]
+    assert " ".join(run.overrides) in (tmp_path / f"{run.name}.csv").read_text()
+
+
+def test_a_final_run_ends_a_while_after_its_highest_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    curve = [(0, 0.5), *((second, 0.9) for second in range(120, 2401, 120))]
+    monkeypatch.setattr(speedup, "train", lambda run, cost_s: iter([point(*values) for values in curve]))
+    for budget, seed, last in ((600.0, 0, 2400), (2400.0, 1, 720)):
+        run = Run(method="dgpo", setting=("optimizer.lr=1e-3",), seed=seed, budget_s=budget)
+        price(tmp_path, run, 2.5)
+        speedup.measure(run, tmp_path)
+        assert read(tmp_path / f"{run.name}.csv")[-1].seconds == last
+
+
+def test_a_kind_of_run_is_what_decides_its_cost(tmp_path: Path) -> None:
+    """Not its learning rate, beta or seed; but how often each image is trained on. No ablation is a kind of its own."""
+    kinds = {run.name: kind_of(run) for run in every_kind()}
+    plain, *changed = (run for run in every_kind() if run.method == "dgpo")
+    assert kinds["dgpo__lr=1e-3_beta=3__seed0__600s"] == kinds[plain.name]
+    assert kinds["dgpo__lr=1e-3_train_timesteps=2__seed0__600s"] != kinds[plain.name]
+    for run in (plain, *changed):
+        assert {kind_of(ablation) for ablation in speedup_runs.ablations(run.setting)} == {kinds[run.name]}
+    price(tmp_path, plain, 2.5)
+    assert [(cost.kind, cost.seconds) for cost in read_costs(tmp_path).values()] == [(kind_of(plain), 2.5)]
+
+
+def test_evaluations_are_dense_where_methods_are_fast() -> None:
+    times = list(speedup.evaluation_times(2400.0))
+    assert times[:8] == [30, 60, 90, 120, 150, 180, 240, 300] and times[-1] == 2400
+    assert list(speedup.evaluation_times(600.0)) == [time for time in times if time <= 600]
+    assert list(speedup.evaluation_times(100.0))[-1] == 100
 
 
 @pytest.mark.slow
 def test_a_run_trains(tmp_path: Path) -> None:
-    run = Run(method="dgpo", setting=("optimizer.lr=1e-3",), seed=0, budget_s=1.0)
-    first, last = speedup.train(run)
-    assert (first.step, first.core_s) == (0, 0.0)
-    assert last.step == last.iteration > 0
-    assert last.core_s >= 1.0
+    run = Run(method="dgpo", setting=("optimizer.lr=1e-3",), seed=0, budget_s=5.0)
+    first, last = speedup.train(run, 2.5)
+    assert (first.step, first.seconds) == (0, 0.0)
+    assert last.step == last.iteration == 2 and last.seconds == 5.0
+    assert last.core_s > 0
     assert last.flops > 0
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_has_the_points_that_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    iterations = []
+
+    def diverges(trainer: Trainer) -> Any:
+        if len(iterations) == 2:
+            raise UserError("three gradients were no numbers")
+        iterations.append(trainer.step)
+        return run_iteration(trainer)
+
+    run_iteration = Trainer.run_iteration
+    monkeypatch.setattr(Trainer, "run_iteration", diverges)
+    run = Run(method="dgpo", setting=("optimizer.lr=1e-3",), seed=0, budget_s=600.0)
+    assert [found.iteration for found in speedup.train(run, 30.0)] == [0, 1, 2]
 
 
 # What tables make of results
@@ -200,6 +325,8 @@ def test_a_setting_is_chosen_by_its_mean_over_time() -> None:
     late = result("dgpo", point(0, 0.5), point(50, 0.5), point(100, 1.0))
     assert early.mean_strict == pytest.approx((0.7 + 0.9) / 2)
     assert late.mean_strict == pytest.approx((0.5 + 0.75) / 2)
+    diverged = result("dgpo", point(0, 0.5), point(50, 0.7))
+    assert diverged.mean_strict == pytest.approx((0.6 + 0.7) / 2), "of 100 seconds"
     assert speedup_results.best([late, early]) is early
 
 
@@ -208,18 +335,33 @@ def test_one_evaluation_is_not_enough() -> None:
     scattered = result("dgpo", point(0, 0.5), point(20, 0.81), point(40, 0.79), point(60, 0.82), point(80, 0.8))
     found = scattered.first(0.8)
     assert found is not None
-    assert found.core_s == 60
+    assert found.seconds == pytest.approx(40 + 20 * (0.80 - 0.79) / (0.82 - 0.79))
     assert result("dgpo", point(0, 0.5), point(20, 0.81)).first(0.8) is None
 
 
-def test_what_is_not_reached_is_longer_than_its_budget() -> None:
-    """Medians and ranges count it so; nothing is extrapolated."""
+def test_a_target_is_reached_on_the_line_to_the_evaluation_that_shows_it() -> None:
+    """All that is measured is of that moment."""
+    run = result(
+        "dgpo", point(0, 0.6, distance=0.03), point(40, 0.7, distance=0.02), point(60, 0.9, distance=0.01),
+        point(80, 0.8, distance=0.5),
+    )  # fmt: skip
+    found = run.first(0.8)
+    assert found is not None
+    assert (found.seconds, found.strict, found.iteration) == (pytest.approx(50), 0.8, 50)
+    assert found.distance == pytest.approx(0.015)
+    begun = run.first(0.6)
+    assert begun is not None and begun.seconds == 0
+
+
+def test_what_is_not_reached_is_longer_than_is_known() -> None:
+    """That is up to the last evaluation that another could have confirmed. Medians and ranges count it so."""
     quick = result("dgpo", point(0, 0.5), point(40, 0.8), point(60, 0.8))
     slow = result("dgpo", point(0, 0.5), point(90, 0.8), point(100, 0.8))
-    never = result("dgpo", point(0, 0.5), point(100, 0.7))
+    never = result("dgpo", point(0, 0.5), point(95, 0.7), point(100, 0.85))
     assert speedup_report.seconds_to(0.8, [quick]) == "40"
-    assert speedup_report.seconds_to(0.8, [quick, never, slow]) == "90 (40 to > 100)"
-    assert speedup_report.seconds_to(0.8, [never, never, slow]) == "> 100 (90 to > 100)"
+    assert speedup_report.seconds_to(0.8, [quick, never, slow]) == "90 (40 to > 95)"
+    assert speedup_report.seconds_to(0.8, [never, never, slow]) == "> 95 (90 to > 95)"
+    assert speedup_report.seconds_to(0.8, [never, quick]) == "40 (40 to > 95)"
     assert never.first(0.8) is None
     assert quick.first(inf) is None
 
@@ -234,16 +376,24 @@ def test_factors_multiply_to_the_time() -> None:
 
 
 def test_a_factor_of_a_run_that_was_stopped_is_a_bound() -> None:
-    ours = result("dgpo", point(0, 0.5), point(20, 0.8), point(40, 0.8))
-    theirs = result("awm", point(0, 0.5), point(100, 0.7))
-    row = speedup_report.table_of_factors({"dgpo": [ours], "awm": [theirs]}, 0.8).splitlines()[-1]
-    assert row.startswith("| AWM | > 5.0 | > 5.0 | 1.00 | 1.00 |")
+    reached = [point(0, 0.5), point(20, 0.8), point(40, 0.8)]
+    stopped = [point(0, 0.5), point(100, 0.7), point(120, 0.7)]
+
+    def row(ours: list[Point], theirs: list[Point]) -> str:
+        chosen = {"dgpo": [result("dgpo", *ours)], "awm": [result("awm", *theirs)]}
+        return speedup_report.table_of_factors(chosen, 0.8).splitlines()[-1]
+
+    assert row(reached, stopped) == "| AWM | > 5.0 | > 5.0 | 1.00 | 1.00 |"
+    assert row(stopped, reached) == "| AWM | < 0.2 | < 0.2 | 1.00 | 1.00 |"
+    assert row(stopped, stopped) == "| AWM | ? | ? | 1.00 | 1.00 |"
+    assert row(reached, reached) == "| AWM | 1.0 | 1.0 | 1.00 | 1.00 |"
 
 
 def test_the_beginning_of_a_run_is_a_shorter_run() -> None:
     """Its last evaluation may come an iteration after the budget."""
     whole = result("dgpo", point(0, 0.5), point(604, 0.8), point(720, 0.9))
-    assert whole.until(600.0) == result("dgpo", point(0, 0.5), point(604, 0.8))
+    begun = whole.until(600.0)
+    assert (begun.points, begun.run.budget_s) == ((point(0, 0.5), point(604, 0.8)), 600.0)
 
 
 def test_ablations_are_shown_by_mean_and_range() -> None:
@@ -256,11 +406,27 @@ def test_ablations_are_shown_by_mean_and_range() -> None:
 def test_the_readme_says_how_many_times_longer_others_take() -> None:
     ours = result("dgpo", point(0, 0.5), point(20, 0.8), point(40, 0.8))
     reached = result("awm", point(0, 0.5), point(90, 0.8), point(100, 0.8))
-    stopped = result("flow-grpo", point(0, 0.5), point(100, 0.7))
+    stopped = result("flow-grpo", point(0, 0.5), point(100, 0.7), point(120, 0.7))
     found = {"dgpo": [ours], "awm": [reached], "flow-grpo": [stopped], "diffusion-nft": []}
     assert speedup_report.table_of_speed(found, 0.8).splitlines()[2:] == [
-        "| DGPO | 1 | 20 | 1 |", "| AWM | 1 | 90 | 4.5 |", "| Flow-GRPO | 1 | > 100 | > 5.0 |",
+        "| DGPO | 1 | 20 | 1 | 1 |", "| AWM | 1 | 90 | 4.5 | 4.5 |", "| Flow-GRPO | 1 | > 100 | > 5.0 | > 5.0 |",
     ]  # fmt: skip
+
+
+def test_settings_keep_their_names() -> None:
+    """Also those whose value has a dot; no two runs share one."""
+    runs = every_kind()
+    assert len({run.name for run in runs}) == len(runs)
+    assert any("kl_coef=0.1__" in run.name for run in runs)
+    assert short("algorithm.beta=0.1") == "beta=0.1"
+
+
+def test_every_result_is_of_the_settings_that_its_name_stands_for() -> None:
+    for run in queue(speedup_results.RESULTS).runs:
+        path = speedup_results.RESULTS / f"{run.name}.csv"
+        if path.exists():
+            with path.open(encoding="utf-8") as file:
+                assert {row["overrides"] for row in csv.DictReader(file)} == {" ".join(run.overrides)}, run.name
 
 
 def test_the_fields_of_a_point_are_read_as_they_are() -> None:

@@ -94,7 +94,7 @@ class AWM:
         policy.average_into("old", decay=min(average.max_decay, average.rate * (step + 1)))
 
     def points(self, streams: list[rng.Stream]) -> Tensor:
-        """For each stream a point of each of the `train_timesteps` stretches of the trained ones: int64 [streams, T]."""
+        """For each stream a point of each stretch of the trained ones, of which there are T: int64 [streams, T]."""
         trained, number = self.settings.trained_points, self.settings.train_timesteps
         bound_T = torch.linspace(trained.start, trained.stop, number + 1, dtype=torch.float64).long()
         share_ST = rng.random_words(streams, number).double() / 2**32
