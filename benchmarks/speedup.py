@@ -23,7 +23,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.speedup_costs import calibrate, kind_of, read_costs, write_costs
+from benchmarks.speedup_costs import calibrate, flops_of, kind_of, read_costs, write_costs
 from benchmarks.speedup_results import RESULTS, Point, Result, queue, read, write
 from benchmarks.speedup_runs import METHODS, SWEEP_S, TAIL_S, TARGETS, Run, every_kind
 
@@ -48,7 +48,6 @@ def train(run: Run, cost_s: float) -> Iterator[Point]:
     from dgpo_fast import Trainer, load_recipe
     from dgpo_fast.errors import UserError
     from dgpo_fast.evaluate import draw_images
-    from dgpo_fast.planning import plan
     from dgpo_fast.prompts import load_prompts
 
     torch.set_num_threads(1)
@@ -56,8 +55,7 @@ def train(run: Run, cost_s: float) -> Iterator[Point]:
     # Final runs are judged from another noise than settings were chosen by.
     judge = load_recipe("tiny-dgpo", [*JUDGE, f"seed={int(run.is_final)}"])
     prompts = load_prompts(judge.prompts.test, key="prompts.test")[:NUM_PROMPTS]
-    per_prompt, cost = judge.evaluation.images_per_prompt, plan(config, num_ranks=1).cost
-    assert cost is not None
+    per_prompt, flops = judge.evaluation.images_per_prompt, flops_of(config)
     core_s = wall_s = 0.0
     rewards: list[float] = []
     with tempfile.TemporaryDirectory() as out:
@@ -71,7 +69,7 @@ def train(run: Run, cost_s: float) -> Iterator[Point]:
             return Point(
                 seconds=trainer.iteration * cost_s, core_s=core_s, wall_s=wall_s,
                 step=trainer.step, iteration=trainer.iteration,
-                images=trainer.iteration * config.images_per_iteration, flops=trainer.iteration * cost.flops,
+                images=trainer.iteration * config.images_per_iteration, flops=trainer.iteration * flops,
                 reward=sum(rewards) / len(rewards) if rewards else float("nan"),
                 **asdict(held_out(images, prompts, per_prompt=per_prompt)),
             )  # fmt: skip

@@ -17,9 +17,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.speedup_runs import METHODS, Run
+
+if TYPE_CHECKING:
+    from dgpo_fast.config import Config
 
 ROUNDS = 7
 FILE = "costs.csv"
@@ -50,14 +53,21 @@ class Cost:
 
 def kind_of(run: Run) -> Kind:
     from dgpo_fast import load_recipe
-    from dgpo_fast.planning import plan
 
     config = load_recipe(METHODS[run.method].recipe, run.overrides)
-    cost = plan(config, num_ranks=1).cost
-    assert cost is not None
-    return Kind(
-        method=run.method, flops=float(f"{cost.flops:.6g}"), updates=config.optimizer.steps_per_iteration
-    )  # fmt: skip
+    flops, updates = float(f"{flops_of(config):.6g}"), config.optimizer.steps_per_iteration
+    return Kind(method=run.method, flops=flops, updates=updates)
+
+
+def flops_of(config: Config) -> float:
+    """Of an iteration, as `--dry-run` plans it."""
+    from dgpo_fast.models.sources import find_model, transformer_shape, vae_shape
+    from dgpo_fast.planning import cost
+
+    source = find_model(config.model.name)
+    shape = transformer_shape(source)
+    assert shape is not None
+    return cost(config, source, shape, vae_shape(source)).flops
 
 
 def read_costs(results: Path) -> dict[Kind, Cost]:
