@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dgpo_fast.config import load_recipe
+
 COMMON = ("optimizer.decay_steps=null", "steps=1000000", "evaluation.every=0", "logging.tensorboard=false")
 """Of every run: how long it goes is decided by its budget."""
 LEARNING_RATES = ("1e-3", "3e-3", "3e-4")
@@ -149,11 +151,10 @@ class Run:
     @property
     def overrides(self) -> list[str]:
         ablated = () if self.ablation is None else ABLATIONS[self.ablation].changes
-        changed = [*METHODS[self.method].fixed, *self.setting, *ablated]
+        changed = [*COMMON, *METHODS[self.method].fixed, *self.setting, *ablated]
         # The average that is judged looks back over as many iterations, however many steps these make.
-        in_two = METHODS[self.method].recipe.startswith("tiny-flow-grpo")
-        steps = 2 if in_two and "optimizer.steps_per_iteration=1" not in changed else 1
-        return [*COMMON, *changed, f"evaluation_ema.every={steps}", f"seed={self.seed}"]
+        steps = load_recipe(METHODS[self.method].recipe, changed).optimizer.steps_per_iteration
+        return [*changed, f"evaluation_ema.every={steps}", f"seed={self.seed}"]
 
     @property
     def draws(self) -> Draws:

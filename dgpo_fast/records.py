@@ -71,6 +71,10 @@ class PromptBatch:
         """Which row of the conditioning each sample has: int64 [B]."""
         return torch.tensor(self._rows, device=self.conditioning.text_BND.device)
 
+    def numbers(self, some: slice = slice(None)) -> tuple[tuple[int, int], ...]:
+        """Of all samples or of some, the group and the number within that: what their randomness is named by."""
+        return tuple(divmod(sample, self.group_size) for sample in self.samples[some])
+
     @property
     def prompt_of_sample(self) -> tuple[str, ...]:
         """Each sample's prompt, [B]."""

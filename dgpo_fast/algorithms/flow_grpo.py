@@ -183,12 +183,11 @@ class FlowGRPO:
 
     def _streams(self, prompts: PromptBatch, samples: slice, number: int) -> list[rng.Stream]:
         """What each sample's step is drawn from: named by iteration, group, sample and step."""
-        numbers = (divmod(sample, prompts.group_size) for sample in prompts.samples[samples])
         return [
             rng.stream(
                 self.config.seed, stage="sde", iteration=prompts.iteration, group=group, sample=sample, timestep=number
             )
-            for group, sample in numbers
+            for group, sample in prompts.numbers(samples)
         ]
 
     def _velocity(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,14 @@ from dgpo_fast.flow.rollout import Sampler, model_timesteps
 from dgpo_fast.ops.flow_interpolate import flow_interpolate
 from dgpo_fast.parallel.placement import Placement
 from dgpo_fast.records import NoisedBatch, PromptBatch, ScoredGroups
+
+
+class _Pass(NamedTuple):
+    """What this rank's samples are noised by in one of an iteration's passes, on the device."""
+
+    streams: Tensor  # int64 [..., 4], of the noise of all groups, or of each sample
+    sigma_B: Tensor  # float64
+    timestep_B: Tensor  # float32, what the model is told
 
 
 class NoisedBatches:
@@ -41,19 +49,24 @@ class NoisedBatches:
         drawn: Literal["group", "sample"] = "group",
         points: Callable[[list[rng.Stream]], Tensor] | None = None,
     ) -> None:
-        self.config, self.sampler, self.placement, self.rank = config, sampler, placement, rank
+        self.config, self.placement, self.rank = config, placement, rank
         self._guides_reference, self._drawn, self._points = guides_reference, drawn, points or self._chosen_points
+        # Of each point of the schedule.
+        timestep_P = torch.tensor(model_timesteps(sampler.sigmas, config.rollout.timesteps), dtype=torch.float64)
+        exact = config.rollout.timesteps == "float"
+        self._sigma_P = torch.from_numpy(sampler.sigmas) if exact else timestep_P / 1000
+        self._timestep_P = timestep_P.float()
 
     def rounds(self, scored: ScoredGroups, *, update: int = 0) -> Iterator[list[NoisedBatch]]:
         """This rank's micro-batches of an optimizer step, in rounds that close their groups, sigma after sigma."""
         prompts, placement = scored.rollout.prompts, self.placement
         num_steps = prompts.num_samples // placement.micro // self.config.optimizer.steps_per_iteration
         for point_B in self.points(prompts).unbind(1):
-            streams = self._noise_streams(prompts, point_B).to(scored.reward_B.device)
+            now = self._pass(prompts, point_B, device=scored.reward_B.device)
             for first in range(update * num_steps, (update + 1) * num_steps, placement.steps_per_round):
                 steps = range(first, first + placement.steps_per_round)
                 groups = placement.groups(steps, rank=self.rank)
-                yield [self._batch(scored, update, point_B, step, groups, streams) for step in steps]
+                yield [self._batch(scored, update, now, step, groups) for step in steps]
 
     def points(self, prompts: PromptBatch) -> Tensor:
         """The points of the schedule that this rank's samples are trained at, a pass in each column: int64 [B, passes].
@@ -63,31 +76,34 @@ class NoisedBatches:
         name = partial(rng.stream, self.config.seed, stage="timesteps", iteration=prompts.iteration)
         if self._drawn == "group":
             return self._points([name()]).expand(prompts.num_samples, -1)
-        numbers = (divmod(number, prompts.group_size) for number in prompts.samples)
-        return self._points([name(group=group, sample=sample) for group, sample in numbers])
+        return self._points([name(group=group, sample=sample) for group, sample in prompts.numbers()])
 
-    def _batch(
-        self, scored: ScoredGroups, update: int, point_B: Tensor, step: int, groups: range, streams: Tensor
-    ) -> NoisedBatch:
+    def _pass(self, prompts: PromptBatch, point_B: Tensor, *, device: torch.device) -> _Pass:
+        return _Pass(
+            streams=self._noise_streams(prompts, point_B).to(device),
+            sigma_B=self._sigma_P[point_B].to(device),
+            timestep_B=self._timestep_P[point_B].to(device),
+        )
+
+    def _batch(self, scored: ScoredGroups, update: int, now: _Pass, step: int, groups: range) -> NoisedBatch:
         """The micro-batch of a micro-step of this rank's, in the round of which these are the groups."""
-        prompts, (sigma_P, timestep_P) = scored.rollout.prompts, self._training_sigmas()
-        config, micro, device = self.config, self.placement.micro, scored.reward_B.device
+        config, prompts = self.config, scored.rollout.prompts
+        micro, device = self.placement.micro, scored.reward_B.device
         mine = slice(step * micro, (step + 1) * micro)
         row_M, valid_M = prompts.group_B[mine], scored.valid_B[mine]
         if self._drawn == "group":
             group_M = torch.tensor(prompts.group_ids, device=device)[row_M] - groups.start
-            streams_G4 = streams[groups.start : groups.stop]
+            streams_G4 = now.streams[groups.start : groups.stop]
         else:
-            group_M, streams_G4 = torch.arange(micro, device=device), streams[mine]
+            group_M, streams_G4 = torch.arange(micro, device=device), now.streams[mine]
         # What could not be scored may not be finite either, and then a weight of zero would not keep it out.
         x0_MCHW = scored.rollout.x0_BCHW[mine].where(valid_M[:, None, None, None], 0.0)
-        sigma_M = sigma_P[point_B[mine]].to(device)
-        noisy = flow_interpolate(x0_MCHW, sigma_M, streams=streams_G4, group_B=group_M, with_target=False)
+        noisy = flow_interpolate(x0_MCHW, now.sigma_B[mine], streams=streams_G4, group_B=group_M, with_target=False)
         return NoisedBatch(
             x_t_MCHW=noisy.x_t,
             x0_MCHW=x0_MCHW,
             streams_G4=streams_G4,
-            timestep_M=timestep_P[point_B[mine]].to(device),
+            timestep_M=now.timestep_B[mine],
             conditioning=prompts.conditioning[row_M],
             unconditional=prompts.unconditional if self._guides_reference else None,
             advantage_M=scored.advantage_B[mine],
@@ -102,14 +118,6 @@ class NoisedBatches:
         points, passes = self.config.algorithm.trained_points, self.config.algorithm.passes
         return points.start + torch.tensor([rng.choice(stream, len(points), k=passes) for stream in streams])
 
-    def _training_sigmas(self) -> tuple[Tensor, Tensor]:
-        """The training sigma, float64, and what the model is told, float32, of each point of the schedule."""
-        timesteps = torch.tensor(
-            model_timesteps(self.sampler.sigmas, self.config.rollout.timesteps), dtype=torch.float64
-        )
-        exact = self.config.rollout.timesteps == "float"
-        return torch.from_numpy(self.sampler.sigmas) if exact else timesteps / 1000, timesteps.float()
-
     def _noise_streams(self, prompts: PromptBatch, point_B: Tensor) -> Tensor:
         """The words of streams of training noise, int64 [..., 4]: operators draw it where they use it.
 
@@ -120,10 +128,5 @@ class NoisedBatches:
         if self._drawn == "group":
             groups = range(self.config.groups.per_iteration)
             return torch.tensor([name(group=group, timestep=points[0]) for group in groups])
-        numbers = (divmod(number, prompts.group_size) for number in prompts.samples)
-        return torch.tensor(
-            [
-                name(group=group, sample=sample, timestep=point)
-                for (group, sample), point in zip(numbers, points, strict=True)
-            ]
-        )
+        of_samples = zip(prompts.numbers(), points, strict=True)
+        return torch.tensor([name(group=group, sample=sample, timestep=point) for (group, sample), point in of_samples])

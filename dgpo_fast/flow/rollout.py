@@ -74,7 +74,7 @@ def initial_noise(policy: Policy, prompts: PromptBatch, *, seed: int) -> Tensor:
     """What each sample of a rollout starts from, float32 [B, C, H, W], named by iteration, group and sample."""
     names = [
         rng.stream(seed, stage="rollout", iteration=prompts.iteration, group=group, sample=sample)
-        for group, sample in (divmod(number, prompts.group_size) for number in prompts.samples)
+        for group, sample in prompts.numbers()
     ]
     return rng.normal(names, policy.model.latent_shape, device=policy.model.device)
 
