@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.console import people
+from dgpo_fast import launcher
 from dgpo_fast.config import Config, load_recipe
 from dgpo_fast.environment import describe_environment
 from dgpo_fast.memory import MARGIN
@@ -31,7 +32,7 @@ COLUMNS = ("stage", "ranks", "offload", "foreseen_gb", "measured_gb", "first_s",
 
 def config_of(options: argparse.Namespace, stage: int, offload: str) -> Config:
     """Groups of four, two per rank: the memory of weights does not ask how many there are."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = launcher.world_size()
     return load_recipe(
         "sd35m-geneval-full",
         [
@@ -56,7 +57,7 @@ def measure(options: argparse.Namespace, stage: int) -> None:
     on_cuda = torch.cuda.is_available() and options.device != "cpu"
     if on_cuda and cost.memory.peak_bytes > (1 - MARGIN / 2) * torch.cuda.get_device_properties(0).total_memory:
         offload = "cpu" if stage else "does not fit"
-    line: dict[str, object] = {"stage": stage, "ranks": int(os.environ.get("WORLD_SIZE", "1")), "offload": offload}
+    line: dict[str, object] = {"stage": stage, "ranks": launcher.world_size(), "offload": offload}
     if offload != "does not fit":
         config = config_of(options, stage, offload)
         cost = plan(config).cost
@@ -75,7 +76,7 @@ def measure(options: argparse.Namespace, stage: int) -> None:
                 "images_per_s": f"{config.images_per_iteration / rest:.2f}",
             }  # fmt: skip
     line["foreseen_gb"] = f"{cost.memory.peak_bytes / 1e9:.2f}"
-    if os.environ.get("RANK", "0") == "0":
+    if launcher.is_first():
         path = options.out / "zero_steps.csv"
         is_new = not path.exists()
         with path.open("a", newline="", encoding="utf-8") as file:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dgpo_fast import launcher
 from dgpo_fast.config import Config, load_recipe, load_rewards, recipe_names, refuse_used
 from dgpo_fast.errors import UserError
 from dgpo_fast.files import write_atomically
@@ -116,7 +117,7 @@ def train(
     trainer = Trainer(config, out, resume=resume)
     trainer.train()
     trainer.world.leave()
-    if _is_first_rank():
+    if launcher.is_first():
         _print_outcome(out)
 
 
@@ -162,7 +163,7 @@ def evaluate(
     from dgpo_fast.evaluate import evaluate_run
 
     found = evaluate_run(run_dir, config=config, split=split, step=step, picture=picture, gallery=gallery)
-    if not _is_first_rank():
+    if not launcher.is_first():
         return
     if csv is not None:
         write_atomically(csv, found.as_csv().encode())
@@ -292,7 +293,7 @@ def profile(
     from dgpo_fast.profile_run import nsight_commands, profile_run, render
 
     measured = profile_run(config, out, iterations=iterations, warmup=warmup, trace=trace)
-    if not _is_first_rank():
+    if not launcher.is_first():
         return
     Console().print(render(measured))
     for path in measured.files:
@@ -339,7 +340,7 @@ def _as_overrides(settings: dict[str, int | str | None]) -> list[str]:
 
 def _run_directory_to_write(out: Path | None, config: Config, *, resume: bool) -> Path:
     """`out` or a new name, once it is sure that a run can be written there and none is overwritten."""
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    alone = launcher.world_size() == 1
     if out is None:
         if resume:
             raise UserError("--resume needs --out RUN_DIR, the run to go on with")
@@ -370,10 +371,6 @@ def _check_file(option: str, file: Path | None, *, example: str) -> None:
     if file.is_dir():
         raise UserError(f"{option} {file} is a directory; expected a file such as {file / example}")
     _check_writable(file.parent)
-
-
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _print_outcome(out: Path) -> None:

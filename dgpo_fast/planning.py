@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from dgpo_fast import launcher
 from dgpo_fast.config import Config, check_ranks
 from dgpo_fast.flow.trajectory import trajectory_of
 from dgpo_fast.memory import MARGIN, REMEDIES, Memory, predict_memory, trained_parameters
@@ -94,7 +94,7 @@ def plan(config: Config, *, num_ranks: int | None = None) -> Plan:
             iteration does not divide among the ranks.
     """
     source = find_model(config.model.name, revision=config.model.revision)
-    num_ranks = num_ranks or int(os.environ.get("WORLD_SIZE", "1"))
+    num_ranks = num_ranks or launcher.world_size()
     check_ranks(config, num_ranks)
     shape = transformer_shape(source, revision=config.model.revision)
     vae = vae_shape(source, revision=config.model.revision)

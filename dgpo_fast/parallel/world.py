@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from dgpo_fast import launcher
 from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.parallel import failures
@@ -36,7 +37,7 @@ class World:
         Raises:
             UserError: `device: cuda` without CUDA, more ranks than GPUs, or other ranks that do not come.
         """
-        size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        size, rank = launcher.world_size(), launcher.rank()
         timeout = timedelta(seconds=config.parallel.timeout_s)
         store: Store | None = None
         # Before anything that may fail on this rank alone, which the others would then not hear of.
@@ -119,7 +120,7 @@ def _device(config: Config) -> torch.device:
         raise UserError("device: cuda was asked for, but torch sees no CUDA device")
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = launcher.local_rank()
     if local_rank >= torch.cuda.device_count():
         raise UserError(f"{local_rank + 1} or more ranks on this machine, but {torch.cuda.device_count()} GPUs")
     return torch.device("cuda", local_rank)

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from torch import Tensor
 
+from dgpo_fast import launcher
 from dgpo_fast.errors import UserError
 from dgpo_fast.reward_config import RewardsConfig
 from dgpo_fast.rewards import wire
@@ -132,7 +133,7 @@ class Remote:
         return limits  # type: ignore[no-any-return]
 
     def _say_that_it_waits(self, reason: str) -> None:
-        if os.environ.get("RANK", "0") == "0":  # one line, not one of every rank
+        if launcher.is_first():  # one line, not one of every rank
             waiting = f"{self._key}: {self._url} does not answer yet{reason}; waiting up to {GREETING_S:g} s for it"
             print(waiting, file=sys.stderr, flush=True)
 
