@@ -40,7 +40,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.table import Table
@@ -49,7 +49,17 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from benchmarks.console import people
-from benchmarks.engine_variants import BASELINE, SPECS, Answer, Published, Truth, Variant, num_sampled, share_weights
+from benchmarks.engine_variants import (
+    BASELINE,
+    SPECS,
+    Answer,
+    Probe,
+    Published,
+    Truth,
+    Variant,
+    num_sampled,
+    share_weights,
+)
 from benchmarks.operator_table import commit
 from dgpo_fast.config import Config, load_recipe
 from dgpo_fast.environment import package_versions, processor_name
@@ -134,34 +144,42 @@ class Bench:
     def run(self, *, only_check: bool = False) -> int:
         """The exit status."""
         with tempfile.TemporaryDirectory() as scratch:
-            variants = self._sound(self._build(Path(scratch)))
-            if not only_check and variants:
-                self._measure(variants)
+            variants = self._build(Path(scratch), (BASELINE,))
+            published = variants.get(BASELINE)
+            if not isinstance(published, Published):
+                self.console.print("nothing is measured: without the published loop's weights no answer can be checked")
+                return 1
+            # In float64, before other models lie beside it.
+            probe, exact = self._truth(published)
+            variants |= self._build(Path(scratch), [name for name in self._wanted if name != BASELINE])
+            # The fused engine has stacked its weights, so the others take theirs from it.
+            share_weights(variants.values(), list(variants.values())[-1])
+            sound = self._sound(variants, probe, exact)
+            if not only_check and sound:
+                self._measure(sound)
         return int(self.failed)
 
-    def _build(self, scratch: Path) -> dict[str, Variant]:
-        # The published loop carries the truth, so it is always there.
+    def _build(self, scratch: Path, names: Iterable[str]) -> dict[str, Variant]:
         variants: dict[str, Variant] = {}
-        for name in dict.fromkeys((BASELINE, *self._wanted)):
+        for name in names:
             try:
                 variants[name] = SPECS[name].build(self._recipe, self._changes, self.device, scratch / name)
             except UserError as refused:
                 self.console.print(f"{name}: left out: {refused}", markup=False)
             except Exception as raised:  # whatever a library raises: reported, and the status is 1
                 self._report(name, raised)
-        # The fused engine has stacked its weights, so the others take theirs from it.
-        share_weights(variants.values(), list(variants.values())[-1])
         return variants
 
-    def _sound(self, variants: dict[str, Variant]) -> dict[str, Variant]:
-        """Those whose answers are right."""
-        published = variants[BASELINE]
-        assert isinstance(published, Published)
+    def _truth(self, published: Published) -> tuple[Probe, Answer]:
         truth = Truth(published)
         probe, exact = truth.probe, truth.answer()
         del truth
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        return probe, exact
+
+    def _sound(self, variants: dict[str, Variant], probe: Probe, exact: Answer) -> dict[str, Variant]:
+        """Those wanted whose answers are right."""
         errors, sound = {}, {}
         for name, variant in variants.items():
             try:
@@ -219,9 +237,11 @@ class Bench:
                     resident = _num_bytes(variants[name].resident())
                     row["peak_memory_gb"] = f"{(resident + timing.peak_bytes) / 1e9:.2f}"
                 rows.append(row)
+            self._write("engines", rows)  # what there is so far: the next piece of work takes minutes
             if work == "iteration":
                 stages = list(self._stage_rows(self._staged(calls, variants, timings), images))
-        self._write("engines", rows, to_stdout=True)
+        if self.out is None:
+            self._write_csv(sys.stdout, rows)
         self._write("engines_stages", stages)
         self._show(rows, stages)
         for stem, phase in (
@@ -446,17 +466,19 @@ class Bench:
             row[f"{work}_tflop_per_s"] = f"{flop / statistics.median(times) / 1e12:.3f}"
         return row
 
-    def _write(self, stem: str, rows: Sequence[Row], *, to_stdout: bool = False) -> None:
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        if not columns or (self.out is None and not to_stdout):
-            return
-        full = [{**row, **self._provenance} for row in rows]
-        if self.out is None:
-            _write_csv(sys.stdout, [*columns, *self._provenance], full)
+    def _write(self, stem: str, rows: Sequence[Row]) -> None:
+        """To a file, if a place for it is named and there is something to say."""
+        if self.out is None or not rows:
             return
         self.out.mkdir(parents=True, exist_ok=True)
         with (self.out / f"{stem}.csv").open("w", newline="", encoding="utf-8") as file:
-            _write_csv(file, [*columns, *self._provenance], full)
+            self._write_csv(file, rows)
+
+    def _write_csv(self, file: TextIO, rows: Sequence[Row]) -> None:
+        columns = dict.fromkeys(key for row in rows for key in row)
+        writer = csv.DictWriter(file, [*columns, *self._provenance])
+        writer.writeheader()
+        writer.writerows({**row, **self._provenance} for row in rows)
 
     def _show(self, rows: Sequence[Row], stages: Sequence[Row]) -> None:
         columns = (
@@ -510,12 +532,6 @@ def _num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def _write_csv(file: Any, columns: Sequence[str], rows: Iterable[Row]) -> None:
-    writer = csv.DictWriter(file, columns)
-    writer.writeheader()
-    writer.writerows(rows)
-
-
 def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in columns:
@@ -530,7 +546,8 @@ def _provenance(config: Config, device: str) -> dict[str, str]:
     cpu = f"{processor_name()}, {torch.get_num_threads()} threads"
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
-        **{name: versions.get(name, "") for name in ("torch", "triton", "diffusers", "peft")},
+        "torch": torch.__version__,
+        **{name: versions.get(name, "") for name in ("triton", "diffusers", "peft")},
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }

@@ -3,8 +3,8 @@
     python -m benchmarks.hottest_kernels NCU.csv OUT.csv [--number N]
 
 NCU.csv is `ncu --csv --page raw --print-units base` with at least gpu__time_duration.sum, as `benchmarks/gpu_suite.sh`
-writes it; lines before the header are skipped. Launches of one name are one row: bytes and time are sums, percentages
-means weighted by time. A metric that was not measured is left empty.
+writes it; what ncu says between its rows is skipped. Launches of one name are one row: bytes and time are sums,
+percentages means weighted by time. A metric that was not measured is left empty.
 """
 
 from __future__ import annotations
@@ -46,10 +46,13 @@ def main() -> None:
 
 def summary(lines: Sequence[str], *, number: int) -> list[dict[str, str]]:
     """The rows of the table, longest first; shares are of all kernels in `lines`."""
-    header = next((i for i, line in enumerate(lines) if '"Kernel Name"' in line and TIME in line), None)
-    if header is None:
-        raise SystemExit(f"hottest_kernels: expected a table of ncu with {TIME}; did ncu find the kernels?")
-    units, *launches = csv.DictReader(lines[header:])
+    said = [line for line in lines if line.startswith("==")]  # ncu's own, before, between and behind the rows
+    table = [line for line in lines if not line.startswith("==")]
+    header = next((i for i, line in enumerate(table) if '"Kernel Name"' in line and TIME in line), None)
+    if header is None or len(table) < header + 3:
+        reasons = "\n".join(line for line in said if "ERROR" in line or "WARNING" in line)
+        raise SystemExit(f"hottest_kernels: expected a table with {TIME}; did ncu find the kernels?\n{reasons}")
+    units, *launches = csv.DictReader(table[header:])
     of_kernel = defaultdict(list)
     for launch in launches:
         of_kernel[launch["Kernel Name"]].append(launch)

@@ -6,7 +6,7 @@ A script names its cases and calls `main`, which gives it its command line:
 
 The table goes to stderr; the rows go, case by case, as CSV to DIR/<stem>.csv, or to stdout where no DIR is named. The
 roof of a case is a copy that moves as many bytes, timed among its variants. What fails its check gets no time, and the
-script ends with status 1.
+script ends with status 1; a library that is not installed has a row that says so.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ def run(stem: str, cases: Iterable[Case], *, device: str, out: Path | None, roun
             problems = _problems(case, variants)
             sound = {name: call for name, call in variants.items() if problems[name] is None}
             durations = _durations(case, sound, device=device, rounds=rounds) if rounds else {}
-            writer.writerows({**row, **provenance} for row in _rows(case, durations))
+            missing = [name for name, problem in problems.items() if problem == _NOT_INSTALLED] if rounds else []
+            writer.writerows({**row, **provenance} for row in _rows(case, durations, missing=missing))
             _show(console, case, durations, problems)
             status |= any(problem not in (None, _NOT_INSTALLED) for problem in problems.values())
     return status
@@ -232,14 +233,15 @@ def _durations(case: Case, variants: Mapping[str, Call | None], *, device: str, 
     return interleaved({**calls, COPY: copy_of(case.num_bytes, device=device)}, rounds=rounds, device=device)
 
 
-def _rows(case: Case, durations: Mapping[str, Duration]) -> list[dict[str, object]]:
-    return [
+def _rows(case: Case, durations: Mapping[str, Duration], *, missing: Iterable[str]) -> list[dict[str, object]]:
+    about: dict[str, object] = {
+        "operator": case.operator, "case": case.label, "dtype": str(case.dtype).removeprefix("torch."),
+        "bytes": case.num_bytes,
+    }  # fmt: skip
+    timed = [
         {
-            "operator": case.operator,
+            **about,
             "implementation": name,
-            "case": case.label,
-            "dtype": str(case.dtype).removeprefix("torch."),
-            "bytes": case.num_bytes,
             "median_us": f"{duration.median_us:.2f}",
             "low_us": f"{duration.low_us:.2f}",
             "high_us": f"{duration.high_us:.2f}",
@@ -247,6 +249,10 @@ def _rows(case: Case, durations: Mapping[str, Duration]) -> list[dict[str, objec
             "share_of_copy": f"{durations[COPY].median_us / duration.median_us:.3f}",
         }
         for name, duration in durations.items()
+    ]
+    return [
+        *timed,
+        *({**about, "implementation": name, "median_us": f"not measured: {_NOT_INSTALLED}"} for name in missing),
     ]
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 from markupsafe import Markup
 
 from dgpo_fast.charts import value_axis
 
 COLORS = ("#1f5fa8", "#c4622d", "#4f8f5b", "#8c6bb1", "#d9a22b", "#5fb3b3", "#8a8a8a")
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 960, 420, 56, 290, 28, 48
+PLOT, HEIGHT, LEFT, TOP, BOTTOM = 614, 420, 56, 28, 48
+LEGEND, LETTER = 52, 7
+"""Pixels of the legend beside its titles, and of a letter of these, generously."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +34,12 @@ def draw(curves: Sequence[Curve], *, across: str, up: str, value: str = "{:.0%}"
     values = [value for curve in curves for value in curve.values] or [0.0]
     x_axis, y_axis = value_axis(0.0, max(places) or 1.0), value_axis(min(values), max(values))
     titles = list(dict.fromkeys(curve.title for curve in curves))
-    color_of = dict(zip(titles, COLORS, strict=False))
+    color_of = dict(zip(titles, cycle(COLORS), strict=False))
+    right = LEFT + PLOT
+    width = right + LEGEND + LETTER * max(map(len, titles), default=0)
 
     def x(value: float) -> float:
-        return LEFT + x_axis.percent(value) / 100 * (WIDTH - LEFT - RIGHT)
+        return LEFT + x_axis.percent(value) / 100 * PLOT
 
     def y(value: float) -> float:
         return HEIGHT - BOTTOM - y_axis.percent(value) / 100 * (HEIGHT - TOP - BOTTOM)
@@ -43,7 +48,7 @@ def draw(curves: Sequence[Curve], *, across: str, up: str, value: str = "{:.0%}"
         Markup(
             '<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
             '<text x="{label}" y="{below:.1f}" text-anchor="end">{value}</text>'
-        ).format(left=LEFT, right=WIDTH - RIGHT, y=y(tick), label=LEFT - 8, below=y(tick) + 4, value=value.format(tick))
+        ).format(left=LEFT, right=right, y=y(tick), label=LEFT - 8, below=y(tick) + 4, value=value.format(tick))
         for tick in y_axis.ticks
     )
     columns = Markup().join(
@@ -68,7 +73,7 @@ def draw(curves: Sequence[Curve], *, across: str, up: str, value: str = "{:.0%}"
         for curve in curves
         for place, value in zip(curve.places, curve.values, strict=True)
     )
-    side = WIDTH - RIGHT + 16
+    side = right + 16
     legend = Markup().join(
         Markup('<rect x="{x}" y="{y}" width="18" height="4" fill="{color}"/>').format(
             x=side, y=TOP + 20 * place + 5, color=color_of[title]
@@ -82,7 +87,7 @@ def draw(curves: Sequence[Curve], *, across: str, up: str, value: str = "{:.0%}"
         '<text x="{middle}" y="{bottom}" text-anchor="middle">{across}</text>'
         '<text x="{left}" y="{top}">{up}</text></svg>\n'
     ).format(
-        width=WIDTH, height=HEIGHT, rows=rows, columns=columns, lines=lines, dots=dots, legend=legend,
-        middle=LEFT + (WIDTH - LEFT - RIGHT) / 2, bottom=HEIGHT - 8, across=across,
+        width=width, height=HEIGHT, rows=rows, columns=columns, lines=lines, dots=dots, legend=legend,
+        middle=LEFT + PLOT / 2, bottom=HEIGHT - 8, across=across,
         left=LEFT, top=TOP - 8, up=up,
     )  # fmt: skip

@@ -135,7 +135,8 @@ def test_a_library_that_is_missing_is_named(run: Run, make_case: Callable[..., A
     status, rows, shown = run(make_case(baselines={"library": None}))
     assert status == 0
     assert "library: not installed" in shown.splitlines()
-    assert "library" not in {row["implementation"] for row in rows}
+    (row,) = (row for row in rows if row["implementation"] == "library")
+    assert (row["median_us"], row["gbps"]) == ("not measured: not installed", "")
 
 
 def test_an_update_in_place_is_judged_by_what_it_writes(run: Run, make_case: Callable[..., Any]) -> None:
@@ -204,13 +205,44 @@ def test_an_operator_without_a_launch_is_named(
     assert "velocity_errors_backward: not launched" in capsys.readouterr().out
 
 
+def test_a_launch_that_fails_is_named_and_stops_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], make_case: Callable[..., Any]
+) -> None:
+    from benchmarks import bench_solver_step, launches
+
+    cases = [
+        make_case(implementations={"broken": broken, "right": reference}, dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    monkeypatch.setattr(bench_solver_step, "cases", lambda shapes, device: cases)
+    monkeypatch.setattr("sys.argv", ["launches", "bench_solver_step", "--device", "cpu", "--few"])
+    with pytest.raises(SystemExit) as ended:
+        launches.main()
+    captured = capsys.readouterr()
+    assert ended.value.code == 1
+    assert captured.err.startswith("FAILED: solver_step, broken, 2x3, bfloat16: RuntimeError: no such kernel")
+    assert captured.err.count("FAILED") == 1, "few are those in bfloat16"
+    assert captured.out == "solver_step: right 1 x\n"
+
+
+def test_an_unknown_script_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import launches
+
+    monkeypatch.setattr("sys.argv", ["launches", "bench_engines"])
+    with pytest.raises(SystemExit) as ended:
+        launches.main()
+    assert ended.value.code == 2
+    assert "got bench_engines" in capsys.readouterr().err
+
+
 def test_the_suite_for_a_gpu_runs_every_script(tmp_path: Path) -> None:
     suite = ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh")]
     environ = {**os.environ, "PYTHON": sys.executable}
     plan = subprocess.run([*suite, "--out", tmp_path / "new", "--dry-run"], env=environ, capture_output=True, text=True)
     assert (plan.returncode, plan.stderr) == (0, "")
     parts = {line.partition(",")[0] for line in plan.stdout.splitlines() if " s at most: " in line}
-    assert parts - {"ncu"} == {"machine", "build", "launches", "tests", "memcheck", "racecheck", "check", *SCRIPTS}
+    always = {"machine", "build", "launches", "tests", "trains", "memcheck", "racecheck", "check", *SCRIPTS}
+    assert parts - {"ncu"} == always
     assert not (tmp_path / "new").exists()
 
     unknown = subprocess.run([*suite, "--fast"], env=environ, capture_output=True, text=True)
@@ -229,3 +261,22 @@ def test_the_suite_for_a_gpu_goes_on_after_a_failure(tmp_path: Path) -> None:
     assert run.returncode == 1, run.stderr
     assert run.stdout.splitlines()[-1] == "failed: launches tests"
     assert len((tmp_path / "out" / "summary.txt").read_text().splitlines()) == 2
+
+
+def test_the_suite_for_a_gpu_leaves_out_what_there_is_no_time_for(tmp_path: Path) -> None:
+    suite = ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh"), "--out", tmp_path, "--seconds", "5"]
+    run = subprocess.run([*suite, "--only", "launches|engines"], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stdout.splitlines()[-1] == "failed: launches engines"
+    summary = (tmp_path / "summary.txt").read_text().splitlines()
+    assert [line.split("  ")[-1] for line in summary] == ["left out: no time is left"] * 2
+
+
+def test_a_part_of_the_suite_sees_the_clone_and_what_its_caller_carried(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$PYTHONPATH" >>"$SEEN"\nexit 1\n')
+    python.chmod(0o755)
+    given = {"PYTHON": str(python), "PYTHONPATH": "/carried", "SEEN": str(tmp_path / "seen")}
+    suite = ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh"), "--out", tmp_path / "out", "--only", "memcheck|tests"]
+    subprocess.run(suite, env={**os.environ, **given}, capture_output=True)
+    assert (tmp_path / "seen").read_text().splitlines()[-1] == f"{ROOT}:/carried"

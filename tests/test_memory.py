@@ -364,7 +364,7 @@ def test_an_iteration_of_the_embedded_pipeline(checkpointing: str, tmp_path: Pat
 # On a GPU
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize(("engine", "checkpointing"), MODES)
 def test_measured_on_cuda(engine: str, checkpointing: str) -> None:
     """What the allocator held at most. Twice the tolerance: workspaces of attention are not foreseen."""

@@ -369,7 +369,7 @@ def test_encoders_are_on_the_device_only_while_they_encode(
     assert [*places(counted.pipeline)] == home
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_encoders_leave_a_gpu() -> None:
     model = load_model(TINY.model, device="cuda")
     before = torch.cuda.memory_allocated()

@@ -189,7 +189,7 @@ def test_a_groups_prompt_is_encoded_once(
     assert encoded == [3]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["pickscore", "clipscore"])
 def test_on_a_gpu_images_may_lie_elsewhere(name: str, clip_directory: Path, images: Tensor) -> None:
     """In float16: a cosine of 32 products, each of numbers that two layers have rounded to 2**-11."""

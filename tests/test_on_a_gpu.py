@@ -1,0 +1,71 @@
+"""The embedded pipeline on a CUDA GPU: it learns as on a CPU, every method trains, captured rollouts draw the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dgpo_fast import Trainer, load_recipe
+from dgpo_fast.algorithms.dgpo import DGPO
+from dgpo_fast.flow.cuda_graphs import CudaGraphs
+from dgpo_fast.flow.rollout import Sampler, sample_latents
+from dgpo_fast.metrics import read_metrics
+
+pytestmark = pytest.mark.gpu
+
+METHODS = ("dgpo", "flow-grpo", "flow-grpo-fast", "diffusion-nft", "awm", "diffusion-dpo")
+# Where a gradient is about zero its rounding decides the sign of a whole step of Adam, but for an eps above it.
+SAME = ("model.sampling=same", "optimizer.eps=1e-3", "evaluation.every=0", "logging.samples_every=0")
+
+
+def trained(recipe: str, overrides: list[str], device: str, out: Path) -> list[dict[str, float]]:
+    Trainer(load_recipe(recipe, [*overrides, f"device={device}"]), out / device).train()
+    return read_metrics(out / device)  # type: ignore[return-value]
+
+
+def test_dgpo_learns_what_it_learns_on_a_cpu(quick: tuple[str, ...], tmp_path: Path) -> None:
+    """From the same noise, in float32, but for convolutions, which are TF32 unless PyTorch is told otherwise."""
+    overrides = [*quick, *SAME, "steps=3", "checkpoints.every=3"]
+    on_cpu, on_gpu = (trained("tiny-dgpo", overrides, device, tmp_path) for device in ("cpu", "cuda"))
+    assert len(on_cpu) == len(on_gpu) == 3
+    for mine, other in zip(on_gpu, on_cpu, strict=True):
+        for key in ("reward_mean", "reward_std", "loss", "grad_norm", "group_weight_mean"):
+            assert mine[key] == pytest.approx(other[key], rel=1e-2), (mine["step"], key)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_steps(method: str, tmp_path: Path) -> None:
+    overrides = [
+        "groups.per_iteration=4", "groups.size=4", "optimizer.images_per_micro_batch=4", "rollout.images_per_forward=8",
+        "evaluation.every=0", "logging.tensorboard=false",
+    ]  # fmt: skip
+    trainer = Trainer(load_recipe(f"tiny-{method}", [*overrides, "device=cuda"]), tmp_path)
+    before = trainer.policy.trainable.detach().clone()  # type: ignore[attr-defined]
+    reports = [report for _ in range(2) for report in trainer.run_iteration()]
+    assert all(report.grad_norm > 0 and report.skipped_steps == 0 for report in reports)
+    assert not torch.equal(before, trainer.policy.trainable)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_a_captured_rollout_draws_the_same_images(guidance: float, tmp_path: Path) -> None:
+    config = load_recipe(
+        "tiny-dgpo", ["device=cuda", "rollout.steps=3", "algorithm.trunc=2", f"rollout.guidance={guidance}"]
+    )
+    trainer = Trainer(config, tmp_path)
+    policy, sampler, graphs = trainer.policy, Sampler.from_config(config.rollout), CudaGraphs()
+    unconditional = policy.model.encode([""]) if guidance > 1 else None
+    for prompts in (["a red circle"] * 5, ["two blue squares"] * 5):
+        noise_BCHW = torch.randn(5, *policy.model.latent_shape, device="cuda")
+        given = (policy, "policy", sampler, noise_BCHW, policy.model.encode(prompts), unconditional)
+        plain = sample_latents(*given, images_per_forward=2)
+        assert torch.equal(sample_latents(*given, images_per_forward=2, graphs=graphs), plain)
+
+
+def test_an_iteration_with_captured_rollouts(tmp_path: Path) -> None:
+    overrides = ["device=cuda", "rollout.cuda_graphs=true", "groups.per_iteration=4", "evaluation.every=0"]
+    trainer = Trainer(load_recipe("tiny-dgpo", overrides), tmp_path)
+    assert isinstance(trainer.algorithm, DGPO)
+    reports = [trainer.run_iteration()[-1] for _ in range(2)]
+    assert all(report.images_seen > 0 and report.failed_samples == 0 for report in reports)
