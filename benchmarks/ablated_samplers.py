@@ -75,7 +75,7 @@ class StochasticGroups(GroupSampler):
             samples = slice(start, start + self.config.rollout.images_per_forward)
             velocity = partial(_velocity, view, policy, self._evaluations(policy, prompts, samples))
             x0_BCHW, _ = self.stochastic.sample(
-                velocity, noise_BCHW[samples], partial(self._streams, prompts, samples), kept=range(1)
+                velocity, noise_BCHW[samples], self._streams(prompts, samples), kept=range(1)
             )
             drawn.append(x0_BCHW)
             deliver(x0_BCHW, prompts.prompt_of_sample[samples])
@@ -87,11 +87,11 @@ class StochasticGroups(GroupSampler):
         timestep_TB = torch.tensor(self.stochastic.timesteps)[:, None].expand(-1, len(group_B))
         return policy.condition(timestep_TB, prompts.conditioning[group_B], engine=policy.sampling_engine)
 
-    def _streams(self, prompts: PromptBatch, samples: slice, step: int) -> list[rng.Stream]:
-        return [
-            rng.stream(self.config.seed, stage="sde", iteration=prompts.iteration, sample=sample, timestep=step)
-            for sample in prompts.samples[samples]
-        ]
+    def _streams(self, prompts: PromptBatch, samples: slice) -> torch.Tensor:
+        name = partial(rng.stream, self.config.seed, stage="sde", iteration=prompts.iteration)
+        numbers = prompts.samples[samples]
+        steps = range(self.config.rollout.steps)
+        return torch.tensor([[name(sample=sample, timestep=step) for sample in numbers] for step in steps])
 
 
 def _velocity(view: View, policy: Policy, evaluations: list[Evaluation], x_BCHW: Tensor, step: int) -> Tensor:

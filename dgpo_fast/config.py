@@ -53,7 +53,8 @@ class ModelConfig(Section):
     engine: Literal["fused", "compile", "eager"] = "fused"
     """How the transformer runs: by hand from the fused operators, by diffusers' code compiled in blocks or not."""
     attention: str = "auto"
-    """The fused engine's: `auto` is the first that runs here of flash3, cudnn, flash, flash2, efficient, cpu, math."""
+    """The fused engine's: `auto` is the first that runs here of flash3, cudnn, flash, flash2, efficient, cpu, math.
+    On CUDA flash3 and flash2 alone promise the same gradients, to the bit, of the same inputs."""
     sampling: Literal["auto", "same", "merged", "bfloat16", "fp8"] = "auto"
     """What the fused engine draws training samples with; errors, gradients and evaluations stay as they are.
 
@@ -300,6 +301,12 @@ class Config(Section):
             value, default = getattr(self.parallel, key), ParallelConfig.model_fields[key].default
             if self.adapter is not None and value != default:
                 raise ValueError(f"parallel.{key} {value} is for full fine-tuning (adapter: null): adapters stay whole")
+        gathers = self.parallel.rollout == "gathered" or self.parallel.frozen == "sharded"
+        if self.rollout.cuda_graphs and gathers:
+            raise ValueError(
+                "rollout.cuda_graphs must be false with parallel.rollout gathered or parallel.frozen sharded: a graph "
+                "gathers no layers"
+            )
         return self
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ class Conditioning:
         return Conditioning(text_BND=self.text_BND[index], pooled_BD=self.pooled_BD[index])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PromptBatch:
     """What this rank draws in an iteration: samples of groups, each of which has one prompt.
 
@@ -66,10 +67,17 @@ class PromptBatch:
         """The groups' numbers, [G]."""
         return tuple(sorted({sample // self.group_size for sample in self.samples}))
 
-    @property
+    # On the device once, since a copy to it would wait for all that it still has to do.
+
+    @cached_property
     def group_B(self) -> Tensor:
         """Which row of the conditioning each sample has: int64 [B]."""
         return torch.tensor(self._rows, device=self.conditioning.text_BND.device)
+
+    @cached_property
+    def group_id_B(self) -> Tensor:
+        """The number of each sample's group: int64 [B]."""
+        return torch.tensor(self.group_ids, device=self.group_B.device)[self.group_B]
 
     def numbers(self, some: slice = slice(None)) -> tuple[tuple[int, int], ...]:
         """Of all samples or of some, the group and the number within that: what their randomness is named by."""

@@ -189,6 +189,14 @@ def test_what_does_not_go_together(quick: tuple[str, ...], change: str, said: st
         load_recipe("tiny-dgpo", [*quick, *SETTINGS, change])
 
 
+@pytest.mark.parametrize("change", ["parallel.rollout=gathered", "parallel.frozen=sharded"])
+def test_no_graph_gathers_layers(quick: tuple[str, ...], change: str) -> None:
+    sharded = [*quick, *SETTINGS, "parallel.zero_stage=3", "rollout.cuda_graphs=true"]
+    assert load_recipe("tiny-dgpo", sharded).rollout.cuda_graphs
+    with pytest.raises(UserError, match="a graph gathers no layers"):
+        load_recipe("tiny-dgpo", [*sharded, change])
+
+
 @pytest.mark.parametrize("change", ["rollout=gathered", "frozen=sharded", "offload_weights=cpu"])
 def test_adapters_stay_whole(quick: tuple[str, ...], change: str) -> None:
     with pytest.raises(UserError, match=f"parallel.{change.replace('=', ' ')} is for full fine-tuning"):

@@ -41,7 +41,9 @@ class FlowGRPO:
     def __init__(self, config: Config, world: World = ALONE) -> None:
         assert isinstance(config.algorithm, FlowGRPOConfig)
         self.config, self.settings = config, config.algorithm
-        self.sampler = SDESampler.from_config(config.rollout, noise_level=self.settings.noise_level)
+        self.sampler = SDESampler.from_config(
+            config.rollout, noise_level=self.settings.noise_level, device=world.device
+        )
 
     def prepare(self, policy: Policy) -> str:
         """Makes sure that adapters act, and says by how much the ratio of a policy to itself misses 1."""
@@ -60,11 +62,11 @@ class FlowGRPO:
         noise_BCHW, drawn, trajectories = initial_noise(policy, prompts, seed=self.config.seed), [], []
         for samples, trained in self._forwards(prompts):
             check()
-            sampler = self._sampler_of(trained)
             velocity = partial(self._velocity, policy, view, prompts, prompts.conditioning[prompts.group_B[samples]])
-            x0_BCHW, trajectory = sampler.sample(
-                velocity, noise_BCHW[samples], partial(self._streams, prompts, samples), kept=trained
-            )
+            x0_BCHW, trajectory = self.sampler.sample(
+                velocity, noise_BCHW[samples], self._streams(prompts, samples).to(noise_BCHW.device), kept=trained,
+                window=None if self.settings.window is None else trained,
+            )  # fmt: skip
             drawn.append(x0_BCHW)
             trajectories.append(trajectory)
             deliver(x0_BCHW, prompts.prompt_of_sample[samples])
@@ -132,11 +134,11 @@ class FlowGRPO:
             max(drawn_at_once, trained_at_once), *model.latent_shape, generator=generator
         ).to(model.device)  # fmt: skip
         streams = [rng.stream(0, stage="drift", sample=sample) for sample in range(len(x_BCHW))]
-        empty, timesteps = model.encode([""]), self.sampler.timesteps[number : number + 1]
+        empty, timestep = model.encode([""]), self.sampler.timesteps[number]
 
         def velocity(x: Tensor) -> Tensor:
             rows = empty[torch.zeros(len(x), dtype=torch.int64, device=model.device)]
-            return self._guided(policy, "policy", x, self._condition(policy, timesteps, rows, empty)[0])
+            return self._guided(policy, "policy", x, self._condition(policy, timestep, rows, empty))
 
         with policy.equal_weights("policy"):
             x, kept = x_BCHW[:drawn_at_once], min(drawn_at_once, trained_at_once)
@@ -176,46 +178,40 @@ class FlowGRPO:
         (first,) = rng.choice(name, self.settings.trained_steps - window + 1, k=1)
         return range(first, first + window)
 
-    def _sampler_of(self, trained: range) -> SDESampler:
-        if self.settings.window is None:
-            return self.sampler
-        return SDESampler.from_config(self.config.rollout, noise_level=self.settings.noise_level, window=trained)
-
-    def _streams(self, prompts: PromptBatch, samples: slice, number: int) -> list[rng.Stream]:
-        """What each sample's step is drawn from: named by iteration, group, sample and step."""
-        return [
-            rng.stream(
-                self.config.seed, stage="sde", iteration=prompts.iteration, group=group, sample=sample, timestep=number
-            )
-            for group, sample in prompts.numbers(samples)
-        ]
+    def _streams(self, prompts: PromptBatch, samples: slice) -> Tensor:
+        """The words that each step of each sample is drawn from, int64 [T, B, 4]: of its iteration, group and step."""
+        name = partial(rng.stream, self.config.seed, stage="sde", iteration=prompts.iteration)
+        numbers = prompts.numbers(samples)
+        return torch.tensor([
+            [name(group=group, sample=sample, timestep=number) for group, sample in numbers]
+            for number in range(self.config.rollout.steps)
+        ])  # fmt: skip
 
     def _velocity(
         self, policy: Policy, view: View, prompts: PromptBatch, conditioning: Conditioning, x_BCHW: Tensor, number: int
     ) -> Tensor:
         """The rollout's. Each step is conditioned alone, as training does it: bits depend on how many are at once."""
-        timesteps = self.sampler.timesteps[number : number + 1]
-        return self._guided(
-            policy, view, x_BCHW, self._condition(policy, timesteps, conditioning, prompts.unconditional)[0]
-        )
+        timestep = self.sampler.timesteps[number]
+        evaluation = self._condition(policy, timestep, conditioning, prompts.unconditional)
+        return self._guided(policy, view, x_BCHW, evaluation)
 
     def _step(self, policy: Policy, view: View, batch: TrajectoryBatch) -> SDEStep:
         """The step that the batch drew, as `view` sees it."""
-        timesteps = self.sampler.timesteps[batch.step : batch.step + 1]
-        (evaluation,) = self._condition(policy, timesteps, batch.conditioning, batch.unconditional)
+        timestep = self.sampler.timesteps[batch.step]
+        evaluation = self._condition(policy, timestep, batch.conditioning, batch.unconditional)
         velocity_MCHW = self._guided(policy, view, batch.x_MCHW, evaluation)
         return self.sampler.step(batch.step, batch.x_MCHW, velocity_MCHW, x_next=batch.x_next_MCHW, with_mean=True)
 
     def _condition(
         self,
         policy: Policy,
-        timesteps: tuple[float, ...],
+        timestep: float,
         conditioning: Conditioning,
         unconditional: Conditioning | None,
-    ) -> list[Evaluation]:
-        timestep_E = torch.tensor(timesteps, device=policy.model.device)
-        timestep_EB = timestep_E[:, None].expand(-1, len(conditioning.text_BND))
-        return policy.condition(timestep_EB, conditioning, unconditional if self._is_guided else None)
+    ) -> Evaluation:
+        timestep_1B = torch.full((1, len(conditioning.text_BND)), timestep, device=policy.model.device)
+        (evaluation,) = policy.condition(timestep_1B, conditioning, unconditional if self._is_guided else None)
+        return evaluation
 
     @property
     def _is_guided(self) -> bool:

@@ -92,7 +92,7 @@ class NoisedBatches:
         mine = slice(step * micro, (step + 1) * micro)
         row_M, valid_M = prompts.group_B[mine], scored.valid_B[mine]
         if self._drawn == "group":
-            group_M = torch.tensor(prompts.group_ids, device=device)[row_M] - groups.start
+            group_M = prompts.group_id_B[mine] - groups.start
             streams_G4 = now.streams[groups.start : groups.stop]
         else:
             group_M, streams_G4 = torch.arange(micro, device=device), now.streams[mine]

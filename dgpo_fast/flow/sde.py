@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -21,29 +22,34 @@ from dgpo_fast.ops.sde_step import STD, SDEStep, sde_coefficients, sde_step
 from dgpo_fast.profiling import span, stage
 from dgpo_fast.records import Trajectory
 
+CPU = torch.device("cpu")
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True)
 class SDESampler:
     """Flow-GRPO's sampler on a schedule (arXiv 2505.05470, eq. 9)."""
 
     sigmas: NDArray[np.float64]  # [T + 1]
     timesteps: tuple[float, ...]  # [T], what the model is told at each step
-    coefficients_T3: Tensor  # float64: of x, of the velocity, and the standard deviation of each step
+    coefficients_T3: Tensor  # float64, on the CPU: of x, of the velocity, and the standard deviation of each step
+    device: torch.device = CPU
+    """Where steps are made."""
 
     @classmethod
-    def from_config(cls, config: RolloutConfig, *, noise_level: float, window: range | None = None) -> SDESampler:
-        """The sampler of a recipe; steps outside of `window` follow the ODE, by Euler's method."""
+    def from_config(cls, config: RolloutConfig, *, noise_level: float, device: torch.device = CPU) -> SDESampler:
+        """The sampler of a recipe."""
         sigmas = schedule_sigmas(config.schedule, config.steps, shift=config.shift)
         sigma = torch.from_numpy(sigmas)
-        level_T = torch.full((config.steps,), noise_level, dtype=torch.float64)
-        if window is not None:
-            level_T[: window.start] = level_T[window.stop :] = 0
         return cls(
             sigmas=sigmas,
             timesteps=model_timesteps(sigmas[:-1], config.timesteps),
             coefficients_T3=sde_coefficients(
-                sigma[:-1], sigma[1:], noise_level=level_T, sigma_max_next=float(sigma[1]) if config.steps > 1 else 0.0
+                sigma[:-1],
+                sigma[1:],
+                noise_level=noise_level,
+                sigma_max_next=float(sigma[1]) if config.steps > 1 else 0.0,
             ),
+            device=device,
         )
 
     def step(
@@ -52,15 +58,15 @@ class SDESampler:
         x_BCHW: Tensor,
         velocity_BCHW: Tensor,
         *,
-        streams: Sequence[rng.Stream] | None = None,
+        streams: Sequence[rng.Stream] | Tensor | None = None,
         x_next: Tensor | None = None,
         with_mean: bool = False,
     ) -> SDEStep:
         """Step `number`, drawn from streams of noise, or the density of the one that `x_next` was drawn by."""
-        coefficients_B3 = self.coefficients_T3[number].to(x_BCHW.device, torch.float32).expand(len(x_BCHW), 3)
         return sde_step(
-            x_BCHW, velocity_BCHW, coefficients_B3=coefficients_B3, streams=streams, x_next=x_next, with_mean=with_mean
-        )
+            x_BCHW, velocity_BCHW, coefficients_B3=self._stochastic_T3[number].expand(len(x_BCHW), 3), streams=streams,
+            x_next=x_next, with_mean=with_mean,
+        )  # fmt: skip
 
     def squared_noise(self, number: int) -> float:
         """s^2 of a step, the rate of its variance: std^2 / -dt."""
@@ -72,24 +78,31 @@ class SDESampler:
         self,
         velocity: Callable[[Tensor, int], Tensor],
         noise_BCHW: Tensor,
-        streams: Callable[[int], Sequence[rng.Stream]],
+        streams_TB4: Tensor,
         *,
         kept: range,
+        window: range | None = None,
     ) -> tuple[Tensor, Trajectory]:
         """Clean latents, float32 [B, C, H, W], and what the steps of `kept` drew.
 
         Args:
             velocity: at latents and the number of a step; guided where the recipe guides.
             noise_BCHW: float32, what to start from.
-            streams: of a step's noise, one for each sample.
+            streams_TB4: int64, the words of each step's noise, of a stream for each sample.
+            window: steps outside of it follow the ODE, by Euler's method; None for none.
         """
+        coefficients_T3 = self._stochastic_T3 if window is None else self._stochastic_within(window)
+        coefficients_TB3 = coefficients_T3[:, None].expand(-1, len(noise_BCHW), -1)
         x_BCHW, latents, log_probs = noise_BCHW, [], []
         for number in range(len(self.timesteps)):
             with span(f"step {number}", "solver step"):
                 with stage("transformer"):
                     velocity_BCHW = velocity(x_BCHW, number)
                 with stage("solver"):
-                    taken = self.step(number, x_BCHW, velocity_BCHW, streams=streams(number))
+                    taken = sde_step(
+                        x_BCHW, velocity_BCHW, coefficients_B3=coefficients_TB3[number], streams=streams_TB4[number],
+                        with_mean=False,
+                    )  # fmt: skip
             if number in kept:
                 latents.append(x_BCHW)
                 log_probs.append(taken.log_prob_B)
@@ -100,3 +113,20 @@ class SDESampler:
             first_B=(kept.start,) * len(x_BCHW), x_SBCHW=torch.stack(latents), log_prob_SB=torch.stack(log_probs)
         )
         return x_BCHW, trajectory
+
+    # On the device once, since a copy to it would wait for all that it still has to do.
+
+    @cached_property
+    def _stochastic_T3(self) -> Tensor:
+        return self.coefficients_T3.to(self.device, torch.float32)
+
+    @cached_property
+    def _euler_T3(self) -> Tensor:
+        sigma = torch.from_numpy(self.sigmas)
+        return sde_coefficients(sigma[:-1], sigma[1:], noise_level=0.0, sigma_max_next=0.0).to(
+            self.device, torch.float32
+        )
+
+    def _stochastic_within(self, window: range) -> Tensor:
+        number_T1 = torch.arange(len(self.timesteps), device=self.device)[:, None]
+        return self._stochastic_T3.where((number_T1 >= window.start) & (number_T1 < window.stop), self._euler_T3)

@@ -46,12 +46,12 @@ class World:
         elif not dist.is_initialized() and config.parallel.zero_stage > 0:
             store = dist.HashStore()  # type: ignore[attr-defined]  # DeepSpeed wants a group also of one
         device, backend = _device(config), config.parallel.backend
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         if store is not None:
             if backend == "auto":
                 backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         return cls(rank=rank, size=size, device=device)
 
     @property
@@ -83,9 +83,9 @@ class World:
         """The ranks' tensors of equal shape, concatenated in the order of ranks."""
         if self.size == 1:
             return tensor
-        pieces = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(pieces, tensor.contiguous())
-        return torch.cat(pieces)
+        gathered = tensor.new_empty(self.size, *tensor.shape)
+        dist.all_gather([*gathered.unbind()], tensor.contiguous())
+        return gathered.flatten(0, 1)
 
     @collective
     def gather_objects(self, value: T) -> list[T]:

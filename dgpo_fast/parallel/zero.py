@@ -189,6 +189,7 @@ class ShardedModule:
 
     def __init__(self, module: nn.Module, world: World) -> None:
         deepspeed = _import_deepspeed(world)
+        self._world = world
         self._parameters = dict(module.requires_grad_(False).named_parameters())
         zero = {
             "stage": 3,
@@ -206,6 +207,7 @@ class ShardedModule:
         self.module.optimizer.partition_all_parameters()  # type: ignore[union-attr, operator]
         for name, _, values in pieces:
             self._parameters[name].ds_tensor.data[: len(values)].copy_(values)  # type: ignore[attr-defined]
+        self._world.wait_for_device()  # DeepSpeed gathers on a stream of its own, which does not wait for ours
 
 
 class _Whole(nn.Module):

@@ -12,7 +12,7 @@ Differences that remain:
 - transformers' own processor would have the network see 384 x 384 pixels and measure masks there; neither is done.
 - Flow-GRPO and DGPO hand mmdetection arrays of red, green, blue, which it takes for blue, green, red: there the
   detector sees red and blue exchanged. The benchmark hands it files, and so does not; nor does this.
-- The detector computes in float32.
+- The detector computes in float32; on CUDA its convolutions are TF32, as PyTorch has them unless told otherwise.
 
 Shapes: B images, Q queries, C classes, K detections of one image, H W an image's size in pixels.
 """

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
-from queue import Full, Queue
-from threading import Thread
+from queue import Full, Queue, SimpleQueue
+from threading import Event, Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -80,14 +80,13 @@ class OverlappedScoring:
             max_waiting = 0 if self._thread_decodes else MAX_IMAGES_WAITING
         self._num_images = num_images
         self._queue: Queue[_Batch | None] = Queue(max_waiting)
-        self._thread = Thread(target=self._work, name="rewards", daemon=True)  # a hanging reward must not keep us alive
         self._measured: list[Measured] = []
         self._error: BaseException | None = None
         self._abandoned = False
 
     def __enter__(self) -> OverlappedScoring:
         self._scorer.resume()
-        self._thread.start()
+        self._done = (_idle.pop() if _idle else _Thread()).begin(self._work)
         return self
 
     def __exit__(
@@ -96,9 +95,8 @@ class OverlappedScoring:
         if kind is None:
             with stage("reward"):
                 self._put(None)
-                while self._thread.is_alive():
+                while not self._done.wait(POLL_S):
                     self._scorer.check_hang()
-                    self._thread.join(POLL_S)
             return
         self._abandoned = True
         self._scorer.stop.set()
@@ -145,11 +143,11 @@ class OverlappedScoring:
         end = time.monotonic() + LEAVE_S
         with suppress(UserError):  # why we leave is more to the point than that a reward hangs, too
             self._put(None, until=end)
-            while self._thread.is_alive() and time.monotonic() < end:
+            while not self._done.wait(POLL_S) and time.monotonic() < end:
                 self._scorer.check_hang()
-                self._thread.join(POLL_S)
 
     def _work(self) -> None:
+        self._runtime.set_device(self._model.device)  # a thread begins with the first, and would wake it by asking
         with self._runtime.stream(self._stream):  # on whose device the thread then is
             while not self._abandoned and (batch := self._queue.get()) is not None:
                 if self._error is None and not self._abandoned:  # else only taken, that no `add` waits for ever
@@ -179,6 +177,34 @@ class OverlappedScoring:
 
     def _decode(self, x0_BCHW: Tensor) -> Tensor:
         return self._model.decode(x0_BCHW, images_per_forward=self._images_per_decode)
+
+
+class _Thread:
+    """A thread that does one thing after another: libraries plan convolutions anew for each thread that asks."""
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[tuple[Callable[[], None], Event]] = SimpleQueue()
+        Thread(target=self._run, name="rewards", daemon=True).start()  # a hanging reward must not keep us alive
+
+    def begin(self, job: Callable[[], None]) -> Event:
+        """An event that is set when the job is done."""
+        done = Event()
+        self._jobs.put((job, done))
+        return done
+
+    def _run(self) -> None:
+        while True:
+            job, done = self._jobs.get()
+            try:
+                job()
+                _idle.append(self)
+            finally:
+                done.set()
+            del job  # and the images that it holds, until the next comes
+
+
+_idle: list[_Thread] = []
+"""Those of this process that have nothing to do: one, as a rule. One that a reward hangs in never comes back."""
 
 
 @cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -55,8 +54,9 @@ def start() -> Tensor:
     return rng.normal([rng.stream(3, stage="rollout", sample=sample) for sample in range(SAMPLES)], SHAPE)
 
 
-def draw(sampler: SDESampler, kept: range) -> tuple[Tensor, Trajectory]:
-    return sampler.sample(velocity, start(), streams, kept=kept)
+def draw(sampler: SDESampler, kept: range, window: range | None = None) -> tuple[Tensor, Trajectory]:
+    streams_TB4 = torch.tensor([streams(number) for number in range(STEPS)])
+    return sampler.sample(velocity, start(), streams_TB4, kept=kept, window=window)
 
 
 def test_each_step_is_the_written_one() -> None:
@@ -126,8 +126,9 @@ def test_the_marginals_are_those_of_the_flow(level: float) -> None:
 def test_outside_a_window_steps_are_eulers() -> None:
     """Two of six steps are stochastic and kept, with their densities."""
     window = range(2, 4)
-    x0_BCHW, trajectory = draw(SDESampler.from_config(ROLLOUT, noise_level=LEVEL, window=window), window)
-    everything = draw(SDESampler.from_config(ROLLOUT, noise_level=LEVEL, window=window), range(STEPS))[1]
+    sampler = SDESampler.from_config(ROLLOUT, noise_level=LEVEL)
+    x0_BCHW, trajectory = draw(sampler, window, window)
+    everything = draw(sampler, range(STEPS), window)[1]
     assert trajectory.first_B == (2,) * SAMPLES
     assert trajectory.log_prob_SB.shape == (2, SAMPLES) and trajectory.x_SBCHW.shape == (3, SAMPLES, *SHAPE)
     assert torch.equal(trajectory.x_SBCHW, everything.x_SBCHW[2:5])
@@ -144,10 +145,9 @@ def test_outside_a_window_steps_are_eulers() -> None:
 
 @pytest.mark.parametrize("window", [None, range(1, 3)])
 def test_a_step_given_back_has_the_density_it_was_drawn_with(window: range | None) -> None:
-    """To the bit, with the coefficients of the sampler that knows no window: training has only that one."""
-    kept = window or range(STEPS)
-    _, trajectory = draw(SDESampler.from_config(ROLLOUT, noise_level=LEVEL, window=window), kept)
-    sampler = SDESampler.from_config(ROLLOUT, noise_level=LEVEL)
+    """To the bit, though training knows of no window."""
+    kept, sampler = window or range(STEPS), SDESampler.from_config(ROLLOUT, noise_level=LEVEL)
+    _, trajectory = draw(sampler, kept, window)
     for place, number in enumerate(kept):
         x, x_next = trajectory.x_SBCHW[place : place + 2]
         again = sampler.step(number, x, velocity(x, number), x_next=x_next)
@@ -158,10 +158,8 @@ def test_a_sample_does_not_depend_on_those_beside_it() -> None:
     sampler = SDESampler.from_config(ROLLOUT, noise_level=LEVEL)
     together, _ = draw(sampler, range(STEPS))
 
-    def of_second_half(number: int) -> Sequence[rng.Stream]:
-        return streams(number)[SAMPLES // 2 :]
-
-    alone, _ = sampler.sample(velocity, start()[SAMPLES // 2 :], of_second_half, kept=range(STEPS))
+    streams_TB4 = torch.tensor([streams(number)[SAMPLES // 2 :] for number in range(STEPS)])
+    alone, _ = sampler.sample(velocity, start()[SAMPLES // 2 :], streams_TB4, kept=range(STEPS))
     assert torch.equal(together[SAMPLES // 2 :], alone)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -249,6 +250,38 @@ class Hanging:
         return [0.0] * len(prompts)
 
 
+def scoring_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "rewards"]
+
+
+def test_one_thread_scores_for_one_iteration_after_another(
+    model: StableDiffusion3, batches: list[tuple[Tensor, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And another takes over where a reward hangs in it. What is over is not kept."""
+    threads = []
+
+    def noted(images_BCHW: Tensor, prompts: Sequence[str]) -> list[float]:
+        threads.append(threading.current_thread())
+        return [0.0] * len(prompts)
+
+    for _ in range(2):
+        with overlapping(scorer(noted, monkeypatch), model) as scoring:
+            scoring.add(*batches[0])
+    over = weakref.ref(scoring)
+    del scoring
+    reward = Hanging()
+    with pytest.raises(KeyboardInterrupt), overlapping(scorer(reward, monkeypatch), model) as scoring:
+        scoring.add(*batches[0])
+        assert reward.started.wait(TIMEOUT_S)
+        raise KeyboardInterrupt
+    with overlapping(scorer(noted, monkeypatch), model) as scoring:
+        scoring.add(*batches[0])
+    reward.let_go.set()
+    assert threads[0] is threads[1] is not threads[2]
+    gc.collect()
+    assert over() is None
+
+
 def test_an_interruption_waits_for_the_batch_in_work_only(
     model: StableDiffusion3, batches: list[tuple[Tensor, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,7 +294,7 @@ def test_an_interruption_waits_for_the_batch_in_work_only(
         raise InterruptedError
     assert reward.finished.is_set()
     assert reward.calls == [3]
-    assert not scoring._thread.is_alive()
+    assert scoring._done.is_set()
 
 
 def test_a_second_signal_does_not_wait_for_a_reward_that_hangs(
@@ -273,7 +306,9 @@ def test_a_second_signal_does_not_wait_for_a_reward_that_hangs(
         assert reward.started.wait(TIMEOUT_S)
         raise KeyboardInterrupt
     assert not reward.finished.is_set()
-    assert scoring._thread.daemon, "nor does the end of the process"
+    assert not scoring._done.is_set() and all(thread.daemon for thread in scoring_threads()), (
+        "nor does the process's end"
+    )
     reward.let_go.set()
 
 
@@ -307,7 +342,7 @@ def test_the_run_ends_where_a_reward_hangs(
         for x0_BCHW, prompts in batches:
             full.add(x0_BCHW, prompts)
     assert not reward.finished.is_set() and not again.finished.is_set()
-    assert scoring._thread.daemon and full._thread.daemon, "nor does the end of the process wait"
+    assert all(thread.daemon for thread in scoring_threads()), "nor does the end of the process wait"
     reward.let_go.set()
     again.let_go.set()
 
