@@ -18,6 +18,7 @@ from dgpo_fast.ops.arguments import (
     batch_size,
     check_device,
     check_dtype,
+    check_has_groups,
     check_indices,
     check_no_gradient,
     check_shape,
@@ -116,8 +117,9 @@ def sde_step(
 
     Raises:
         ValueError: naming the argument of a wrong shape, dtype, device or range; not exactly one of noise, streams and
-            x_next; group_B with x_next; an argument besides velocity that requires a gradient. On CUDA ranges are not
-            looked at, since that would wait for the device; a group outside 0..G-1 gives NaN there.
+            x_next; no group for a sample; group_B with x_next; an argument besides velocity that requires a gradient.
+            On CUDA ranges are not looked at, since that would wait for the device; a group outside 0..G-1 gives NaN
+            there.
 
     Source: Flow-GRPO, arXiv 2505.05470, eqs. 9 and 10; a mean over the elements, as in the code its authors published.
     """
@@ -153,9 +155,11 @@ def _check_metadata(
         check_shape("noise", noise, [*noise.shape[:1], *x.shape[1:]], meaning="samples of the shape of x")
     if streams is not None:
         check_dtype("streams", streams, torch.int64)
+        check_has_groups("noise", noise, x)
         check_shape("streams", streams, [*streams.shape[:1], 4], meaning="four words for each group")
     if group_B is not None:
         check_dtype("group_B", group_B, torch.int64)
+        check_has_groups("streams", streams, x)
         check_shape("group_B", group_B, x.shape[:1], meaning="one number for each sample")
     if x_next is not None:
         check_dtype("x_next", x_next, x.dtype)

@@ -213,6 +213,8 @@ MISTAKES: dict[str, tuple[str, Callable[[Arguments], Arguments]]] = {
     "noise of another shape": ("noise", lambda a: a._replace(noise=a.noise[..., :-1])),  # type: ignore[index]
     "noise of another dtype": ("noise", lambda a: a._replace(noise=a.noise.double())),  # type: ignore[union-attr]
     "noise on another device": ("noise", lambda a: a._replace(noise=a.noise.to("meta"))),  # type: ignore[union-attr]
+    "no noise": ("noise", lambda a: a._replace(noise=a.noise[:0])),  # type: ignore[index]
+    "no stream": ("streams", lambda a: a._replace(noise=None, streams=STREAMS[:0])),
     "three words": ("streams", lambda a: a._replace(noise=None, streams=STREAMS[:, :3])),
     "words of 33 bits": ("streams", lambda a: a._replace(noise=None, streams=STREAMS + 2**32)),
     "int32 words": ("streams", lambda a: a._replace(noise=None, streams=STREAMS.int())),

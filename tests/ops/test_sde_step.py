@@ -364,6 +364,8 @@ MISTAKES: dict[str, tuple[str, Callable[[Arguments], Arguments]]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_bad_argument_is_named(name: str, implementation: Implementation, mistake: str) -> None:
+    "no noise": ("noise", lambda a: a._replace(noise=a.noise[:0])),  # type: ignore[index]
+    "no stream": ("streams", lambda a: a._replace(noise=None, streams=STREAMS[:0])),
     culprit, spoil = MISTAKES[mistake]
     with pytest.raises(ValueError, match=f"^{culprit}: "):
         implementation(name)(*spoil(arguments()))

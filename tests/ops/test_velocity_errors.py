@@ -247,6 +247,8 @@ def test_a_bad_argument_is_named(name: str, implementation: Implementation, mist
 
 def test_a_group_that_does_not_exist_gives_nan_on_cuda(name: str, implementation: Implementation, device: str) -> None:
     if device == "cpu" or name == "reference":
+    "no noise": ("noise", lambda a: a._replace(noise=a.noise[:0])),  # type: ignore[index]
+    "no stream": ("streams", lambda a: a._replace(noise=None, streams=STREAMS[:0])),
         pytest.skip("raises: ValueError on the CPU, torch's own error in eager torch on CUDA")
     given = arguments()
     errors = implementation(name)(*given._replace(group_M=given.group_M + 1))
