@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dgpo_fast.kernels.numbers import quotient
+
 # Eight elements a thread: 16 bytes of bfloat16, so that a row in registers leaves room for others, and for sums over
 # rows. Chosen from the machine code; not timed on a GPU yet.
 ELEMENTS_PER_THREAD = 8
@@ -31,17 +33,17 @@ def load_row(p_row, o_d, m_d, dtype: tl.constexpr):
 @triton.jit
 def standardise(b_x, m_d, D, EPS: tl.constexpr):
     """The row `b_x`, zero beyond its `D` elements, with mean 0 and variance 1, and what it was multiplied with."""
-    mean = tl.sum(b_x, 0) / D
+    mean = quotient(tl.sum(b_x, 0), D)
     b_centred = tl.where(m_d, b_x - mean, 0)
-    rstd = tl.rsqrt(tl.sum(b_centred * b_centred, 0) / D + EPS)
+    rstd = tl.rsqrt(quotient(tl.sum(b_centred * b_centred, 0), D) + EPS)
     return b_centred * rstd, rstd
 
 
 @triton.jit
 def standardise_backward(b_grad, b_standard, rstd, D):
     """The gradient of a row, given that of its standardised form: without what changes only mean or variance."""
-    mean = tl.sum(b_grad, 0) / D
-    along = tl.sum(b_grad * b_standard, 0) / D
+    mean = quotient(tl.sum(b_grad, 0), D)
+    along = quotient(tl.sum(b_grad * b_standard, 0), D)
     return rstd * (b_grad - mean - along * b_standard)
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dgpo_fast.kernels.numbers import two_parts, whole
+from dgpo_fast.kernels.numbers import quotient, two_parts, whole
 from dgpo_fast.kernels.samples import flat_samples, load_noise, noise_source
 
 # Four warps with eight elements a thread: two 16-byte loads of float32, or one of bfloat16, per thread and operand.
@@ -119,12 +119,12 @@ def velocity_errors_mean_kernel(
 ):
     i_m = tl.program_id(0).to(tl.int64)
     p_row = p_sums + i_m * num_blocks
-    tl.store(p_policy + i_m, sum_of_row(p_row, num_blocks, BLOCK) / N)
+    tl.store(p_policy + i_m, quotient(sum_of_row(p_row, num_blocks, BLOCK), N))
     if OLD:
-        tl.store(p_old + i_m, sum_of_row(p_row + sums_stride_row, num_blocks, BLOCK) / N)
+        tl.store(p_old + i_m, quotient(sum_of_row(p_row + sums_stride_row, num_blocks, BLOCK), N))
     if REFERENCE:
-        tl.store(p_reference + i_m, sum_of_row(p_row + 2 * sums_stride_row, num_blocks, BLOCK) / N)
-        tl.store(p_distance + i_m, sum_of_row(p_row + 3 * sums_stride_row, num_blocks, BLOCK) / N)
+        tl.store(p_reference + i_m, quotient(sum_of_row(p_row + 2 * sums_stride_row, num_blocks, BLOCK), N))
+        tl.store(p_distance + i_m, quotient(sum_of_row(p_row + 3 * sums_stride_row, num_blocks, BLOCK), N))
 
 
 @triton.jit
@@ -176,13 +176,13 @@ def velocity_errors_backward_kernel(
     b_target = b_noise - tl.load(p_x0 + i_m * x0_stride_m + o_n, mask=m_n)
     b_target = tl.where(valid, b_target, float("nan"))
     b_velocity = tl.load(p_velocity + i_m * velocity_stride_m + o_n, mask=m_n).to(dtype)
-    b_grad = 2 * tl.load(p_grad_policy + i_m) / N * (b_velocity - b_target)
+    b_grad = 2 * quotient(tl.load(p_grad_policy + i_m), N) * (b_velocity - b_target)
     if REFERENCE:
         o_reference, o_unconditional = i_m * reference_stride_m + o_n, i_m * unconditional_stride_m + o_n
         b_guided = load_guided(
             p_reference, p_unconditional, o_reference, o_unconditional, m_n, guidance, guidance_rest, GUIDED, dtype
         )
-        b_grad += 2 * tl.load(p_grad_distance + i_m) / N * (b_velocity - b_guided)
+        b_grad += 2 * quotient(tl.load(p_grad_distance + i_m), N) * (b_velocity - b_guided)
     tl.store(p_grad_velocity + i_m * N + o_n, b_grad.to(p_grad_velocity.dtype.element_ty), mask=m_n)
 
 
