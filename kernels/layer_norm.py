@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dgpo_fast.kernels.alignment import row_at
 from dgpo_fast.kernels.numbers import quotient
 
 # Eight elements a thread: 16 bytes of bfloat16, so that a row in registers leaves room for others, and for sums over
@@ -25,9 +26,12 @@ ROWS_PER_SUM = 16
 
 
 @triton.jit
-def load_row(p_row, o_d, m_d, dtype: tl.constexpr):
-    """The elements `o_d` of the row at `p_row`; zero where not `m_d`."""
-    return tl.load(p_row + o_d, mask=m_d, other=0).to(dtype)
+def load_row(p_first, o_row, o_d, m_d, dtype: tl.constexpr, ALIGNED: tl.constexpr = False):
+    """The elements `o_d` of the row `o_row` elements behind `p_first`; zero where not `m_d`.
+
+    ALIGNED is for kernels that are told of alignment.
+    """
+    return tl.load(row_at(p_first, o_row, ALIGNED) + o_d, mask=m_d, other=0).to(dtype)
 
 
 @triton.jit

@@ -113,7 +113,9 @@ def sde_step(
 
     Gradients flow to `velocity`, from the mean and from log_prob, to which x_next is a constant, drawn or given. The
     same arguments give the same log_prob to the bit where x_next is drawn and where it is given back: the ratio of a
-    policy that has not changed is exactly 1. Sums are made in a fixed order.
+    policy that has not changed is exactly 1. Sums are made in a fixed order. Triton has two: one where all samples of
+    x, velocity, noise and x_next begin at multiples of 16 bytes and have a multiple of 16 elements, as contiguous
+    latents have, and one for any others; there the promise is for two calls of one kind.
 
     Raises:
         ValueError: naming the argument of a wrong shape, dtype, device or range; not exactly one of noise, streams and
@@ -153,13 +155,13 @@ def _check_metadata(
     if noise is not None:
         check_dtype("noise", noise, x.dtype)
         check_shape("noise", noise, [*noise.shape[:1], *x.shape[1:]], meaning="samples of the shape of x")
+        check_has_groups("noise", noise, x)
     if streams is not None:
         check_dtype("streams", streams, torch.int64)
-        check_has_groups("noise", noise, x)
         check_shape("streams", streams, [*streams.shape[:1], 4], meaning="four words for each group")
+        check_has_groups("streams", streams, x)
     if group_B is not None:
         check_dtype("group_B", group_B, torch.int64)
-        check_has_groups("streams", streams, x)
         check_shape("group_B", group_B, x.shape[:1], meaning="one number for each sample")
     if x_next is not None:
         check_dtype("x_next", x_next, x.dtype)
