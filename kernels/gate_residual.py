@@ -37,9 +37,9 @@ def gate_residual_kernel(
     stored = p_hidden.dtype.element_ty
     dtype = tl.float64 if stored == tl.float64 else tl.float32
 
-    b_x = load_row(p_x + i_b * x_stride_b + i_n * x_stride_n, o_d, m_d, dtype)
-    b_y = load_row(p_y + i_b * y_stride_b + i_n * y_stride_n, o_d, m_d, dtype)
-    b_gate = load_row(p_gate + i_b * gate_stride_b, o_d, m_d, dtype)
+    b_x = load_row(p_x, i_b * x_stride_b + i_n * x_stride_n, o_d, m_d, dtype)
+    b_y = load_row(p_y, i_b * y_stride_b + i_n * y_stride_n, o_d, m_d, dtype)
+    b_gate = load_row(p_gate, i_b * gate_stride_b, o_d, m_d, dtype)
     tl.store(p_hidden + i_row * D + o_d, (b_x + b_gate * b_y).to(stored), mask=m_d)
 
 
@@ -70,13 +70,13 @@ def gate_residual_backward_kernel(
     stored = p_grad_y.dtype.element_ty
     dtype = tl.float64 if stored == tl.float64 else tl.float32
 
-    b_gate = load_row(p_gate + i_b * gate_stride_b, o_d, m_d, dtype)
+    b_gate = load_row(p_gate, i_b * gate_stride_b, o_d, m_d, dtype)
     b_gate_sum = tl.zeros([BLOCK_D], dtype)
     for i_n in range(first, tl.minimum(first + ROWS, N)):
-        b_grad = load_row(p_grad + i_b * grad_stride_b + i_n * grad_stride_n, o_d, m_d, dtype)
+        b_grad = load_row(p_grad, i_b * grad_stride_b + i_n * grad_stride_n, o_d, m_d, dtype)
         tl.store(p_grad_y + (i_b * N + i_n) * D + o_d, (b_gate * b_grad).to(stored), mask=m_d)
         if SUMMED:
-            b_gate_sum += b_grad * load_row(p_y + i_b * y_stride_b + i_n * y_stride_n, o_d, m_d, dtype)
+            b_gate_sum += b_grad * load_row(p_y, i_b * y_stride_b + i_n * y_stride_n, o_d, m_d, dtype)
     if SUMMED:
         tl.store(p_sums + i_program * D + o_d, b_gate_sum, mask=m_d)
 

@@ -7,10 +7,10 @@ Shape letters: B samples, N tokens, D width, C chunks of tokens.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from dgpo_fast.kernels.alignment import jit_told_alignment, row_at, rows_are_aligned
 from dgpo_fast.kernels.layer_norm import (
     add_up,
     chunks_of_rows,
@@ -23,7 +23,7 @@ from dgpo_fast.kernels.layer_norm import (
 )
 
 
-@triton.jit
+@jit_told_alignment
 def gate_residual_norm_modulate_kernel(
     p_x,  # [B, N, D]
     p_y,  # [B, N, D]
@@ -42,6 +42,7 @@ def gate_residual_norm_modulate_kernel(
     N,
     D,
     EPS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     # One grid axis: the others end at 65535. 64-bit before it meets a stride.
@@ -53,19 +54,19 @@ def gate_residual_norm_modulate_kernel(
     stored = p_hidden.dtype.element_ty
     dtype = tl.float64 if stored == tl.float64 else tl.float32
 
-    b_x = load_row(p_x + i_b * x_stride_b + i_n * x_stride_n, o_d, m_d, dtype)
-    b_y = load_row(p_y + i_b * y_stride_b + i_n * y_stride_n, o_d, m_d, dtype)
-    b_gate = load_row(p_gate + i_b * gate_stride_b, o_d, m_d, dtype)
-    b_scale = load_row(p_scale + i_b * scale_stride_b, o_d, m_d, dtype)
-    b_shift = load_row(p_shift + i_b * shift_stride_b, o_d, m_d, dtype)
+    b_x = load_row(p_x, i_b * x_stride_b + i_n * x_stride_n, o_d, m_d, dtype, ALIGNED)
+    b_y = load_row(p_y, i_b * y_stride_b + i_n * y_stride_n, o_d, m_d, dtype, ALIGNED)
+    b_gate = load_row(p_gate, i_b * gate_stride_b, o_d, m_d, dtype, ALIGNED)
+    b_scale = load_row(p_scale, i_b * scale_stride_b, o_d, m_d, dtype, ALIGNED)
+    b_shift = load_row(p_shift, i_b * shift_stride_b, o_d, m_d, dtype, ALIGNED)
     b_hidden = (b_x + b_gate * b_y).to(stored)
-    tl.store(p_hidden + i_row * D + o_d, b_hidden, mask=m_d)
+    tl.store(row_at(p_hidden, i_row * D, ALIGNED) + o_d, b_hidden, mask=m_d)
     # Of what is stored: the backward sees nothing else.
     b_standard, _ = standardise(b_hidden.to(dtype), m_d, D, EPS)
-    tl.store(p_normed + i_row * D + o_d, (b_standard * (1 + b_scale) + b_shift).to(stored), mask=m_d)
+    tl.store(row_at(p_normed, i_row * D, ALIGNED) + o_d, (b_standard * (1 + b_scale) + b_shift).to(stored), mask=m_d)
 
 
-@triton.jit
+@jit_told_alignment
 def gate_residual_norm_modulate_backward_kernel(
     p_grad_hidden,  # [B, N, D], not read unless WITH_GRAD_HIDDEN
     p_grad_normed,  # [B, N, D]
@@ -94,6 +95,7 @@ def gate_residual_norm_modulate_backward_kernel(
     SUMMED: tl.constexpr,
     ROWS: tl.constexpr,
     EPS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     i_program = tl.program_id(0).to(tl.int64)
@@ -104,32 +106,32 @@ def gate_residual_norm_modulate_backward_kernel(
     stored = p_grad_x.dtype.element_ty
     dtype = tl.float64 if stored == tl.float64 else tl.float32
 
-    b_gate = load_row(p_gate + i_b * gate_stride_b, o_d, m_d, dtype)
-    b_scale = load_row(p_scale + i_b * scale_stride_b, o_d, m_d, dtype)
+    b_gate = load_row(p_gate, i_b * gate_stride_b, o_d, m_d, dtype, ALIGNED)
+    b_scale = load_row(p_scale, i_b * scale_stride_b, o_d, m_d, dtype, ALIGNED)
     b_gate_sum = tl.zeros([BLOCK_D], dtype)
     b_shift_sum = tl.zeros([BLOCK_D], dtype)
     b_scale_sum = tl.zeros([BLOCK_D], dtype)
     for i_n in range(first, tl.minimum(first + ROWS, N)):
-        b_hidden = load_row(p_hidden + i_b * hidden_stride_b + i_n * hidden_stride_n, o_d, m_d, dtype)
-        p_grad_normed_row = p_grad_normed + i_b * grad_normed_stride_b + i_n * grad_normed_stride_n
-        b_grad_normed = load_row(p_grad_normed_row, o_d, m_d, dtype)
+        b_hidden = load_row(p_hidden, i_b * hidden_stride_b + i_n * hidden_stride_n, o_d, m_d, dtype, ALIGNED)
+        o_grad_normed = i_b * grad_normed_stride_b + i_n * grad_normed_stride_n
+        b_grad_normed = load_row(p_grad_normed, o_grad_normed, o_d, m_d, dtype, ALIGNED)
         b_standard, rstd = standardise(b_hidden, m_d, D, EPS)
         b_grad_x = standardise_backward(b_grad_normed * (1 + b_scale), b_standard, rstd, D)
         if WITH_GRAD_HIDDEN:
-            p_grad_hidden_row = p_grad_hidden + i_b * grad_hidden_stride_b + i_n * grad_hidden_stride_n
-            b_grad_x += load_row(p_grad_hidden_row, o_d, m_d, dtype)
-        o_out = (i_b * N + i_n) * D + o_d
-        tl.store(p_grad_x + o_out, b_grad_x.to(stored), mask=m_d)
-        tl.store(p_grad_y + o_out, (b_gate * b_grad_x).to(stored), mask=m_d)
+            o_grad_hidden = i_b * grad_hidden_stride_b + i_n * grad_hidden_stride_n
+            b_grad_x += load_row(p_grad_hidden, o_grad_hidden, o_d, m_d, dtype, ALIGNED)
+        o_out = (i_b * N + i_n) * D
+        tl.store(row_at(p_grad_x, o_out, ALIGNED) + o_d, b_grad_x.to(stored), mask=m_d)
+        tl.store(row_at(p_grad_y, o_out, ALIGNED) + o_d, (b_gate * b_grad_x).to(stored), mask=m_d)
         if SUMMED:
-            b_gate_sum += b_grad_x * load_row(p_y + i_b * y_stride_b + i_n * y_stride_n, o_d, m_d, dtype)
+            b_gate_sum += b_grad_x * load_row(p_y, i_b * y_stride_b + i_n * y_stride_n, o_d, m_d, dtype, ALIGNED)
             b_shift_sum += b_grad_normed
             b_scale_sum += b_grad_normed * b_standard
     if SUMMED:
-        p_sum = p_sums + i_program * D + o_d
-        tl.store(p_sum, b_gate_sum, mask=m_d)
-        tl.store(p_sum + sums_stride_row, b_shift_sum, mask=m_d)
-        tl.store(p_sum + 2 * sums_stride_row, b_scale_sum, mask=m_d)
+        o_sum, row = i_program * D, tl.cast(sums_stride_row, tl.int64)
+        tl.store(row_at(p_sums, o_sum, ALIGNED) + o_d, b_gate_sum, mask=m_d)
+        tl.store(row_at(p_sums, o_sum + row, ALIGNED) + o_d, b_shift_sum, mask=m_d)
+        tl.store(row_at(p_sums, o_sum + 2 * row, ALIGNED) + o_d, b_scale_sum, mask=m_d)
 
 
 def gate_residual_norm_modulate(
@@ -146,7 +148,7 @@ def gate_residual_norm_modulate(
         gate_residual_norm_modulate_kernel[(num_samples * num_rows,)](
             x, y, gate, shift, scale, hidden, normed,
             *x.stride()[:2], *y.stride()[:2], gate.stride(0), shift.stride(0), scale.stride(0), num_rows, width,
-            EPS=eps, **row_block(width), enable_fp_fusion=True,
+            EPS=eps, ALIGNED=rows_are_aligned(x, y, gate, shift, scale), **row_block(width), enable_fp_fusion=True,
         )  # fmt: skip
     return hidden, normed
 
@@ -178,6 +180,7 @@ def gate_residual_norm_modulate_backward(
                 *grad_hidden.stride()[:2], *grad_normed.stride()[:2], *hidden.stride()[:2], *y.stride()[:2],
                 gate.stride(0), scale.stride(0), sums.stride(0), num_chunks, num_rows, width,
                 WITH_GRAD_HIDDEN=grad_hidden_BND is not None, SUMMED=summed, ROWS=rows, EPS=eps,
+                ALIGNED=rows_are_aligned(grad_normed, hidden, gate, scale, grad_hidden, y),
                 **row_block(width), enable_fp_fusion=True,
             )  # fmt: skip
     grad_gate, grad_shift, grad_scale = (add_up(partial, hidden_BND.dtype) for partial in sums)

@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dgpo_fast.kernels.alignment import row_at
+from dgpo_fast.kernels.numbers import quotient
+
 # Eight elements a thread: 16 bytes of bfloat16, so that a row in registers leaves room for others, and for sums over
 # rows. Chosen from the machine code; not timed on a GPU yet.
 ELEMENTS_PER_THREAD = 8
@@ -23,25 +26,28 @@ ROWS_PER_SUM = 16
 
 
 @triton.jit
-def load_row(p_row, o_d, m_d, dtype: tl.constexpr):
-    """The elements `o_d` of the row at `p_row`; zero where not `m_d`."""
-    return tl.load(p_row + o_d, mask=m_d, other=0).to(dtype)
+def load_row(p_first, o_row, o_d, m_d, dtype: tl.constexpr, ALIGNED: tl.constexpr = False):
+    """The elements `o_d` of the row `o_row` elements behind `p_first`; zero where not `m_d`.
+
+    ALIGNED is for kernels that are told of alignment.
+    """
+    return tl.load(row_at(p_first, o_row, ALIGNED) + o_d, mask=m_d, other=0).to(dtype)
 
 
 @triton.jit
 def standardise(b_x, m_d, D, EPS: tl.constexpr):
     """The row `b_x`, zero beyond its `D` elements, with mean 0 and variance 1, and what it was multiplied with."""
-    mean = tl.sum(b_x, 0) / D
+    mean = quotient(tl.sum(b_x, 0), D)
     b_centred = tl.where(m_d, b_x - mean, 0)
-    rstd = tl.rsqrt(tl.sum(b_centred * b_centred, 0) / D + EPS)
+    rstd = tl.rsqrt(quotient(tl.sum(b_centred * b_centred, 0), D) + EPS)
     return b_centred * rstd, rstd
 
 
 @triton.jit
 def standardise_backward(b_grad, b_standard, rstd, D):
     """The gradient of a row, given that of its standardised form: without what changes only mean or variance."""
-    mean = tl.sum(b_grad, 0) / D
-    along = tl.sum(b_grad * b_standard, 0) / D
+    mean = quotient(tl.sum(b_grad, 0), D)
+    along = quotient(tl.sum(b_grad * b_standard, 0), D)
     return rstd * (b_grad - mean - along * b_standard)
 
 

@@ -6,10 +6,10 @@ Shape letters: B samples, N tokens, D width, C chunks of tokens.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from dgpo_fast.kernels.alignment import jit_told_alignment, row_at, rows_are_aligned
 from dgpo_fast.kernels.layer_norm import (
     add_up,
     chunks_of_rows,
@@ -22,7 +22,7 @@ from dgpo_fast.kernels.layer_norm import (
 )
 
 
-@triton.jit
+@jit_told_alignment
 def layer_norm_modulate_kernel(
     p_x,  # [B, N, D]
     p_shift,  # [B, D]
@@ -35,6 +35,7 @@ def layer_norm_modulate_kernel(
     N,
     D,
     EPS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     # One grid axis: the others end at 65535. 64-bit before it meets a stride.
@@ -46,14 +47,14 @@ def layer_norm_modulate_kernel(
     stored = p_y.dtype.element_ty
     dtype = tl.float64 if stored == tl.float64 else tl.float32
 
-    b_x = load_row(p_x + i_b * x_stride_b + i_n * x_stride_n, o_d, m_d, dtype)
-    b_scale = load_row(p_scale + i_b * scale_stride_b, o_d, m_d, dtype)
-    b_shift = load_row(p_shift + i_b * shift_stride_b, o_d, m_d, dtype)
+    b_x = load_row(p_x, i_b * x_stride_b + i_n * x_stride_n, o_d, m_d, dtype, ALIGNED)
+    b_scale = load_row(p_scale, i_b * scale_stride_b, o_d, m_d, dtype, ALIGNED)
+    b_shift = load_row(p_shift, i_b * shift_stride_b, o_d, m_d, dtype, ALIGNED)
     b_standard, _ = standardise(b_x, m_d, D, EPS)
-    tl.store(p_y + i_row * D + o_d, (b_standard * (1 + b_scale) + b_shift).to(stored), mask=m_d)
+    tl.store(row_at(p_y, i_row * D, ALIGNED) + o_d, (b_standard * (1 + b_scale) + b_shift).to(stored), mask=m_d)
 
 
-@triton.jit
+@jit_told_alignment
 def layer_norm_modulate_backward_kernel(
     p_grad,  # [B, N, D]
     p_x,  # [B, N, D]
@@ -72,6 +73,7 @@ def layer_norm_modulate_backward_kernel(
     SUMMED: tl.constexpr,
     ROWS: tl.constexpr,
     EPS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     i_program = tl.program_id(0).to(tl.int64)
@@ -82,22 +84,22 @@ def layer_norm_modulate_backward_kernel(
     stored = p_grad_x.dtype.element_ty
     dtype = tl.float64 if stored == tl.float64 else tl.float32
 
-    b_scale = load_row(p_scale + i_b * scale_stride_b, o_d, m_d, dtype)
+    b_scale = load_row(p_scale, i_b * scale_stride_b, o_d, m_d, dtype, ALIGNED)
     b_shift_sum = tl.zeros([BLOCK_D], dtype)
     b_scale_sum = tl.zeros([BLOCK_D], dtype)
     for i_n in range(first, tl.minimum(first + ROWS, N)):
-        b_x = load_row(p_x + i_b * x_stride_b + i_n * x_stride_n, o_d, m_d, dtype)
-        b_grad = load_row(p_grad + i_b * grad_stride_b + i_n * grad_stride_n, o_d, m_d, dtype)
+        b_x = load_row(p_x, i_b * x_stride_b + i_n * x_stride_n, o_d, m_d, dtype, ALIGNED)
+        b_grad = load_row(p_grad, i_b * grad_stride_b + i_n * grad_stride_n, o_d, m_d, dtype, ALIGNED)
         b_standard, rstd = standardise(b_x, m_d, D, EPS)
         b_grad_x = standardise_backward(b_grad * (1 + b_scale), b_standard, rstd, D)
-        tl.store(p_grad_x + (i_b * N + i_n) * D + o_d, b_grad_x.to(stored), mask=m_d)
+        tl.store(row_at(p_grad_x, (i_b * N + i_n) * D, ALIGNED) + o_d, b_grad_x.to(stored), mask=m_d)
         if SUMMED:
             b_shift_sum += b_grad
             b_scale_sum += b_grad * b_standard
     if SUMMED:
-        p_sum = p_sums + i_program * D + o_d
-        tl.store(p_sum, b_shift_sum, mask=m_d)
-        tl.store(p_sum + sums_stride_row, b_scale_sum, mask=m_d)
+        o_sum = i_program * D
+        tl.store(row_at(p_sums, o_sum, ALIGNED) + o_d, b_shift_sum, mask=m_d)
+        tl.store(row_at(p_sums, o_sum + sums_stride_row, ALIGNED) + o_d, b_scale_sum, mask=m_d)
 
 
 def layer_norm_modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float) -> Tensor:
@@ -111,7 +113,7 @@ def layer_norm_modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: 
         layer_norm_modulate_kernel[(num_samples * num_rows,)](
             x, shift, scale, y,
             *x.stride()[:2], shift.stride(0), scale.stride(0), num_rows, width,
-            EPS=eps, **row_block(width), enable_fp_fusion=True,
+            EPS=eps, ALIGNED=rows_are_aligned(x, shift, scale), **row_block(width), enable_fp_fusion=True,
         )  # fmt: skip
     return y
 
@@ -130,7 +132,8 @@ def layer_norm_modulate_backward(
             layer_norm_modulate_backward_kernel[(num_samples * num_chunks,)](
                 grad, x, scale, grad_x, sums,
                 *grad.stride()[:2], *x.stride()[:2], scale.stride(0), sums.stride(0), num_chunks, num_rows, width,
-                SUMMED=with_modulation, ROWS=rows, EPS=eps, **row_block(width), enable_fp_fusion=True,
+                SUMMED=with_modulation, ROWS=rows, EPS=eps, ALIGNED=rows_are_aligned(grad, x, scale),
+                **row_block(width), enable_fp_fusion=True,
             )  # fmt: skip
     grad_shift, grad_scale = (add_up(partial, x_BND.dtype) for partial in sums)
     return grad_x, grad_shift, grad_scale

@@ -1,4 +1,4 @@
-"""How numbers of 64 bits reach Triton kernels, which take floats of 32."""
+"""How numbers of 64 bits reach Triton kernels, which take floats of 32, and how these divide."""
 
 from __future__ import annotations
 
@@ -18,3 +18,10 @@ def two_parts(number: float) -> tuple[float, float]:
 def whole(first, rest):
     """The number that came in two parts, float64."""
     return tl.full([], first, tl.float64) + tl.full([], rest, tl.float64)
+
+
+@triton.jit
+def quotient(number, count):
+    """`number` / `count`, an integer, rounded to the nearest: on NVIDIA `/` of float32 is approximate."""
+    divisor = tl.cast(count, number.dtype)
+    return tl.div_rn(number, divisor) if number.dtype == tl.float32 else number / divisor

@@ -48,7 +48,7 @@ def quantise_rows_kernel(
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
 
-    b_x = load_row(p_x + i_b * x_stride_b + i_n * x_stride_n, o_d, m_d, tl.float32)
+    b_x = load_row(p_x, i_b * x_stride_b + i_n * x_stride_n, o_d, m_d, tl.float32)
     # The order of magnitudes is that of their bits, with NaN above all others: so it is not lost.
     largest = tl.max(b_x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0).to(tl.float32, bitcast=True)
     scale = largest * 0.002232142857142857  # 1 / 448

@@ -49,8 +49,11 @@ def box_muller(b_a, b_b):
     b_cos = b_cos * b_z - 0.5
     b_cos = 1.0 + (b_z * b_cos - b_x * b_x_lost)
     swapped = (b_quadrant & 1) != 0
-    b_first = tl.where(((b_quadrant + 1) & 2) != 0, -b_radius, b_radius) * tl.where(swapped, b_sin, b_cos)
-    b_second = tl.where((b_quadrant & 2) != 0, -b_radius, b_radius) * tl.where(swapped, b_cos, b_sin)
+    b_first = b_radius * tl.where(swapped, b_sin, b_cos)
+    b_second = b_radius * tl.where(swapped, b_cos, b_sin)
+    # The sign comes last: a product would be fused into the caller's next sum, where noise that was given is not.
+    b_first = tl.where(((b_quadrant + 1) & 2) != 0, -b_first, b_first)
+    b_second = tl.where((b_quadrant & 2) != 0, -b_second, b_second)
     return b_first, b_second
 
 

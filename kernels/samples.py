@@ -6,16 +6,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dgpo_fast.kernels.alignment import row_at
 from dgpo_fast.kernels.random_normal import draw_normals
 
 
 @triton.jit
-def load_noise(p_noise, noise_stride_g, i_g, i_block, o_n, m_n, DRAWN: tl.constexpr, BLOCK: tl.constexpr):
-    """Elements `o_n`, those of block `i_block`, of group `i_g`: read, or drawn from the four words that lie there."""
+def load_noise(
+    p_noise,
+    noise_stride_g,
+    i_g,
+    i_block,
+    o_n,
+    m_n,
+    DRAWN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr = False,
+):
+    """Elements `o_n`, those of block `i_block`, of group `i_g`: read, or drawn from the four words that lie there.
+
+    ALIGNED is for kernels that are told of alignment.
+    """
     if DRAWN:
         b_noise = draw_normals(p_noise + i_g * noise_stride_g, i_block, BLOCK)
     else:
-        b_noise = tl.load(p_noise + i_g * noise_stride_g + o_n, mask=m_n)
+        b_noise = tl.load(row_at(p_noise, i_g * noise_stride_g, ALIGNED) + o_n, mask=m_n)
     return b_noise
 
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dgpo_fast.kernels.alignment import jit_told_alignment, row_at, rows_are_aligned
 from dgpo_fast.kernels.samples import flat_samples, load_noise, noise_source
 
 # Four warps with eight elements a thread: two 16-byte loads of float32, or one of bfloat16, per thread and operand.
@@ -23,15 +24,15 @@ HALF_LOG_TWO_PI = tl.constexpr(0.9189385332046727)
 
 
 @triton.jit
-def load_mean(p_x, p_velocity, p_of_x, o_x, o_velocity, m_n, dtype: tl.constexpr):
+def load_mean(p_x_row, p_velocity_row, p_of_x, o_n, m_n, dtype: tl.constexpr):
     """of_x x + of_velocity velocity: explicitly fused, to be the same bits in every kernel; and of_velocity."""
     of_x, of_velocity = tl.load(p_of_x).to(dtype), tl.load(p_of_x + 1).to(dtype)
-    b_x = tl.load(p_x + o_x, mask=m_n, other=0)
-    b_velocity = tl.load(p_velocity + o_velocity, mask=m_n, other=0).to(dtype)
+    b_x = tl.load(p_x_row + o_n, mask=m_n, other=0)
+    b_velocity = tl.load(p_velocity_row + o_n, mask=m_n, other=0).to(dtype)
     return tl.fma(of_velocity + tl.zeros_like(b_x), b_velocity, of_x * b_x), of_velocity
 
 
-@triton.jit
+@jit_told_alignment
 def sde_step_kernel(
     p_x,  # [B, N]
     p_velocity,  # [B, N]
@@ -52,6 +53,7 @@ def sde_step_kernel(
     GIVEN: tl.constexpr,
     DRAWN: tl.constexpr,
     WITH_MEAN: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # One grid axis: the others end at 65535. 64-bit before it meets a stride.
@@ -63,17 +65,20 @@ def sde_step_kernel(
     dtype = p_sums.dtype.element_ty
 
     p_of_x = p_coefficients + i_b * 3
-    b_mean, _ = load_mean(p_x, p_velocity, p_of_x, i_b * x_stride_b + o_n, i_b * velocity_stride_b + o_n, m_n, dtype)
+    p_x_row = row_at(p_x, i_b * x_stride_b, ALIGNED)
+    p_velocity_row = row_at(p_velocity, i_b * velocity_stride_b, ALIGNED)
+    b_mean, _ = load_mean(p_x_row, p_velocity_row, p_of_x, o_n, m_n, dtype)
     if WITH_MEAN:
-        tl.store(p_mean + i_b * N + o_n, b_mean, mask=m_n)
-    p_next = p_x_next + i_b * x_next_stride_b + o_n
+        tl.store(row_at(p_mean, i_b * N, ALIGNED) + o_n, b_mean, mask=m_n)
+    p_next = row_at(p_x_next, i_b * x_next_stride_b, ALIGNED) + o_n
     if GIVEN:
         b_next = tl.load(p_next, mask=m_n, other=0)
     else:
         i_g = tl.load(p_group + i_b * group_stride_b)
         # A group that does not exist: to raise would wait for the device.
         valid = (i_g >= 0) & (i_g < num_groups)
-        b_z = load_noise(p_noise, noise_stride_g, tl.where(valid, i_g, 0), i_block, o_n, m_n, DRAWN, BLOCK).to(dtype)
+        i_g = tl.where(valid, i_g, 0)
+        b_z = load_noise(p_noise, noise_stride_g, i_g, i_block, o_n, m_n, DRAWN, BLOCK, ALIGNED).to(dtype)
         std = tl.where(valid, tl.load(p_of_x + 2).to(dtype), float("nan"))
         b_next = b_mean + std * b_z
         tl.store(p_next, b_next, mask=m_n)
@@ -129,9 +134,8 @@ def sde_step_backward_kernel(
     dtype = p_x.dtype.element_ty
 
     p_of_x = p_coefficients + i_b * 3
-    b_mean, of_velocity = load_mean(
-        p_x, p_velocity, p_of_x, i_b * x_stride_b + o_n, i_b * velocity_stride_b + o_n, m_n, dtype
-    )
+    p_x_row, p_velocity_row = p_x + i_b * x_stride_b, p_velocity + i_b * velocity_stride_b
+    b_mean, of_velocity = load_mean(p_x_row, p_velocity_row, p_of_x, o_n, m_n, dtype)
     b_grad = tl.zeros([BLOCK], dtype)
     if OF_MEAN:
         b_grad += tl.load(p_grad_mean + i_b * grad_mean_stride_b + o_n, mask=m_n)
@@ -168,12 +172,13 @@ def sde_step(
     num_samples, numel = samples.shape
     num_blocks = triton.cdiv(numel, BLOCK)
     sums = x.new_empty(num_samples, num_blocks)
+    rows = [samples, v, following] if noise is None else [samples, v, following, source]
     with torch.cuda.device_of(x):
         sde_step_kernel[(num_blocks * num_samples,)](
             samples, v, coefficients, source, group, following, mean, sums,
             samples.stride(0), v.stride(0), source.stride(0), group.stride(0), following.stride(0),
             len(source), num_blocks, numel,
-            GIVEN=x_next is not None, DRAWN=is_drawn, WITH_MEAN=with_mean,
+            GIVEN=x_next is not None, DRAWN=is_drawn, WITH_MEAN=with_mean, ALIGNED=rows_are_aligned(*rows),
             BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
         sde_log_prob_kernel[(num_samples,)](

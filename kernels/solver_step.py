@@ -50,7 +50,8 @@ def solver_step_kernel(
     # Everything is read before anything is written, so that the update may run in place.
     b_inputs = ()
     for k in tl.static_range(K):
-        b_inputs += (tl.load(p_state + k * state_stride_k + i_b * state_stride_b + o_n, mask=m_n),)
+        o_state = k * tl.cast(state_stride_k, tl.int64) + i_b * state_stride_b
+        b_inputs += (tl.load(p_state + o_state + o_n, mask=m_n),)
     b_inputs += (tl.load(p_cond + i_b * cond_stride_b + o_n, mask=m_n).to(dtype),)
     if GUIDED:
         b_inputs += (tl.load(p_uncond + i_b * uncond_stride_b + o_n, mask=m_n).to(dtype),)
@@ -63,7 +64,8 @@ def solver_step_kernel(
         for j in tl.static_range(K + 1 + GUIDED):
             coefficient = tl.load(p_coefficients + k * (K + 2) + j, mask=in_table, other=float("nan"))
             b_new += coefficient.to(dtype) * b_inputs[j]
-        tl.store(p_new_state + k * new_stride_k + i_b * new_stride_b + o_n, b_new, mask=m_n)
+        o_new = k * tl.cast(new_stride_k, tl.int64) + i_b * new_stride_b
+        tl.store(p_new_state + o_new + o_n, b_new, mask=m_n)
 
 
 def solver_step(state_KBN: Tensor, v_cond: Tensor, v_uncond: Tensor | None, table: Tensor, row_B: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dgpo_fast.kernels.numbers import two_parts, whole
+from dgpo_fast.kernels.alignment import jit_told_alignment, row_at, rows_are_aligned
+from dgpo_fast.kernels.numbers import quotient, two_parts, whole
 from dgpo_fast.kernels.samples import flat_samples, load_noise, noise_source
 
 # Four warps with eight elements a thread: two 16-byte loads of float32, or one of bfloat16, per thread and operand.
@@ -23,10 +24,9 @@ SUMS_BLOCK = 64
 
 @triton.jit
 def load_guided(
-    p_reference,
-    p_unconditional,
-    o_reference,
-    o_unconditional,
+    p_reference_row,
+    p_unconditional_row,
+    o_n,
     m_n,
     guidance,
     guidance_rest,
@@ -34,15 +34,15 @@ def load_guided(
     dtype: tl.constexpr,
 ):
     """The reference's velocity, guided where GUIDED."""
-    b_reference = tl.load(p_reference + o_reference, mask=m_n, other=0).to(dtype)
+    b_reference = tl.load(p_reference_row + o_n, mask=m_n, other=0).to(dtype)
     if GUIDED:
         scale = whole(guidance, guidance_rest).to(dtype)
-        b_unconditional = tl.load(p_unconditional + o_unconditional, mask=m_n, other=0).to(dtype)
+        b_unconditional = tl.load(p_unconditional_row + o_n, mask=m_n, other=0).to(dtype)
         b_reference = b_unconditional + scale * (b_reference - b_unconditional)
     return b_reference
 
 
-@triton.jit
+@jit_told_alignment
 def velocity_errors_kernel(
     p_velocity,  # [M, N]
     p_x0,  # [M, N]
@@ -69,6 +69,7 @@ def velocity_errors_kernel(
     OLD: tl.constexpr,
     REFERENCE: tl.constexpr,
     GUIDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # One grid axis: the others end at 65535. 64-bit before it meets a stride.
@@ -81,26 +82,28 @@ def velocity_errors_kernel(
 
     i_g = tl.load(p_group + i_m * group_stride_m)
     valid = (i_g >= 0) & (i_g < num_groups)
-    b_noise = load_noise(p_noise, noise_stride_g, tl.where(valid, i_g, 0), i_block, o_n, m_n, DRAWN, BLOCK).to(dtype)
-    b_target = b_noise - tl.load(p_x0 + i_m * x0_stride_m + o_n, mask=m_n, other=0)
+    i_g = tl.where(valid, i_g, 0)
+    b_noise = load_noise(p_noise, noise_stride_g, i_g, i_block, o_n, m_n, DRAWN, BLOCK, ALIGNED).to(dtype)
+    b_target = b_noise - tl.load(row_at(p_x0, i_m * x0_stride_m, ALIGNED) + o_n, mask=m_n, other=0)
     # A group that does not exist: to raise would wait for the device.
     b_target = tl.where(m_n, tl.where(valid, b_target, float("nan")), 0)
-    b_velocity = tl.load(p_velocity + i_m * velocity_stride_m + o_n, mask=m_n, other=0).to(dtype)
+    p_velocity_row = row_at(p_velocity, i_m * velocity_stride_m, ALIGNED)
+    b_velocity = tl.load(p_velocity_row + o_n, mask=m_n, other=0).to(dtype)
 
-    p_sum = p_sums + i_m * num_blocks + i_block
+    p_sum, row = p_sums + i_m * num_blocks + i_block, tl.cast(sums_stride_row, tl.int64)
     b_policy = b_velocity - b_target
     tl.store(p_sum, tl.sum(b_policy * b_policy, 0))
     if OLD:
-        b_old = tl.load(p_old + i_m * old_stride_m + o_n, mask=m_n, other=0).to(dtype) - b_target
-        tl.store(p_sum + sums_stride_row, tl.sum(b_old * b_old, 0))
+        p_old_row = row_at(p_old, i_m * old_stride_m, ALIGNED)
+        b_old = tl.load(p_old_row + o_n, mask=m_n, other=0).to(dtype) - b_target
+        tl.store(p_sum + row, tl.sum(b_old * b_old, 0))
     if REFERENCE:
-        o_reference, o_unconditional = i_m * reference_stride_m + o_n, i_m * unconditional_stride_m + o_n
-        b_guided = load_guided(
-            p_reference, p_unconditional, o_reference, o_unconditional, m_n, guidance, guidance_rest, GUIDED, dtype
-        )
+        p_reference_row = row_at(p_reference, i_m * reference_stride_m, ALIGNED)
+        p_unconditional_row = row_at(p_unconditional, i_m * unconditional_stride_m, ALIGNED)
+        b_guided = load_guided(p_reference_row, p_unconditional_row, o_n, m_n, guidance, guidance_rest, GUIDED, dtype)
         b_reference, b_distance = b_guided - b_target, b_velocity - b_guided
-        tl.store(p_sum + 2 * sums_stride_row, tl.sum(b_reference * b_reference, 0))
-        tl.store(p_sum + 3 * sums_stride_row, tl.sum(b_distance * b_distance, 0))
+        tl.store(p_sum + 2 * row, tl.sum(b_reference * b_reference, 0))
+        tl.store(p_sum + 3 * row, tl.sum(b_distance * b_distance, 0))
 
 
 @triton.jit
@@ -118,13 +121,13 @@ def velocity_errors_mean_kernel(
     BLOCK: tl.constexpr,
 ):
     i_m = tl.program_id(0).to(tl.int64)
-    p_row = p_sums + i_m * num_blocks
-    tl.store(p_policy + i_m, sum_of_row(p_row, num_blocks, BLOCK) / N)
+    p_row, row = p_sums + i_m * num_blocks, tl.cast(sums_stride_row, tl.int64)
+    tl.store(p_policy + i_m, quotient(sum_of_row(p_row, num_blocks, BLOCK), N))
     if OLD:
-        tl.store(p_old + i_m, sum_of_row(p_row + sums_stride_row, num_blocks, BLOCK) / N)
+        tl.store(p_old + i_m, quotient(sum_of_row(p_row + row, num_blocks, BLOCK), N))
     if REFERENCE:
-        tl.store(p_reference + i_m, sum_of_row(p_row + 2 * sums_stride_row, num_blocks, BLOCK) / N)
-        tl.store(p_distance + i_m, sum_of_row(p_row + 3 * sums_stride_row, num_blocks, BLOCK) / N)
+        tl.store(p_reference + i_m, quotient(sum_of_row(p_row + 2 * row, num_blocks, BLOCK), N))
+        tl.store(p_distance + i_m, quotient(sum_of_row(p_row + 3 * row, num_blocks, BLOCK), N))
 
 
 @triton.jit
@@ -176,13 +179,12 @@ def velocity_errors_backward_kernel(
     b_target = b_noise - tl.load(p_x0 + i_m * x0_stride_m + o_n, mask=m_n)
     b_target = tl.where(valid, b_target, float("nan"))
     b_velocity = tl.load(p_velocity + i_m * velocity_stride_m + o_n, mask=m_n).to(dtype)
-    b_grad = 2 * tl.load(p_grad_policy + i_m) / N * (b_velocity - b_target)
+    b_grad = 2 * quotient(tl.load(p_grad_policy + i_m), N) * (b_velocity - b_target)
     if REFERENCE:
-        o_reference, o_unconditional = i_m * reference_stride_m + o_n, i_m * unconditional_stride_m + o_n
-        b_guided = load_guided(
-            p_reference, p_unconditional, o_reference, o_unconditional, m_n, guidance, guidance_rest, GUIDED, dtype
-        )
-        b_grad += 2 * tl.load(p_grad_distance + i_m) / N * (b_velocity - b_guided)
+        p_reference_row = p_reference + i_m * reference_stride_m
+        p_unconditional_row = p_unconditional + i_m * unconditional_stride_m
+        b_guided = load_guided(p_reference_row, p_unconditional_row, o_n, m_n, guidance, guidance_rest, GUIDED, dtype)
+        b_grad += 2 * quotient(tl.load(p_grad_distance + i_m), N) * (b_velocity - b_guided)
     tl.store(p_grad_velocity + i_m * N + o_n, b_grad.to(p_grad_velocity.dtype.element_ty), mask=m_n)
 
 
@@ -210,6 +212,7 @@ def velocity_errors(
     v, samples = flat_samples(velocity), flat_samples(x0)
     source, drawn = noise_source(noise, streams)
     v_old, v_ref, v_uncond = (v if given is None else flat_samples(given) for given in (old, reference, unconditional))
+    rows = [v, samples, v_old, v_ref, v_uncond] if drawn else [v, samples, v_old, v_ref, v_uncond, source]
     with torch.cuda.device_of(x0):
         velocity_errors_kernel[(num_blocks * num_samples,)](
             v, samples, source, group_M, v_old, v_ref, v_uncond, sums,
@@ -217,7 +220,7 @@ def velocity_errors(
             v_old.stride(0), v_ref.stride(0), v_uncond.stride(0),
             sums.stride(0), *two_parts(guidance), len(source), num_blocks, numel,
             DRAWN=drawn, OLD=old is not None, REFERENCE=reference is not None, GUIDED=unconditional is not None,
-            BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
+            ALIGNED=rows_are_aligned(*rows), BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
         velocity_errors_mean_kernel[(num_samples,)](
             sums, *errors, sums.stride(0), num_blocks, numel,

@@ -126,6 +126,8 @@ inline void check_noise(const Tensor& samples, const std::optional<Tensor>& nois
       check_argument(0 <= word && word < (int64_t{1} << 32), "streams", "expected values in 0..2^32-1, got ", word);
   }
   const int64_t num_groups = noise ? noise->size(0) : streams->size(0);
+  check_argument(num_groups > 0 || samples.size(0) == 0, noise ? "noise" : "streams", "expected a group or more for ",
+                 samples.size(0), " samples");
   for (int64_t g : values_of<int64_t>(group))
     check_argument(0 <= g && g < num_groups, group_name, "expected values in 0..", num_groups - 1, ", got ", g);
 }

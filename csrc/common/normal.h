@@ -89,10 +89,10 @@ DGPO_FAST_HOST_DEVICE NormalPair box_muller(uint32_t a, uint32_t b) {
   cosine = cosine * z - 0.5f;
   cosine = 1.0f + (z * cosine - x * x_lost);
   const bool swapped = quadrant & 1;
-  const float first = swapped ? sine : cosine, second = swapped ? cosine : sine;
-  // Quadrants 1 and 2 have a negative cosine, 2 and 3 a negative sine.
-  const float first_sign = ((quadrant + 1) & 2) ? -1.0f : 1.0f, second_sign = (quadrant & 2) ? -1.0f : 1.0f;
-  return {radius * first_sign * first, radius * second_sign * second};
+  const float first = radius * (swapped ? sine : cosine), second = radius * (swapped ? cosine : sine);
+  // Quadrants 1 and 2 have a negative cosine, 2 and 3 a negative sine. The sign comes last: a product would be fused
+  // into the caller's next sum, where noise that was given is not.
+  return {((quadrant + 1) & 2) ? -first : first, (quadrant & 2) ? -second : second};
 }
 
 }  // namespace dgpo_fast

@@ -73,4 +73,28 @@ __device__ __forceinline__ void store(stored_t* to, const math_t (&values)[kCoun
   }
 }
 
+// A thread of a kernel with sums works on kVector neighbouring elements of a sample, however it reads them: 16 bytes at
+// a time where kCount is kVector, else the `count` that there are one by one, with zeros for the rest. So the sums have
+// one order, wherever the tensors lie.
+template <int kCount, typename math_t, typename stored_t>
+__device__ __forceinline__ void load_piece(const stored_t* from, int count, math_t (&values)[kVector]) {
+  if constexpr (kCount == kVector) {
+    load<kVector>(from, values);
+  } else {
+#pragma unroll
+    for (int n = 0; n < kVector; ++n) values[n] = n < count ? static_cast<math_t>(from[n]) : math_t{0};
+  }
+}
+
+template <int kCount, typename math_t, typename stored_t>
+__device__ __forceinline__ void store_piece(stored_t* to, int count, const math_t (&values)[kVector]) {
+  if constexpr (kCount == kVector) {
+    store<kVector>(to, values);
+  } else {
+#pragma unroll
+    for (int n = 0; n < kVector; ++n)
+      if (n < count) to[n] = static_cast<stored_t>(values[n]);
+  }
+}
+
 }  // namespace dgpo_fast::cuda

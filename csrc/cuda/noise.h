@@ -49,6 +49,21 @@ struct GroupNoise {
       }
     }
   }
+
+  // Elements i .. i + kVector - 1 of group `g`, as `load_piece` reads them; i is a multiple of 4. Drawn they need no
+  // alignment: a Philox block gives four.
+  template <bool kDrawn, int kCount, typename math_t>
+  __device__ __forceinline__ void load_piece_of(int64_t g, int64_t i, int count, math_t (&eps)[kVector]) const {
+    if constexpr (!kDrawn) {
+      load_piece<kCount>(numbers + g * stride + i, count, eps);
+    } else {
+      load_elements<true, kVector>(g, i, eps);
+      if constexpr (kCount != kVector) {
+#pragma unroll
+        for (int n = 0; n < kVector; ++n) eps[n] = n < count ? eps[n] : math_t{0};
+      }
+    }
+  }
 };
 
 // The tensors of a GroupNoise, kept alive for as long as a kernel is being launched.
@@ -83,6 +98,8 @@ struct Grid {
   int count() const { return vectorised ? kVector : 1; }
   int64_t blocks_per_sample() const { return (sample_numel + kThreads * count() - 1) / (kThreads * count()); }
   dim3 blocks() const { return dim3(static_cast<unsigned>(num_samples * blocks_per_sample())); }
+  // The same batch over threads that work on kVector elements each, however they read them.
+  Grid in_pieces() const { return {num_samples, sample_numel, true}; }
 };
 
 // Calls body.operator()<kCount, kDrawn>() with a grid's properties as template arguments.

@@ -18,29 +18,6 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int kWarp = 32;
 constexpr double kHalfLogTwoPi = 0.91893853320467274178;
 
-// A thread works on kVector neighbouring elements of a sample, however it reads them: 16 bytes at a time where kCount
-// is kVector, else one by one. So the sums have one order, and a density the same bits, wherever the tensors lie.
-template <int kCount, typename math_t, typename stored_t>
-__device__ __forceinline__ void load_piece(const stored_t* from, int count, math_t (&values)[kVector]) {
-  if constexpr (kCount == kVector) {
-    load<kVector>(from, values);
-  } else {
-#pragma unroll
-    for (int n = 0; n < kVector; ++n) values[n] = n < count ? static_cast<math_t>(from[n]) : math_t{0};
-  }
-}
-
-template <int kCount, typename math_t, typename stored_t>
-__device__ __forceinline__ void store_piece(stored_t* to, int count, const math_t (&values)[kVector]) {
-  if constexpr (kCount == kVector) {
-    store<kVector>(to, values);
-  } else {
-#pragma unroll
-    for (int n = 0; n < kVector; ++n)
-      if (n < count) to[n] = static_cast<stored_t>(values[n]);
-  }
-}
-
 template <typename math_t, typename velocity_t>
 struct Operands {
   const math_t* x;             // [B, N]
@@ -62,24 +39,6 @@ __device__ __forceinline__ void load_mean(const Operands<math_t, velocity_t>& at
   load_piece<kCount>(at.velocity + b * at.velocity_stride + i, count, velocity);
 #pragma unroll
   for (int n = 0; n < kVector; ++n) mean[n] = fma(of_velocity, velocity[n], of_x * x[n]);
-}
-
-template <int kCount, bool kDrawn, typename math_t>
-__device__ __forceinline__ void load_noise(const GroupNoise<math_t>& noise, int64_t group, int64_t i, int count,
-                                           math_t (&z)[kVector]) {
-  if constexpr (!kDrawn) {
-    load_piece<kCount>(noise.numbers + group * noise.stride + i, count, z);
-  } else if constexpr (kCount == kVector) {
-    noise.template load_elements<true, kVector>(group, i, z);
-  } else {
-#pragma unroll 1
-    for (int n = 0; n < count; ++n) {
-      math_t one[1];
-      noise.template load_elements<true, 1>(group, i + n, one);
-#pragma unroll
-      for (int k = 0; k < kVector; ++k) z[k] = k == n ? one[0] : z[k];  // an index known at run time would spill z
-    }
-  }
 }
 
 // The sum over a block's threads, in an order that is always the same; for thread 0.
@@ -115,8 +74,8 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t group = noise.group_of(b);
       // A group that does not exist: to raise would wait for the device.
       const math_t std = group < 0 ? static_cast<math_t>(NAN) : static_cast<math_t>(at.coefficients[3 * b + 2]);
-      math_t z[kVector] = {};
-      load_noise<kCount, kDrawn>(noise, group < 0 ? 0 : group, i, count, z);
+      math_t z[kVector];
+      noise.template load_piece_of<kDrawn, kCount>(group < 0 ? 0 : group, i, count, z);
 #pragma unroll
       for (int n = 0; n < kVector; ++n) x_next[n] = fma(std, z[n], mean[n]);
       store_piece<kCount>(drawn + b * at.sample_numel + i, count, x_next);
@@ -193,9 +152,6 @@ struct Arguments {
                 (!x_next || is_aligned(*x_next))};
   }
 
-  // Blocks are laid out as those of vectorised threads, however these read.
-  static Grid layout(const Grid& grid) { return {grid.num_samples, grid.sample_numel, true}; }
-
   template <typename math_t, typename velocity_t>
   Operands<math_t, velocity_t> operands(const Grid& grid) const {
     return {
@@ -207,7 +163,7 @@ struct Arguments {
         velocity.stride(0),
         x_next ? x_next->stride(0) : 0,
         grid.sample_numel,
-        layout(grid).blocks_per_sample(),
+        grid.in_pieces().blocks_per_sample(),
     };
   }
 
@@ -235,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor> sde_step(const Tensor& x, const Tensor& veloc
   const Arguments given(x, velocity, coefficients_B3, x_next);
   std::optional<NoiseTensors> noises;
   if (!x_next) noises.emplace(noise, streams, *group_B);
-  const Grid grid = given.grid(!noises || noises->can_vectorise()), layout = Arguments::layout(grid);
+  const Grid grid = given.grid(!noises || noises->can_vectorise()), layout = grid.in_pieces();
   const Tensor partial = empty(x, {grid.num_samples, layout.blocks_per_sample()});
   const cudaStream_t stream = current_stream(x);
   given.dispatch([&]<typename math_t, typename velocity_t>() {
@@ -263,7 +219,7 @@ Tensor sde_step_backward(const OptionalTensor& grad_mean, const OptionalTensor& 
   const Arguments given(x, velocity, coefficients_B3, x_next);
   const Tensor of_mean = grad_mean ? with_contiguous_from(*grad_mean, 1) : given.x;
   const Tensor of_log_prob = grad_log_prob_B ? torch::stable::contiguous(*grad_log_prob_B) : given.x;
-  const Grid grid = given.grid(is_aligned(of_mean)), layout = Arguments::layout(grid);
+  const Grid grid = given.grid(is_aligned(of_mean)), layout = grid.in_pieces();
   const cudaStream_t stream = current_stream(x);
   given.dispatch([&]<typename math_t, typename velocity_t>() {
     const auto at = given.operands<math_t, velocity_t>(grid);

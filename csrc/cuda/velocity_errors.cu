@@ -33,26 +33,36 @@ struct Operands {
 
 // v*, and NaN for a sample of a group that does not exist.
 template <int kCount, bool kDrawn, typename math_t, typename velocity_t>
-__device__ __forceinline__ void load_target(const Operands<math_t, velocity_t>& at, int64_t m, int64_t i,
-                                            math_t (&target)[kCount]) {
+__device__ __forceinline__ void load_target(const Operands<math_t, velocity_t>& at, int64_t m, int64_t i, int count,
+                                            math_t (&target)[kVector]) {
   const int64_t group = at.noise.group_of(m);
-  math_t x0[kCount];
-  load<kCount>(at.x0 + m * at.x0_stride + i, x0);
-  at.noise.template load_elements<kDrawn, kCount>(group < 0 ? 0 : group, i, target);
+  math_t x0[kVector];
+  load_piece<kCount>(at.x0 + m * at.x0_stride + i, count, x0);
+  at.noise.template load_piece_of<kDrawn, kCount>(group < 0 ? 0 : group, i, count, target);
 #pragma unroll
-  for (int n = 0; n < kCount; ++n) target[n] = group < 0 ? static_cast<math_t>(NAN) : target[n] - x0[n];
+  for (int n = 0; n < kVector; ++n) target[n] = group < 0 ? static_cast<math_t>(NAN) : target[n] - x0[n];
 }
 
 // The reference's velocity, guided where there is an unconditional one.
 template <int kCount, typename math_t, typename velocity_t>
-__device__ __forceinline__ void load_guided(const Operands<math_t, velocity_t>& at, int64_t m, int64_t i,
-                                            math_t (&guided)[kCount]) {
-  load<kCount>(at.reference + m * at.reference_stride + i, guided);
+__device__ __forceinline__ void load_guided(const Operands<math_t, velocity_t>& at, int64_t m, int64_t i, int count,
+                                            math_t (&guided)[kVector]) {
+  load_piece<kCount>(at.reference + m * at.reference_stride + i, count, guided);
   if (at.unconditional == nullptr) return;
-  math_t unconditional[kCount];
-  load<kCount>(at.unconditional + m * at.unconditional_stride + i, unconditional);
+  math_t unconditional[kVector];
+  load_piece<kCount>(at.unconditional + m * at.unconditional_stride + i, count, unconditional);
 #pragma unroll
-  for (int n = 0; n < kCount; ++n) guided[n] = unconditional[n] + at.guidance * (guided[n] - unconditional[n]);
+  for (int n = 0; n < kVector; ++n) guided[n] = fma(at.guidance, guided[n] - unconditional[n], unconditional[n]);
+}
+
+// Elements behind the end of a sample are zeros in both, and add nothing. Explicitly fused, to be the same bits in
+// every kernel.
+template <typename math_t>
+__device__ __forceinline__ math_t sum_of_squares(const math_t (&a)[kVector], const math_t (&b)[kVector]) {
+  math_t sum = 0;
+#pragma unroll
+  for (int n = 0; n < kVector; ++n) sum = fma(a[n] - b[n], a[n] - b[n], sum);
+  return sum;
 }
 
 // The sums of a block's elements to partial[row, m, block], in an order that is always the same.
@@ -60,28 +70,24 @@ template <int kCount, bool kDrawn, typename math_t, typename velocity_t>
 __global__ void __launch_bounds__(kThreads)
     velocity_errors_kernel(const Operands<math_t, velocity_t> at, math_t* partial) {
   const int64_t m = blockIdx.x / at.blocks_per_sample, block = blockIdx.x % at.blocks_per_sample;
-  const int64_t i = (block * kThreads + threadIdx.x) * kCount;
+  const int64_t i = (block * kThreads + threadIdx.x) * kVector;
   math_t sums[kNumErrors] = {};
   if (i < at.sample_numel) {
-    math_t target[kCount], policy[kCount];
-    load_target<kCount, kDrawn>(at, m, i, target);
-    load<kCount>(at.velocity + m * at.velocity_stride + i, policy);
-#pragma unroll
-    for (int n = 0; n < kCount; ++n) sums[kPolicy] += (policy[n] - target[n]) * (policy[n] - target[n]);
+    const int count = static_cast<int>(min(int64_t{kVector}, at.sample_numel - i));
+    math_t target[kVector], policy[kVector];
+    load_target<kCount, kDrawn>(at, m, i, count, target);
+    load_piece<kCount>(at.velocity + m * at.velocity_stride + i, count, policy);
+    sums[kPolicy] = sum_of_squares(policy, target);
     if (at.old != nullptr) {
-      math_t old[kCount];
-      load<kCount>(at.old + m * at.old_stride + i, old);
-#pragma unroll
-      for (int n = 0; n < kCount; ++n) sums[kOld] += (old[n] - target[n]) * (old[n] - target[n]);
+      math_t old[kVector];
+      load_piece<kCount>(at.old + m * at.old_stride + i, count, old);
+      sums[kOld] = sum_of_squares(old, target);
     }
     if (at.reference != nullptr) {
-      math_t guided[kCount];
-      load_guided(at, m, i, guided);
-#pragma unroll
-      for (int n = 0; n < kCount; ++n) {
-        sums[kReference] += (guided[n] - target[n]) * (guided[n] - target[n]);
-        sums[kDistance] += (policy[n] - guided[n]) * (policy[n] - guided[n]);
-      }
+      math_t guided[kVector];
+      load_guided<kCount>(at, m, i, count, guided);
+      sums[kReference] = sum_of_squares(guided, target);
+      sums[kDistance] = sum_of_squares(policy, guided);
     }
   }
   __shared__ math_t of_warp[kNumErrors][kThreads / kWarp];
@@ -126,23 +132,24 @@ __global__ void __launch_bounds__(kThreads)
     velocity_errors_backward_kernel(const Operands<math_t, velocity_t> at, const math_t* grad_policy,
                                     const math_t* grad_distance, velocity_t* grad_velocity) {
   const int64_t m = blockIdx.x / at.blocks_per_sample;
-  const int64_t i = ((blockIdx.x % at.blocks_per_sample) * kThreads + threadIdx.x) * kCount;
+  const int64_t i = ((blockIdx.x % at.blocks_per_sample) * kThreads + threadIdx.x) * kVector;
   if (i >= at.sample_numel) return;
+  const int count = static_cast<int>(min(int64_t{kVector}, at.sample_numel - i));
   const math_t scale = static_cast<math_t>(2) / static_cast<math_t>(at.sample_numel);
-  math_t target[kCount], policy[kCount], grad[kCount];
-  load_target<kCount, kDrawn>(at, m, i, target);
-  load<kCount>(at.velocity + m * at.velocity_stride + i, policy);
+  math_t target[kVector], policy[kVector], grad[kVector];
+  load_target<kCount, kDrawn>(at, m, i, count, target);
+  load_piece<kCount>(at.velocity + m * at.velocity_stride + i, count, policy);
   const math_t of_target = scale * grad_policy[m];
 #pragma unroll
-  for (int n = 0; n < kCount; ++n) grad[n] = of_target * (policy[n] - target[n]);
+  for (int n = 0; n < kVector; ++n) grad[n] = of_target * (policy[n] - target[n]);
   if (grad_distance != nullptr) {
-    math_t guided[kCount];
-    load_guided(at, m, i, guided);
+    math_t guided[kVector];
+    load_guided<kCount>(at, m, i, count, guided);
     const math_t of_reference = scale * grad_distance[m];
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) grad[n] += of_reference * (policy[n] - guided[n]);
+    for (int n = 0; n < kVector; ++n) grad[n] = fma(of_reference, policy[n] - guided[n], grad[n]);
   }
-  store<kCount>(grad_velocity + m * at.sample_numel + i, grad);
+  store_piece<kCount>(grad_velocity + m * at.sample_numel + i, count, grad);
 }
 
 // The arguments of both directions, with contiguous samples.
@@ -179,7 +186,7 @@ struct Arguments {
         static_cast<math_t>(guidance),
         grid.num_samples,
         grid.sample_numel,
-        grid.blocks_per_sample(),
+        grid.in_pieces().blocks_per_sample(),
     };
   }
 
@@ -222,14 +229,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> velocity_errors(const Tensor& velocit
       NoiseTensors(noise, streams, group_M),
       guidance,
   };
-  const Grid grid = given.grid();
-  const Tensor partial = empty(x0, {kNumErrors, grid.num_samples, grid.blocks_per_sample()});
+  const Grid grid = given.grid(), layout = grid.in_pieces();
+  const Tensor partial = empty(x0, {kNumErrors, grid.num_samples, layout.blocks_per_sample()});
   const cudaStream_t stream = current_stream(x0);
   given.dispatch([&]<typename math_t, typename velocity_t>() {
     math_t* sums = partial.mutable_data_ptr<math_t>();
     const Operands<math_t, velocity_t> at = given.operands<math_t, velocity_t>(grid);
     dispatch_grid(grid, given.noises.is_drawn(), [&]<int kCount, bool kDrawn>() {
-      velocity_errors_kernel<kCount, kDrawn><<<grid.blocks(), kThreads, 0, stream>>>(at, sums);
+      velocity_errors_kernel<kCount, kDrawn><<<layout.blocks(), kThreads, 0, stream>>>(at, sums);
     });
     const dim3 rows(static_cast<unsigned>(kNumErrors * grid.num_samples));
     const auto pointer = [&](int row) {
@@ -259,14 +266,14 @@ Tensor velocity_errors_backward(const Tensor& grad_policy_M, const OptionalTenso
       NoiseTensors(noise, streams, group_M),
       guidance,
   };
-  const Grid grid = given.grid();
+  const Grid grid = given.grid(), layout = grid.in_pieces();
   const Tensor policy_grads = dense(grad_policy_M);
   const OptionalTensor distance_grads = grad_distance_M ? OptionalTensor(dense(*grad_distance_M)) : std::nullopt;
   const cudaStream_t stream = current_stream(x0);
   given.dispatch([&]<typename math_t, typename velocity_t>() {
     const Operands<math_t, velocity_t> at = given.operands<math_t, velocity_t>(grid);
     dispatch_grid(grid, given.noises.is_drawn(), [&]<int kCount, bool kDrawn>() {
-      velocity_errors_backward_kernel<kCount, kDrawn><<<grid.blocks(), kThreads, 0, stream>>>(
+      velocity_errors_backward_kernel<kCount, kDrawn><<<layout.blocks(), kThreads, 0, stream>>>(
           at, policy_grads.const_data_ptr<math_t>(),
           distance_grads ? distance_grads->const_data_ptr<math_t>() : nullptr,
           grad_velocity.mutable_data_ptr<velocity_t>());

@@ -63,6 +63,12 @@ def check_indices(name: str, index: Tensor, bound: int) -> None:
         raise ValueError(f"{name}: expected values in 0..{bound - 1}, got {index.tolist()}")
 
 
+def check_has_groups(name: str, source: Tensor, samples: Tensor) -> None:
+    """`source`, [G, ...], has a group where `samples`, [B, ...], have a sample: on CUDA nobody looks at its number."""
+    if source.shape[0] == 0 and samples.shape[0] > 0:
+        raise ValueError(f"{name}: expected a group or more for {samples.shape[0]} samples, got {list(source.shape)}")
+
+
 def check_no_gradient(name: str, *tensors: Tensor | None, reason: str) -> None:
     """None of `tensors` requires a gradient while gradients are on."""
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):

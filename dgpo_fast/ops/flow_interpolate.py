@@ -18,6 +18,7 @@ from dgpo_fast.ops.arguments import (
     batch_size,
     check_device,
     check_dtype,
+    check_has_groups,
     check_indices,
     check_no_gradient,
     check_shape,
@@ -59,8 +60,8 @@ def flow_interpolate(
 
     Raises:
         ValueError: naming the argument of a wrong shape, dtype, device or range; not exactly one of noise and streams;
-            noise or sigma that require a gradient. On CUDA ranges are not looked at, since that would wait for the
-            device; a group outside 0..G-1 or a negative sigma gives NaN there.
+            no group for a sample; noise or sigma that require a gradient. On CUDA ranges are not looked at, since that
+            would wait for the device; a group outside 0..G-1 or a negative sigma gives NaN there.
 
     Source: SD3's rectified flow, arXiv 2403.03206, eq. 13; shared noise: DGPO, arXiv 2510.08425, eq. 17.
     """
@@ -99,9 +100,11 @@ def _check_metadata(
     if noise is not None:
         check_dtype("noise", noise, x0.dtype)
         check_shape("noise", noise, [*noise.shape[:1], *x0.shape[1:]], meaning="samples of the shape of x0")
+        check_has_groups("noise", noise, x0)
     if streams is not None:
         check_dtype("streams", streams, torch.int64)
         check_shape("streams", streams, [*streams.shape[:1], 4], meaning="four words for each group")
+        check_has_groups("streams", streams, x0)
     for name, tensor_or_none in (("sigma_B", sigma_B), ("group_B", group_B), ("noise", noise), ("streams", streams)):
         if tensor_or_none is not None:
             check_device(name, tensor_or_none, x0, meaning="x0")

@@ -39,8 +39,9 @@ def gate_residual_norm_modulate(
         hidden[b, n] = x[b, n] + gate[b] y[b, n],      normed = LN(hidden) (1 + scale[b]) + shift[b]
 
     The norm is that of the rounded `hidden`: the results are those of `gate_residual` and `layer_norm_modulate` in a
-    row, to the bit. Their gradients differ from these in that here the gradient of the stream, the sum of its two
-    branches, is rounded once.
+    row, to the bit; in Triton if the rows of x, y and gate begin at multiples of 16 bytes, or D is no multiple of 16.
+    Their gradients differ from these in that here the gradient of the stream, the sum of its two branches, is rounded
+    once.
 
     Args:
         x_BND: [B, N, D], any floating-point dtype: the stream. The arithmetic runs in float64 for float64, else in

@@ -18,6 +18,7 @@ from dgpo_fast.ops.arguments import (
     batch_size,
     check_device,
     check_dtype,
+    check_has_groups,
     check_indices,
     check_no_gradient,
     check_shape,
@@ -112,12 +113,15 @@ def sde_step(
 
     Gradients flow to `velocity`, from the mean and from log_prob, to which x_next is a constant, drawn or given. The
     same arguments give the same log_prob to the bit where x_next is drawn and where it is given back: the ratio of a
-    policy that has not changed is exactly 1. Sums are made in a fixed order.
+    policy that has not changed is exactly 1. Sums are made in a fixed order. Triton has two: one where all samples of
+    x, velocity, noise and x_next begin at multiples of 16 bytes and have a multiple of 16 elements, as contiguous
+    latents have, and one for any others; there the promise is for two calls of one kind.
 
     Raises:
         ValueError: naming the argument of a wrong shape, dtype, device or range; not exactly one of noise, streams and
-            x_next; group_B with x_next; an argument besides velocity that requires a gradient. On CUDA ranges are not
-            looked at, since that would wait for the device; a group outside 0..G-1 gives NaN there.
+            x_next; no group for a sample; group_B with x_next; an argument besides velocity that requires a gradient.
+            On CUDA ranges are not looked at, since that would wait for the device; a group outside 0..G-1 gives NaN
+            there.
 
     Source: Flow-GRPO, arXiv 2505.05470, eqs. 9 and 10; a mean over the elements, as in the code its authors published.
     """
@@ -151,9 +155,11 @@ def _check_metadata(
     if noise is not None:
         check_dtype("noise", noise, x.dtype)
         check_shape("noise", noise, [*noise.shape[:1], *x.shape[1:]], meaning="samples of the shape of x")
+        check_has_groups("noise", noise, x)
     if streams is not None:
         check_dtype("streams", streams, torch.int64)
         check_shape("streams", streams, [*streams.shape[:1], 4], meaning="four words for each group")
+        check_has_groups("streams", streams, x)
     if group_B is not None:
         check_dtype("group_B", group_B, torch.int64)
         check_shape("group_B", group_B, x.shape[:1], meaning="one number for each sample")

@@ -17,6 +17,7 @@ from dgpo_fast.ops.arguments import (
     batch_size,
     check_device,
     check_dtype,
+    check_has_groups,
     check_indices,
     check_no_gradient,
     check_shape,
@@ -68,8 +69,8 @@ def velocity_errors(
 
     Raises:
         ValueError: naming the argument of a wrong shape, dtype, device or range; not exactly one of noise and streams;
-            unconditional without reference; an argument besides velocity that requires a gradient. On CUDA a group
-            outside 0..G-1 gives NaN for its sample.
+            no group for a sample; unconditional without reference; an argument besides velocity that requires a
+            gradient. On CUDA a group outside 0..G-1 gives NaN for its sample.
 
     Source: DGPO, arXiv 2510.08425, eq. 17; a mean instead of the paper's sum, and the error of the velocity instead of
     x_0 (they differ by sigma^2), as in the code its authors published.
@@ -113,9 +114,11 @@ def _check_metadata(
     if noise is not None:
         check_dtype("noise", noise, x0.dtype)
         check_shape("noise", noise, [*noise.shape[:1], *x0.shape[1:]], meaning="samples of the shape of x0")
+        check_has_groups("noise", noise, x0)
     if streams is not None:
         check_dtype("streams", streams, torch.int64)
         check_shape("streams", streams, [*streams.shape[:1], 4], meaning="four words for each group")
+        check_has_groups("streams", streams, x0)
     if unconditional is not None and reference is None:
         raise ValueError("unconditional: expected None without reference")
     velocities = {"old": old, "reference": reference, "unconditional": unconditional}

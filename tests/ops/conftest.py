@@ -27,6 +27,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("name", [name for name in names if only in (None, name)])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what needs memory that a CPU only promises, and a GPU must have."""
+    for item in items:
+        if "far_apart" in getattr(item, "fixturenames", ()):
+            item.add_marker("far")
+
+
 @pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
     """As a user's process has; those that share the suite have one each."""
@@ -59,6 +66,12 @@ def on_device(device: str) -> Callable[[Any], Any]:
     return lambda arguments: tree_map_only(Tensor, lambda tensor: _moved(tensor, device), arguments)
 
 
+@pytest.fixture
+def moved() -> Callable[[Tensor, str], Tensor]:
+    """`moved(tensor, device)`: what the tests on another device work on."""
+    return _moved
+
+
 def _through(device: str, call: Callable[..., Any], *, in_place: bool) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
         moved = tree_map_only(Tensor, lambda tensor: _moved(tensor, device), arguments)
@@ -79,9 +92,9 @@ def _moved(tensor: Tensor, device: str) -> Tensor:
     """`tensor` on `device`, strides and shared elements kept; one that is not on the CPU stays where it is."""
     if tensor.device.type != "cpu" or device == "cpu":
         return tensor
-    storage = tensor.untyped_storage().to(device)
+    memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).to(device)  # type: ignore[call-overload]
     there = torch.empty(0, dtype=tensor.dtype, device=device)
-    there = there.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
+    there = there.set_(memory.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
     return there.requires_grad_(tensor.requires_grad)
 
 
@@ -103,7 +116,8 @@ def poisoned_memory() -> Iterator[None]:
 def far_apart() -> Callable[[Tensor], Tensor]:
     """`far_apart(tensor)`: the same values, the last sample of dimension 0 more than 2^31 elements behind the first.
 
-    A 32-bit offset would miss it. Between samples lies memory that nobody touches, so it costs addresses only.
+    A 32-bit offset would miss it. Between samples lies memory that nobody touches, so on a CPU it costs addresses only.
+    Samples lie a multiple of 64 elements apart: those of a multiple of 16 elements are aligned as the given ones are.
     """
 
     def spread(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.own_process
 HERE = Path(__file__).parent
 # What moves little: one number for a whole block or row.
 NARROW_LOADS = {"LDG.E", "LDG.E.64", "LDG.E.U16"}
-NARROW_STORES = {"STG.E"}
+NARROW_STORES = {"STG.E", "STG.E.U16"}
 
 Cases = dict[str, dict[str, Any]]
 
@@ -59,3 +60,17 @@ def test_nothing_spills(cases: Cases) -> None:
 def test_offsets_have_64_bits(cases: Cases) -> None:
     """A program's number meets strides: in 32 bits their product would overflow at 2^31 elements."""
     assert {name: case["narrow_offsets"] for name, case in cases.items()} == {name: [] for name in cases}
+
+
+def test_drawn_noise_is_rounded_before_it_is_added_to(cases: Cases) -> None:
+    """As noise in memory is: a thread that draws what it subtracts from would fuse the noise's last product with it."""
+    drawn, anywhere = (cases[f"flow_interpolate drawn fp32{where}"]["additions"] for where in ("", " anywhere"))
+    assert drawn == anywhere > 0
+
+
+@pytest.mark.parametrize("rows", ["aligned", "anywhere"])
+@pytest.mark.parametrize("kernel", ["sde_step", "velocity_errors", r"\w*norm_modulate\w*( summed)? D=1536 bf16"])
+def test_sums_have_one_order(cases: Cases, kernel: str, rows: str) -> None:
+    """What was drawn has the same density when given back, and an error is the same whatever others are asked for."""
+    layouts = [case["layouts_of_sums"] for name, case in cases.items() if re.fullmatch(f"{kernel} (.* )?{rows}", name)]
+    assert len(layouts) > 1 and all(len(each) == 1 and each == layouts[0] for each in layouts), layouts

@@ -110,8 +110,12 @@ def drawn_noise(flow_interpolate: Callable[..., Any], *sample_shape: int) -> Ten
     return noise
 
 
-def test_drawn_or_given_gives_the_same_bits(name: str, implementation: Implementation) -> None:
-    drawn = arguments(drawn=True)
+@pytest.mark.parametrize("sample_shape", [(3, 5, 7), (16, 8, 8)], ids=["105 elements", "1024 elements"])
+def test_drawn_or_given_gives_the_same_bits(
+    name: str, implementation: Implementation, sample_shape: tuple[int, ...]
+) -> None:
+    """Where 16 bytes are read at once, threads draw the elements that they read, and nothing lies between."""
+    drawn = arguments(drawn=True, sample_shape=sample_shape)
     given = drawn._replace(noise=drawn_noise(implementation(name), *drawn.x0.shape[1:]), streams=None)
     for one, other in zip(implementation(name)(*drawn), implementation(name)(*given), strict=True):
         assert torch.equal(one, other)
@@ -209,6 +213,8 @@ MISTAKES: dict[str, tuple[str, Callable[[Arguments], Arguments]]] = {
     "noise of another shape": ("noise", lambda a: a._replace(noise=a.noise[..., :-1])),  # type: ignore[index]
     "noise of another dtype": ("noise", lambda a: a._replace(noise=a.noise.double())),  # type: ignore[union-attr]
     "noise on another device": ("noise", lambda a: a._replace(noise=a.noise.to("meta"))),  # type: ignore[union-attr]
+    "no noise": ("noise", lambda a: a._replace(noise=a.noise[:0])),  # type: ignore[index]
+    "no stream": ("streams", lambda a: a._replace(noise=None, streams=STREAMS[:0])),
     "three words": ("streams", lambda a: a._replace(noise=None, streams=STREAMS[:, :3])),
     "words of 33 bits": ("streams", lambda a: a._replace(noise=None, streams=STREAMS + 2**32)),
     "int32 words": ("streams", lambda a: a._replace(noise=None, streams=STREAMS.int())),

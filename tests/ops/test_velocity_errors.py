@@ -109,6 +109,30 @@ def test_equal_velocities_have_equal_errors(name: str, implementation: Implement
     assert not errors[DISTANCE].any()
 
 
+def test_equal_velocities_have_equal_errors_wherever_they_lie(name: str, implementation: Implementation) -> None:
+    """To the bit, though only one of them begins at a multiple of 16 bytes."""
+    given = arguments(sample_shape=(16, 8, 8))
+    errors = implementation(name)(*given._replace(old=beside(given.velocity), reference=None, unconditional=None))
+    assert torch.equal(errors[OLD], errors[POLICY])
+
+
+def beside(tensor: Tensor) -> Tensor:
+    """The same values, contiguous, an element behind where memory begins."""
+    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+
+
+@pytest.mark.parametrize("sample_shape", [(16, 8, 8), (2, 2056)], ids=str)
+@pytest.mark.parametrize("drawn", [False, True], ids=["given", "drawn"])
+def test_where_a_tensor_lies_changes_no_bit(
+    name: str, implementation: Implementation, drawn: bool, sample_shape: tuple[int, ...], device: str
+) -> None:
+    if name == "triton" and device == "cuda":
+        pytest.skip("two orders of sums: one for rows that are all aligned, one for others")
+    given = arguments(sample_shape=sample_shape, drawn=drawn)
+    elsewhere = given._replace(x0=beside(given.x0))
+    assert torch.equal(*(torch.stack(implementation(name)(*each)) for each in (elsewhere, given)))
+
+
 def test_what_is_absent_changes_nothing_else(name: str, implementation: Implementation) -> None:
     given = arguments()
     everything = implementation(name)(*given)
@@ -212,7 +236,7 @@ def test_the_number_of_threads_changes_no_bit(name: str, implementation: Impleme
 def test_samples_beyond_two_billion_elements(
     name: str, implementation: Implementation, far_apart: Callable[[Tensor], Tensor]
 ) -> None:
-    given = arguments()
+    given = arguments(sample_shape=(3, 4, 8))
     apart = given._replace(velocity=far_apart(given.velocity), reference=far_apart(given.reference))
     assert torch.equal(*(torch.stack(implementation(name)(*each)) for each in (apart, given)))
 
@@ -223,6 +247,8 @@ MISTAKES: dict[str, tuple[str, Callable[[Arguments], Arguments]]] = {
     "bfloat16 samples": ("x0", lambda a: a._replace(x0=a.x0.bfloat16())),
     "samples of another shape": ("x0", lambda a: a._replace(x0=a.x0[..., :-1])),
     "noise of another dtype": ("noise", lambda a: a._replace(noise=a.noise.double())),  # type: ignore[union-attr]
+    "no noise": ("noise", lambda a: a._replace(noise=a.noise[:0])),  # type: ignore[index]
+    "no stream": ("streams", lambda a: a._replace(noise=None, streams=STREAMS[:0])),
     "three words": ("streams", lambda a: a._replace(noise=None, streams=STREAMS[:, :3])),
     "words of 33 bits": ("streams", lambda a: a._replace(noise=None, streams=STREAMS + 2**32)),
     "a group too few": ("group_M", lambda a: a._replace(group_M=a.group_M[:-1])),

@@ -12,7 +12,6 @@ def case(stored: str, *, backward: bool, with_bias: bool = False, loads: int, st
         types={**dict.fromkeys(("p_x", "p_bias", "p_y", "p_grad", "p_grad_x"), f"*{stored}"), "p_sums": "*fp32"},
         constants={**tile, **(steps if backward else {})},
         num_warps=bias_gelu.NUM_WARPS,
-        int32=("num_blocks", "R", "D"),
         loads=loads,
         stores=stores,
     )

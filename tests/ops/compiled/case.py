@@ -29,8 +29,9 @@ class Case:
     None of them are counted for a kernel of a few numbers, which has no bulk tensor.
 
     `types` names the pointers' types as Triton's signatures do ("*bf16"); every other argument that is no constant is
-    an integer of 64 bits, but for `int32` and `float32`. Pointers and integers, counts ("num_...") aside, are declared
-    divisible by 16, as the launcher finds them for tensors of whole latents.
+    an integer of 32 bits, as the launcher finds those of tensors below 2^31 elements, but for `float32`. Pointers and
+    integers, counts ("num_...") and what Triton is not to look at aside, are declared divisible by 16, as the launcher
+    finds them for tensors of whole latents, unless not `divisible`.
     """
 
     name: str
@@ -40,12 +41,12 @@ class Case:
     num_warps: int
     loads: int | None
     stores: int | None
-    int32: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
     fp_fusion: bool = True
+    divisible: bool = True
 
     def machine_code(self) -> dict[str, Any]:
-        """Global and local accesses by width, registers, local memory, and offsets in 32 bits."""
+        """Global and local accesses by width, additions, registers, local memory, narrow offsets, layouts of sums."""
         source = ASTSource(self.kernel, self._signature(), constexprs=dict(self.constants), attrs=self._divisible())
         options = {"num_warps": self.num_warps, "enable_fp_fusion": self.fp_fusion}
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -59,40 +60,48 @@ class Case:
         registers, local_bytes = re.search(r"REG:(\d+).* LOCAL:(\d+)", usage).groups()  # type: ignore[union-attr]
         return {
             "accesses": Counter(re.findall(r"\b(?:LDG|STG|LDL|STL)\.E?[.\w]*", assembly)),
+            "additions": len(re.findall(r"\bFADD\b", assembly)),
             "expected": None if self.loads is None else {"LDG.E.128": self.loads, "STG.E.128": self.stores},
             "registers": int(registers),
             "local_bytes": int(local_bytes),
-            "narrow_offsets": narrow_offsets(compiled.asm["ttir"], compiled.asm["ptx"]),
+            "narrow_offsets": narrow_offsets(compiled.asm["ttir"]),
+            "layouts_of_sums": layouts_of_sums(compiled.asm["ttgir"]),
         }
 
     def _signature(self) -> dict[str, str]:
-        types = {**self.types, **dict.fromkeys(self.int32, "i32"), **dict.fromkeys(self.float32, "fp32")}
+        types = {**self.types, **dict.fromkeys(self.float32, "fp32")}
         return {
-            name: "constexpr" if name in self.constants else types.get(name, "i64") for name in self.kernel.arg_names
+            name: "constexpr" if name in self.constants else types.get(name, "i32") for name in self.kernel.arg_names
         }
 
     def _divisible(self) -> dict[tuple[int], list[list[Any]]]:
+        if not self.divisible:
+            return {}
         return {
             (i,): [["tt.divisibility", 16]]
             for i, (name, type_) in enumerate(self._signature().items())
-            if type_[0] in "*i" and not name.startswith("num_")
+            if type_[0] in "*i" and not name.startswith("num_") and not self.kernel.params[i].do_not_specialize
         }
 
 
-def narrow_offsets(ttir: str, ptx: str) -> list[str]:
-    """Instructions that take a program's number or a stride in 32 bits, where their product would overflow.
+def narrow_offsets(ttir: str) -> list[str]:
+    """Instructions that take a program's number or a stride in 32 bits, where a product with it would overflow.
 
-    The number in Triton's code, where nothing is optimised yet: LLVM may narrow what it has proved to fit. The strides
-    in PTX, where they arrive as parameters of 64 bits.
+    From Triton's code, where nothing is optimised yet: LLVM may narrow what it has proved to fit.
     """
     numbers = re.findall(r"(%\w+) = tt\.get_program_id", ttir)
-    found = [
+    numbers += re.findall(r"(%\w*_stride_\w+): i32", ttir)
+    numbers += re.findall(r"(%\w+) = arith\.select .*_stride_.* : i32", ttir)
+    harmless = ("tt.get_program_id", "tt.func", "arith.extsi", "arith.select")
+    return [
         line.strip()
-        for number in numbers
         for line in ttir.splitlines()
-        if re.search(rf"{number}\b", line) and "tt.get_program_id" not in line and "arith.extsi" not in line
+        if any(re.search(rf"{number}\b", line) for number in numbers) and not any(word in line for word in harmless)
     ]
-    for register in re.findall(r"ld\.param\.[bu]64\s+(%rd\d+)", ptx):
-        uses = re.findall(rf"^\s*(\S.*[ ,]{register}[,;].*)$", ptx, flags=re.MULTILINE)
-        found += [use for use in uses if not re.match(r"(?!cvt\.u32)\S*(64|wide)", use)]
-    return found
+
+
+def layouts_of_sums(ttgir: str) -> list[str]:
+    """How the elements of each sum are shared among threads, which decides its order."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, flags=re.MULTILINE))
+    summed = re.findall(r'"tt\.reduce"\(.*?\}\) : \(tensor<.*?, (#\w+)>\)', ttgir, flags=re.DOTALL)
+    return sorted({layouts[name] for name in summed})

@@ -15,7 +15,6 @@ def case(value: str, tensors: int, *, loads: int) -> Case:
             **{"CHUNKS": ema_lerp.CHUNKS, "BLOCK": ema_lerp.BLOCK},
         },
         num_warps=ema_lerp.NUM_WARPS,
-        int32=("num_tensors",),
         float32=("weight", "weight_rest"),
         loads=loads,
         stores=2 * ema_lerp.CHUNKS,

@@ -14,7 +14,6 @@ def case(name: str, *, width: int, loads: int, stores: int, **of_backward: int) 
         types={**dict.fromkeys(WIDE, "*bf16"), "p_sums": "*fp32"},
         constants={"BLOCK_D": block["BLOCK_D"], **of_backward},
         num_warps=block["num_warps"],
-        int32=("num_chunks", "N", "D"),
         loads=loads,
         stores=stores,
     )

@@ -9,17 +9,16 @@ WIDE = (
 )
 
 
-def case(name: str, *, width: int, loads: int, stores: int, **of_backward: int) -> Case:
+def case(name: str, *, width: int, aligned: bool = True, loads: int, stores: int, **of_backward: int) -> Case:
     block = row_block(width)
     kernel = gate_residual_norm_modulate.gate_residual_norm_modulate_kernel
     backward_kernel = gate_residual_norm_modulate.gate_residual_norm_modulate_backward_kernel
     return Case(
-        name=f"{name} D={width} bf16",
+        name=f"{name} D={width} bf16 {'aligned' if aligned else 'anywhere'}",
         kernel=backward_kernel if of_backward else kernel,
         types={**dict.fromkeys(WIDE, "*bf16"), "p_sums": "*fp32"},
-        constants={"EPS": 1e-6, "BLOCK_D": block["BLOCK_D"], **of_backward},
+        constants={"EPS": 1e-6, "ALIGNED": aligned, "BLOCK_D": block["BLOCK_D"], **of_backward},
         num_warps=block["num_warps"],
-        int32=("num_chunks", "N", "D"),
         loads=loads,
         stores=stores,
     )
@@ -31,6 +30,7 @@ CASES = [
     # Eight elements of a row a thread: one access for a bfloat16 row, two for each of the three float32 sums over rows.
     case("gate_residual_norm_modulate", width=1536, loads=5, stores=2),
     case("gate_residual_norm_modulate", width=2432, loads=5, stores=2),
+    case("gate_residual_norm_modulate", width=1536, aligned=False, loads=0, stores=0),
     case("gate_residual_norm_modulate_backward", width=1536, loads=5, stores=2, **ROW),
     case("gate_residual_norm_modulate_backward", width=2432, loads=5, stores=2, **ROW),
     case("gate_residual_norm_modulate_backward summed", width=1536, loads=6, stores=2 + 3 * 2, **SUM),

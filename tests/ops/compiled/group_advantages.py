@@ -12,7 +12,6 @@ CASES = [
         },
         constants={"GLOBAL_STD": global_std, "BLOCK": group_advantages.BLOCK},
         num_warps=group_advantages.NUM_WARPS,
-        int32=("num_samples", "group_size"),
         float32=("epsilon", "epsilon_rest", "clamp", "clamp_rest"),
         loads=None,
         stores=None,

@@ -17,7 +17,6 @@ def case(kernel: str, number: str, **constants: bool) -> Case:
         },
         constants={**constants, "BLOCK": group_preference.BLOCK},
         num_warps=group_preference.NUM_WARPS,
-        int32=("num_groups", "M"),
         float32=FLOATS,
         loads=None,
         stores=None,

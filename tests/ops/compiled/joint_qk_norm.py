@@ -19,7 +19,6 @@ def case(stored: str, num_heads: int, *, backward: bool, with_weights: bool = Fa
             **({"WITH_WEIGHTS": with_weights} if backward else {}),
         },
         num_warps=joint_qk_norm.NUM_WARPS,
-        int32=("num_image_blocks", "num_blocks", "num_image", "num_text"),
         float32=("eps", "eps_rest"),
         loads=loads,
         stores=stores,

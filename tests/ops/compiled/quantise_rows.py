@@ -11,7 +11,6 @@ def case(*, width: int, stored: str = "bf16", loads: int, stores: int) -> Case:
         types={"p_x": f"*{stored}", "p_values": "*fp8e4nv", "p_scale": "*fp32"},
         constants={"BLOCK_D": block["BLOCK_D"]},
         num_warps=block["num_warps"],
-        int32=("N", "D"),
         loads=loads,
         stores=stores,
         fp_fusion=False,

@@ -16,23 +16,32 @@ def case(name: str, kernel: object, constants: dict[str, object], *, drawn: bool
         },
         constants=constants,
         num_warps=1 if "log_prob" in name else sde_step.NUM_WARPS,
-        int32=("num_groups", "num_blocks", "N"),
         loads=loads,
         stores=stores,
     )
 
 
-def forward(name: str, *, given: bool, drawn: bool, with_mean: bool, loads: int, stores: int) -> Case:
-    constants = {"GIVEN": given, "DRAWN": drawn, "WITH_MEAN": with_mean, "BLOCK": sde_step.BLOCK}
-    return case(name, sde_step.sde_step_kernel, constants, drawn=drawn, loads=loads, stores=stores)
+def forward(source: str, *, aligned: bool = True, with_mean: bool, loads: int, stores: int) -> Case:
+    constants = {"GIVEN": source == "given", "DRAWN": source == "drawn", "WITH_MEAN": with_mean}
+    return case(
+        f"sde_step {source} {'aligned' if aligned else 'anywhere'}",
+        sde_step.sde_step_kernel,
+        {**constants, "ALIGNED": aligned, "BLOCK": sde_step.BLOCK},
+        drawn=source == "drawn",
+        loads=loads,
+        stores=stores,
+    )
 
 
 CASES = [
     # 1024 elements over 128 threads: two accesses for x, for a given noise, for x_next and for the mean, one for a
     # bfloat16 velocity.
-    forward("sde_step drawn", given=False, drawn=True, with_mean=False, loads=2 + 1, stores=2),
-    forward("sde_step noise", given=False, drawn=False, with_mean=True, loads=2 + 1 + 2, stores=2 + 2),
-    forward("sde_step given", given=True, drawn=False, with_mean=True, loads=2 + 1 + 2, stores=2),
+    forward("drawn", with_mean=False, loads=2 + 1, stores=2),
+    forward("noise", with_mean=True, loads=2 + 1 + 2, stores=2 + 2),
+    forward("given", with_mean=True, loads=2 + 1 + 2, stores=2),
+    forward("drawn", aligned=False, with_mean=False, loads=0, stores=0),
+    forward("noise", aligned=False, with_mean=True, loads=0, stores=0),
+    forward("given", aligned=False, with_mean=True, loads=0, stores=0),
     case(
         "sde_step_backward",
         sde_step.sde_step_backward_kernel,

@@ -13,7 +13,6 @@ def solver_step_case(num_states: int, velocity: str) -> Case:
         },
         constants={"K": num_states, "GUIDED": True, "BLOCK": solver_step.BLOCK},
         num_warps=solver_step.NUM_WARPS,
-        int32=("num_rows", "num_blocks", "N"),
         # 1024 elements over 128 threads: 8 each, so two accesses for a float32 operand and one for a bfloat16.
         loads=2 * num_states + 2 * (2 if velocity == "fp32" else 1),
         stores=2 * num_states,
