@@ -3,8 +3,8 @@
 #
 #   benchmarks/gpu_suite.sh --out DIR [--only REGEX] [--seconds N] [--dry-run]
 #
-#   --out DIR      where everything goes: tests.xml, bench/*.csv, ncu.csv, ncu_hottest.csv (its five that take most of
-#                  the time), summary.txt, and what each part printed
+#   --out DIR      where everything goes: bench/*.csv, tests.xml and others of pytest, ncu.csv and ncu_hottest.csv (its
+#                  five kernels that take most of the time), summary.txt, and what each part printed
 #   --only REGEX   the parts whose whole names match, such as 'build|tests' or 'bench_.*'. Minutes long, and run only
 #                  where they are asked for, are
 #                    engines   whole engines beside the published loop; compile is the one that torch.compile makes
@@ -41,29 +41,31 @@ build() {
   "$PYTHON" -c 'from dgpo_fast import ops; print(ops.describe_serving("cuda"))'
 }
 
-# side_by_side COMMAND: for every script, whose name takes the place of {}; what one printed is shown where it fails.
+# side_by_side ARGUMENT...: `python ARGUMENT...` for every script, whose name takes the place of SCRIPT, all at once.
 side_by_side() {
-  local log="$out/${FUNCNAME[1]}_{}.txt"
   printf '%s\n' $scripts | xargs -P "$(nproc)" -I{} \
-    bash -euo pipefail -c "$1 >\"$log\" 2>&1 || { cat \"$log\"; exit 1; }"
+    bash -euo pipefail -c '"$@"' part for_script {} "${FUNCNAME[1]}" "$@"
+}
+for_script() {
+  local log=$out/$2_$1.txt arguments=("${@:3}")
+  "$PYTHON" "${arguments[@]//SCRIPT/$1}" >"$log" 2>&1 || { cat "$log"; return 1; }
 }
 
 # Compiles Triton's kernels as well: the parts behind it find them in its cache.
-launches() { side_by_side '"$PYTHON" -m benchmarks.launches {} --device cuda'; }
+launches() { side_by_side -m benchmarks.launches SCRIPT --device cuda; }
 
 # Fills the caches of torch.compile as well, so that the benchmarks spend their time on timing.
 check() {
   export TORCHINDUCTOR_COMPILE_THREADS=1
-  side_by_side '"$PYTHON" -m benchmarks.{} --device cuda --check'
+  side_by_side -m benchmarks.SCRIPT --device cuda --check
 }
 
 bench() { "$PYTHON" -m "benchmarks.$1" --device cuda --out "$out/bench"; }
 
-# No cache of memory, so that a test which spreads a tensor over gigabytes gives them back. Of what PyTorch itself does
-# on the device, the reference, nothing is to be learned.
+# No cache of memory, so that a test which spreads a tensor over gigabytes gives them back.
 pytest_ops() {
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops --device cuda -k 'not reference' "$@"
+  "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops --device cuda "$@"
 }
 tests() {
   workers=()
@@ -133,7 +135,7 @@ hottest() {
 
 # part NAME LIMIT FUNCTION [ARGUMENT...]: for LIMIT seconds at most, and no longer than the run has left.
 part() {
-  local name=$1 function=$3 arguments=("${@:4}") began=$SECONDS left=$((seconds - SECONDS)) result status=0
+  local name=$1 function=$3 arguments=("${@:4}") began=$SECONDS left=$((seconds - SECONDS)) result status=0 signal=TERM
   export limit=$2
   [[ $name =~ ^($only)$ ]] || return 0
   if $dry_run; then
@@ -142,12 +144,14 @@ part() {
     return 0
   fi
   printf '%-26s ' "$name"
+  rm -f "$out/$name.txt"
   if ((left < 10)); then
     result='left out: no time is left' status=124
   else
     limit=$((limit < left ? limit : left))
-    # An interrupt, upon which Python says where it was, and pytest what failed before.
-    timeout --signal=INT --kill-after=10 "$limit" \
+    # Interrupted, pytest says what failed before; xargs would leave its children behind.
+    [[ $function == @(tests|far|trains) ]] && signal=INT
+    timeout --signal="$signal" --kill-after=10 "$limit" \
       bash -euo pipefail -c '"$@"' part "$function" "${arguments[@]}" >"$out/$name.txt" 2>&1
     status=$?
     case $status in
@@ -189,7 +193,7 @@ scripts=$(ls -S benchmarks/bench_*.py | xargs basename -s .py | grep -vxE 'bench
 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export PATH PYTHON PYTHONPATH out scripts PYTHONUNBUFFERED=1 DGPO_FAST_NATIVE_DIR=$PWD/build/gpu
 unset DGPO_FAST_OPS TRITON_INTERPRET
-export -f machine build side_by_side launches check bench pytest_ops tests far trains sanitizer bench_engines engines \
+export -f machine build side_by_side for_script launches check bench pytest_ops tests far trains sanitizer bench_engines engines \
   compile zero costs counters measured hottest
 
 if ! $dry_run; then mkdir -p "$out/bench" && rm -f "$out/summary.txt"; fi

@@ -113,7 +113,7 @@ class RolloutConfig(Section):
     """Of the VAE, whose memory grows with the pixels; null decodes as many at once as were sampled at once."""
     cuda_graphs: bool = False
     """On CUDA, replay the trajectory of each `images_per_forward` as one graph, captured at the first of its shape. It
-    keeps as much memory as one forward takes."""
+    keeps as much memory as one forward takes. Not where layers are gathered as they compute."""
 
     @model_validator(mode="after")
     def _interval_has_a_direction(self) -> RolloutConfig:
@@ -301,6 +301,10 @@ class Config(Section):
             value, default = getattr(self.parallel, key), ParallelConfig.model_fields[key].default
             if self.adapter is not None and value != default:
                 raise ValueError(f"parallel.{key} {value} is for full fine-tuning (adapter: null): adapters stay whole")
+        return self
+
+    @model_validator(mode="after")
+    def _graphs_have_all_weights(self) -> Config:
         gathers = self.parallel.rollout == "gathered" or self.parallel.frozen == "sharded"
         if self.rollout.cuda_graphs and gathers:
             raise ValueError(

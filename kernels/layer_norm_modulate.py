@@ -97,9 +97,9 @@ def layer_norm_modulate_backward_kernel(
             b_shift_sum += b_grad
             b_scale_sum += b_grad * b_standard
     if SUMMED:
-        o_sum = i_program * D
+        o_sum, row = i_program * D, tl.cast(sums_stride_row, tl.int64)
         tl.store(row_at(p_sums, o_sum, ALIGNED) + o_d, b_shift_sum, mask=m_d)
-        tl.store(row_at(p_sums, o_sum + sums_stride_row, ALIGNED) + o_d, b_scale_sum, mask=m_d)
+        tl.store(row_at(p_sums, o_sum + row, ALIGNED) + o_d, b_scale_sum, mask=m_d)
 
 
 def layer_norm_modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,20 @@ def test_dgpo_learns_what_it_learns_on_a_cpu(quick: tuple[str, ...], tmp_path: P
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_steps(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And behind the first iteration no loss waits for the device."""
+    """And behind the first iteration no micro-batch and no loss waits for the device."""
     overrides = [
         "groups.per_iteration=4", "groups.size=4", "optimizer.images_per_micro_batch=4", "rollout.images_per_forward=8",
         "evaluation.every=0", "logging.tensorboard=false",
     ]  # fmt: skip
+    if method in ("dgpo", "diffusion-nft", "awm"):
+        overrides.append("algorithm.train_timesteps=1")  # each has noise levels and streams, which it copies
     trainer = Trainer(load_recipe(f"tiny-{method}", [*overrides, "device=cuda"]), tmp_path)
     before = trainer.policy.trainable.detach().clone()  # type: ignore[attr-defined]
     reports = trainer.run_iteration()
-    monkeypatch.setattr(trainer.algorithm, "loss", without_waiting(trainer.algorithm.loss))
+    algorithm = trainer.algorithm
+    monkeypatch.setattr(algorithm, "loss", without_waiting(algorithm.loss))
+    if method != "diffusion-dpo":  # which copies them for each batch
+        monkeypatch.setattr(algorithm, "batches", all_but_the_first_without_waiting(algorithm.batches))
     reports += trainer.run_iteration()
     assert all(report.grad_norm > 0 and report.skipped_steps == 0 for report in reports)
     assert not torch.equal(before, trainer.policy.trainable)  # type: ignore[attr-defined]
@@ -62,6 +67,19 @@ def without_waiting(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*arguments)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+    return watched
+
+
+def all_but_the_first_without_waiting(batches: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """The batches of a pass; with the first, what all of them share comes to the device."""
+
+    def watched(*arguments: Any, **others: Any) -> Iterator[Any]:
+        made = batches(*arguments, **others)
+        yield next(made)
+        ask = without_waiting(lambda: next(made, None))
+        while (batch := ask()) is not None:
+            yield batch
 
     return watched
 

@@ -33,7 +33,7 @@ class SDESampler:
     timesteps: tuple[float, ...]  # [T], what the model is told at each step
     coefficients_T3: Tensor  # float64, on the CPU: of x, of the velocity, and the standard deviation of each step
     device: torch.device = CPU
-    """Where steps are made."""
+    """Where steps are made: elsewhere each would wait for a copy of its coefficients."""
 
     @classmethod
     def from_config(cls, config: RolloutConfig, *, noise_level: float, device: torch.device = CPU) -> SDESampler:
@@ -63,10 +63,10 @@ class SDESampler:
         with_mean: bool = False,
     ) -> SDEStep:
         """Step `number`, drawn from streams of noise, or the density of the one that `x_next` was drawn by."""
+        coefficients_B3 = self._stochastic_T3[number].to(x_BCHW.device).expand(len(x_BCHW), 3)
         return sde_step(
-            x_BCHW, velocity_BCHW, coefficients_B3=self._stochastic_T3[number].expand(len(x_BCHW), 3), streams=streams,
-            x_next=x_next, with_mean=with_mean,
-        )  # fmt: skip
+            x_BCHW, velocity_BCHW, coefficients_B3=coefficients_B3, streams=streams, x_next=x_next, with_mean=with_mean
+        )
 
     def squared_noise(self, number: int) -> float:
         """s^2 of a step, the rate of its variance: std^2 / -dt."""
@@ -88,11 +88,11 @@ class SDESampler:
         Args:
             velocity: at latents and the number of a step; guided where the recipe guides.
             noise_BCHW: float32, what to start from.
-            streams_TB4: int64, the words of each step's noise, of a stream for each sample.
+            streams_TB4: int64, the words of each step's noise, of a stream for each sample; best on the device.
             window: steps outside of it follow the ODE, by Euler's method; None for none.
         """
         coefficients_T3 = self._stochastic_T3 if window is None else self._stochastic_within(window)
-        coefficients_TB3 = coefficients_T3[:, None].expand(-1, len(noise_BCHW), -1)
+        coefficients_TB3 = coefficients_T3[:, None].to(noise_BCHW.device).expand(-1, len(noise_BCHW), -1)
         x_BCHW, latents, log_probs = noise_BCHW, [], []
         for number in range(len(self.timesteps)):
             with span(f"step {number}", "solver step"):

@@ -164,7 +164,8 @@ class AdapterPolicy(Policy):
 def _inject(model: StableDiffusion3, config: AdapterConfig, seed: int) -> None:
     """Adds the adapters of every view to the model's transformer."""
     check_targets(config.targets, [name for name, _ in model.transformer.named_modules()])
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    device = model.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # that of the view before
         torch.manual_seed(seed)
         for view in TRAINED:

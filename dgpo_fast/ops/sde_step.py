@@ -52,8 +52,7 @@ def sde_coefficients(
     Args:
         sigma_T: [T], in (0, 1].
         sigma_next_T: [T], in [0, sigma).
-        noise_level: not negative; 0 makes an ODE step of it, Euler's. As a tensor, [T], one for each step: recipes that
-            draw in a window of steps only have zeros outside.
+        noise_level: not negative; 0 makes an ODE step of it, Euler's. As a tensor, [T], one for each step.
         sigma_max_next: in [0, 1): the second sigma of the schedule.
 
     Returns:

@@ -147,7 +147,9 @@ class OverlappedScoring:
                 self._scorer.check_hang()
 
     def _work(self) -> None:
-        self._runtime.set_device(self._model.device)  # a thread begins with the first, and would wake it by asking
+        if self._model.device.type == "cuda":
+            # Threads begin on the first GPU, and going back to it would make every rank a context there.
+            torch.cuda.set_device(self._stream.device)
         with self._runtime.stream(self._stream):  # on whose device the thread then is
             while not self._abandoned and (batch := self._queue.get()) is not None:
                 if self._error is None and not self._abandoned:  # else only taken, that no `add` waits for ever

@@ -278,9 +278,9 @@ def _work(pipe: Connection[Any, Any], order: _Order) -> None:
     Thread(target=_end_with_parent, daemon=True).start()
     _take_share_of_cores(order.num_processes)
     device = torch.device(order.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # a reward of the user's own may say "cuda" and mean its rank's
     try:
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # a reward of the user's own may say "cuda" and mean its rank's
         if order.factory is not None:
             register_reward(order.name)(order.factory)
         reward = load_reward(order.name, order.settings, device=device)

@@ -194,16 +194,16 @@ def test_what_was_drawn_has_the_same_density_when_given_back(
     assert torch.equal(mean, implementation(name)(*rollout)[1])
 
 
-@pytest.mark.parametrize("moved", ["velocity", "x_next"])
+@pytest.mark.parametrize("argument", ["velocity", "x_next"])
 def test_where_a_tensor_lies_changes_no_density(
-    name: str, implementation: Implementation, moved: str, device: str
+    name: str, implementation: Implementation, argument: str, device: str
 ) -> None:
     if name == "triton" and device == "cuda":
         pytest.skip("two orders of sums: one for rows that are all aligned, one for others")
     given = arguments("x_next", sample_shape=(16, 8, 8))
-    tensor = getattr(given, moved)
+    tensor = getattr(given, argument)
     elsewhere = torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
-    results = (implementation(name)(*each) for each in (given._replace(**{moved: elsewhere}), given))
+    results = (implementation(name)(*each) for each in (given._replace(**{argument: elsewhere}), given))
     assert all(map(torch.equal, *results))
 
 

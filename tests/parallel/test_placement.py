@@ -157,4 +157,8 @@ def test_the_words_of_a_sample_are_its_groups() -> None:
     assert prompts.group_ids == (0, 1)
     assert prompts.prompt_of_sample == ("one", "one", "zero", "zero")
     assert prompts.group_B.tolist() == [1, 1, 0, 0]
-    assert replace(prompts, samples=(4, 5), prompts=("one",)).prompt_of_sample == ("one", "one")
+    assert prompts.group_id_B.tolist() == [1, 1, 0, 0]
+    assert prompts.group_B is prompts.group_B and prompts.group_id_B is prompts.group_id_B, "copied to a device once"
+    fewer = replace(prompts, samples=(4, 5), prompts=("one",))
+    assert fewer.prompt_of_sample == ("one", "one")
+    assert (fewer.group_B.tolist(), fewer.group_id_B.tolist()) == ([0, 0], [1, 1])
