@@ -4,7 +4,7 @@
 
 A target is reached where the straight line to the first evaluation at or above it, which the next one confirms, crosses
 it. Nothing is extrapolated: of a run that has not, it is known up to its last evaluation but one, and what is made of
-that is a bound.
+that is a bound. Methods are compared by as many runs of each.
 """
 
 from __future__ import annotations
@@ -202,8 +202,14 @@ def tables(directory: Path = RESULTS) -> dict[str, str]:
 def _chosen(directory: Path) -> dict[str, list[Result]]:
     """The runs that a method is shown by: its best setting's from every seed, or, until there are any, the sweep's."""
     runs = queue(directory)
-    swept, seeds = results(runs.sweep, directory), results(runs.finals, directory)
+    swept, seeds = _alike(results(runs.sweep, directory)), _alike(results(runs.finals, directory))
     return {name: seeds[name] or [best(found)] for name, found in swept.items() if found}
+
+
+def _alike(found: Mapping[str, Sequence[Result]]) -> dict[str, list[Result]]:
+    """As many runs of each method as of the one that has fewest: while some are to come, nobody has had more tries."""
+    fewest = min(len(of_method) for of_method in found.values())
+    return {name: [*of_method[:fewest]] for name, of_method in found.items()}
 
 
 AXES = {"seconds": "seconds of training, one core", "images": "images", "flops": "FLOPs"}

@@ -407,6 +407,21 @@ def test_ablations_are_shown_by_mean_and_range() -> None:
     assert row == [f"{shown}0.2000 (0.2000 to 0.2000) |"]
 
 
+def test_methods_are_compared_by_as_many_runs_of_each(tmp_path: Path) -> None:
+    """What one of them has been tried with besides is not shown before the others have caught up."""
+    rates = speedup_runs.learning_rates()
+    of_rate = {rate: [run for run in rates if run.setting == (f"optimizer.lr={rate}",)] for rate in ("1e-3", "3e-3")}
+    for run in of_rate["1e-3"]:
+        pretend(tmp_path, run, 0.5, 0.6)
+    first = speedup_report.tables(tmp_path)["targets"]
+    assert first.count("60.0%") == 2 * len(METHODS)
+    pretend(tmp_path, of_rate["3e-3"][0], 0.5, 0.9)
+    assert speedup_report.tables(tmp_path)["targets"] == first
+    for run in of_rate["3e-3"][1:]:
+        pretend(tmp_path, run, 0.5, 0.7)
+    assert "90.0%" in speedup_report.tables(tmp_path)["targets"]
+
+
 def test_the_readme_says_how_many_times_longer_others_take() -> None:
     ours = result("dgpo", point(0, 0.5), point(20, 0.8), point(40, 0.8))
     reached = result("awm", point(0, 0.5), point(90, 0.8), point(100, 0.8))
