@@ -7,6 +7,9 @@
 A run trains on one core. Its clock are its iterations, each of which lasts what `calibrate` measured while nothing else
 ran: what else runs on the machine during hours of training does not count. Evaluations do not count either. Each result
 is a file of its own under benchmarks/results/speedup-cpu; several processes may work on the queue.
+
+On a machine with a CUDA GPU runs train there, an iteration lasts what the clock on the wall says, and results go to a
+directory of that kind of GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.speedup_costs import calibrate, flops_of, kind_of, read_costs, write_costs
-from benchmarks.speedup_results import RESULTS, Point, Result, queue, read, write
+from benchmarks.speedup_results import Point, Result, queue, read, results_here, write
 from benchmarks.speedup_runs import METHODS, SWEEP_S, TAIL_S, TARGETS, Run, every_kind
 
 EVALUATIONS = ((180.0, 30.0), (SWEEP_S, 60.0), (float("inf"), 120.0))
@@ -107,11 +110,14 @@ def is_enough(run: Run, points: Sequence[Point]) -> bool:
 
 def origin() -> dict[str, str]:
     """Where what is measured comes from."""
-    from benchmarks.operator_table import commit
-    from dgpo_fast.environment import package_versions, processor_name
+    import torch
 
+    from benchmarks.operator_table import commit
+    from dgpo_fast.environment import processor_name
+
+    processor = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
     return {
-        "processor": processor_name(), "torch": package_versions()["torch"], "commit": commit(),
+        "processor": processor, "torch": torch.__version__, "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }  # fmt: skip
 
@@ -224,7 +230,7 @@ def main() -> None:
     parser.add_argument("command", choices=("calibrate", "run", "status", "one"))
     parser.add_argument("name", nargs="?", help="of the run, for `one`")
     parser.add_argument("--most", type=int, default=-1, help="runs to measure before this process ends")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=results_here(), help="where results lie (%(default)s)")
     options = parser.parse_args()
     if options.command == "one":
         measure(next(run for run in queue(options.out).runs if run.name == options.name), options.out)

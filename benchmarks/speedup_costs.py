@@ -4,7 +4,8 @@
 
 A run is as long as its iterations are dear. They are timed once for all, by turns in one process, while nothing else
 runs: neighbours share caches and hyperthreads, and make each second of a core do up to half as much, so that seconds
-counted during a run of hours would be those of the machine's other guests.
+counted during a run of hours would be those of the machine's other guests. Seconds are a core's, or, where there is a
+CUDA GPU, those that pass until the iteration is reported, which waits for it.
 """
 
 from __future__ import annotations
@@ -96,13 +97,14 @@ def write_costs(results: Path, costs: Iterable[Cost], origin: dict[str, str]) ->
 
 
 def calibrate(runs: Sequence[Run]) -> Iterator[Cost]:
-    """The cost of an iteration of every kind among the runs, once around each round; on one thread."""
+    """The cost of an iteration of every kind among the runs, once around each round; on one thread, or the GPU."""
     import torch
 
     from benchmarks.ablated_samplers import ablate
     from dgpo_fast import Trainer, load_recipe
 
     torch.set_num_threads(1)
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     of_kind = {kind_of(run): run for run in reversed(runs)}  # the first of each kind
     with tempfile.TemporaryDirectory() as out:
         trainers = {}
@@ -115,8 +117,8 @@ def calibrate(runs: Sequence[Run]) -> Iterator[Cost]:
         seconds: dict[Kind, list[float]] = {kind: [] for kind in of_kind}
         for _ in range(ROUNDS):
             for kind, trainer in trainers.items():
-                start = time.process_time()
+                start = clock()
                 trainer.run_iteration()
-                seconds[kind].append(time.process_time() - start)
+                seconds[kind].append(clock() - start)
     for kind, measured in seconds.items():
         yield Cost(kind=kind, seconds=min(measured), median=median(measured))

@@ -1,6 +1,6 @@
 """What the runs of benchmarks/speedup.py say: tables of docs/benchmarks.md and README.md, and pictures.
 
-    python -m benchmarks.speedup_report [--write]
+    python -m benchmarks.speedup_report [DIR | --write]
 
 A target is reached where the straight line to the first evaluation at or above it, which the next one confirms, crosses
 it. Nothing is extrapolated: of a run that has not, it is known up to its last evaluation but one, and what is made of
@@ -239,14 +239,18 @@ def pictures(directory: Path = RESULTS) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put tables and pictures into docs/")
-    if parser.parse_args().write:
+    parser.add_argument(
+        "results", nargs="?", type=Path, default=RESULTS, metavar="DIR", help="results to show tables of"
+    )
+    parser.add_argument("--write", action="store_true", help="put tables and pictures of the CPU's into docs/")
+    options = parser.parse_args()
+    if options.write:
         for page, found in ((PAGE, tables()), (README, readme_tables())):
             page.write_text(filled(page.read_text(encoding="utf-8"), found), encoding="utf-8")
         for against, picture in pictures().items():
             (DOCS / f"speedup-{against}.svg").write_text(picture, encoding="utf-8")
         return
-    for name, table in tables().items():
+    for name, table in tables(options.results).items():
         print(f"{name}\n{table}\n")
 
 

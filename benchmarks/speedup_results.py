@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
@@ -23,6 +24,7 @@ from benchmarks.speedup_runs import (
 )
 
 RESULTS = Path(__file__).parent / "results" / "speedup-cpu"
+"""Those of CPUs, of which the pages are made."""
 MARGIN = 1.02
 """An evaluation comes behind the iteration in which it is due: some seconds later."""
 
@@ -50,6 +52,15 @@ class Point:
 
 
 KINDS: dict[str, Any] = {field.name: {"int": int, "float": float}[str(field.type)] for field in fields(Point)}
+
+
+def results_here() -> Path:
+    """Where results of this machine go: those of each kind of GPU apart."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return RESULTS
+    return RESULTS.with_name("speedup-" + re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))
 
 
 def read(path: Path) -> list[Point]:

@@ -250,6 +250,14 @@ def price(directory: Path, run: Run, seconds: float) -> None:
     write_costs(directory, [cost], {"commit": "abc"})
 
 
+def test_results_of_a_gpu_lie_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert speedup_results.results_here() == speedup_results.RESULTS
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert speedup_results.results_here().name == "speedup-nvidia-h100-80gb-hbm3"
+    assert speedup.origin()["processor"] == "NVIDIA H100 80GB HBM3"
+
+
 def test_a_run_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     points = [point(0.0, 0.5), point(61.25, 0.75)]
     costs = list[float]()
