@@ -75,7 +75,10 @@ tests() {
 far() { pytest_ops -m far --junitxml="$out/far.xml"; }
 
 # The package itself: models, rollouts and training runs on the device.
-trains() { "$PYTHON" -m pytest -q -p no:cacheprovider tests -m gpu --junitxml="$out/trains.xml"; }
+trains() {
+  mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
+  "$PYTHON" -m pytest -q -p no:cacheprovider "${files[@]}" -m gpu --junitxml="$out/trains.xml"
+}
 
 # Without a cache of memory a tensor ends where its allocation ends, and a write behind it is seen. PyTorch asks CUDA for
 # things that it may refuse: not our errors.
