@@ -84,7 +84,9 @@ class StochasticGroups(GroupSampler):
     @torch.no_grad()
     def _evaluations(self, policy: Policy, prompts: PromptBatch, samples: slice) -> list[Evaluation]:
         group_B = prompts.group_B[samples]
-        timestep_TB = torch.tensor(self.stochastic.timesteps)[:, None].expand(-1, len(group_B))
+        timestep_TB = torch.tensor(self.stochastic.timesteps, device=policy.model.device)[:, None].expand(
+            -1, len(group_B)
+        )
         return policy.condition(timestep_TB, prompts.conditioning[group_B], engine=policy.sampling_engine)
 
     def _streams(self, prompts: PromptBatch, samples: slice) -> torch.Tensor:

@@ -37,7 +37,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -60,9 +59,8 @@ from benchmarks.engine_variants import (
     num_sampled,
     share_weights,
 )
-from benchmarks.operator_table import commit
-from dgpo_fast.config import Config, load_recipe
-from dgpo_fast.environment import package_versions, processor_name
+from benchmarks.operator_table import provenance
+from dgpo_fast.config import load_recipe
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.fused.attention import ATTENTIONS, Attention
 from dgpo_fast.models.sources import find_model, transformer_shape, vae_shape
@@ -139,7 +137,7 @@ class Bench:
         self._changes = [*fixed, f"model.name={model}", f"device={device}", *changes]
         self.config = load_recipe(self._recipe, self._changes)
         self._wanted = [name for name, spec in SPECS.items() if (name in only if only else device in spec.by_default)]
-        self._provenance = _provenance(self.config, device)
+        self._provenance = provenance(device, packages=("triton", "diffusers", "peft"))
 
     def run(self, *, only_check: bool = False) -> int:
         """The exit status."""
@@ -539,18 +537,6 @@ def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> Table:
     for line in lines:
         table.add_row(*line)
     return table
-
-
-def _provenance(config: Config, device: str) -> dict[str, str]:
-    versions = package_versions()
-    cpu = f"{processor_name()}, {torch.get_num_threads()} threads"
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
-        "torch": torch.__version__,
-        **{name: versions.get(name, "") for name in ("triton", "diffusers", "peft")},
-        "commit": commit(),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks.operator_table import commit
 from benchmarks.speedup_runs import METHODS
 from dgpo_fast import Config, Trainer, load_recipe
-from dgpo_fast.environment import package_versions, processor_name
+from dgpo_fast.environment import device_name, package_versions
 from dgpo_fast.planning import plan
 
 PUBLISHED = {
@@ -82,16 +82,9 @@ def measure(method: str, recipe: str, overrides: Sequence[str], *, iterations: i
         images_of_recipe=load_recipe(recipe, overrides).images_per_iteration,
         seconds_per_image=seconds / images, tflop_per_image=work.flops / images / 1e12,
         tflops_per_s=work.flops / seconds / 1e12, peak_memory_gb=reports[-1].peak_memory_gb,
-        device=_device(trainer), torch=package_versions()["torch"], commit=commit(),
+        device=device_name(trainer.world.device), torch=package_versions()["torch"], commit=commit(),
         date=datetime.now(UTC).date().isoformat(),
     )  # fmt: skip
-
-
-def _device(trainer: Trainer) -> str:
-    import torch
-
-    device = trainer.world.device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
 
 
 def write(costs: Iterable[Cost], path: Path) -> None:

@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from benchmarks.console import people
 from benchmarks.timing import Duration, copy_of, interleaved
 from dgpo_fast import ops
-from dgpo_fast.environment import package_versions, processor_name
+from dgpo_fast.environment import device_name, package_versions
 
 Call = Callable[..., Any]
 Shape = tuple[int, ...]
@@ -109,8 +109,8 @@ def run(stem: str, cases: Iterable[Case], *, device: str, out: Path | None, roun
     """
     torch.manual_seed(0)
     console = people()
-    provenance = _provenance(device)
-    console.print(f"[bold]{stem}[/] on {provenance['device']}, torch {provenance['torch']}, {provenance['commit']}")
+    origin = provenance(device)
+    console.print(f"[bold]{stem}[/] on {origin['device']}, torch {origin['torch']}, {origin['commit']}")
     status = 0
     with ExitStack() as stack:
         file: TextIO = sys.stdout
@@ -126,7 +126,7 @@ def run(stem: str, cases: Iterable[Case], *, device: str, out: Path | None, roun
             sound = {name: call for name, call in variants.items() if problems[name] is None}
             durations = _durations(case, sound, device=device, rounds=rounds) if rounds else {}
             missing = [name for name, problem in problems.items() if problem == _NOT_INSTALLED] if rounds else []
-            writer.writerows({**row, **provenance} for row in _rows(case, durations, missing=missing))
+            writer.writerows({**row, **origin} for row in _rows(case, durations, missing=missing))
             _show(console, case, durations, problems)
             status |= any(problem not in (None, _NOT_INSTALLED) for problem in problems.values())
     return status
@@ -293,13 +293,13 @@ def _three_digits(number: float) -> str:
     return f"{number:.{max(0, 2 - floor(log10(number)))}f}"
 
 
-def _provenance(device: str) -> dict[str, str]:
-    versions = package_versions()
-    cpu = f"{processor_name()}, {torch.get_num_threads()} threads"
+def provenance(device: str, *, packages: Sequence[str] = ("triton",)) -> dict[str, str]:
+    """What stands in every row of a table: the device, torch, other packages, the commit and the day."""
+    versions, name = package_versions(), device_name(torch.device(device))
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "device": name if device == "cuda" else f"{name}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
-        "triton": versions.get("triton", ""),
+        **{package: versions.get(package, "") for package in packages},
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }

@@ -113,11 +113,11 @@ def origin() -> dict[str, str]:
     import torch
 
     from benchmarks.operator_table import commit
-    from dgpo_fast.environment import processor_name
+    from dgpo_fast.environment import device_name
 
-    processor = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
-        "processor": processor, "torch": torch.__version__, "commit": commit(),
+        "processor": device_name(device), "torch": torch.__version__, "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }  # fmt: skip
 
@@ -230,8 +230,9 @@ def main() -> None:
     parser.add_argument("command", choices=("calibrate", "run", "status", "one"))
     parser.add_argument("name", nargs="?", help="of the run, for `one`")
     parser.add_argument("--most", type=int, default=-1, help="runs to measure before this process ends")
-    parser.add_argument("--out", type=Path, default=results_here(), help="where results lie (%(default)s)")
+    parser.add_argument("--out", type=Path, help="where results lie (benchmarks/results/speedup-cpu; of a GPU apart)")
     options = parser.parse_args()
+    options.out = options.out or results_here()  # which asks torch for a GPU
     if options.command == "one":
         measure(next(run for run in queue(options.out).runs if run.name == options.name), options.out)
     elif options.command == "calibrate":

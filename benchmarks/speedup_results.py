@@ -58,9 +58,13 @@ def results_here() -> Path:
     """Where results of this machine go: those of each kind of GPU apart."""
     import torch
 
+    from dgpo_fast.environment import device_name
+
     if not torch.cuda.is_available():
         return RESULTS
-    return RESULTS.with_name("speedup-" + re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))
+    return RESULTS.with_name(
+        "speedup-" + re.sub("[^a-z0-9]+", "-", device_name(torch.device("cuda")).lower()).strip("-")
+    )
 
 
 def read(path: Path) -> list[Point]:

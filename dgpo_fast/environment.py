@@ -63,6 +63,11 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU or the processor in words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+
+
 def processor_name() -> str:
     """The processor in words."""
     try:

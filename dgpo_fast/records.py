@@ -77,7 +77,7 @@ class PromptBatch:
     @cached_property
     def group_id_B(self) -> Tensor:
         """The number of each sample's group: int64 [B]."""
-        return torch.tensor(self.group_ids, device=self.group_B.device)[self.group_B]
+        return torch.tensor(self.samples, device=self.conditioning.text_BND.device) // self.group_size
 
     def numbers(self, some: slice = slice(None)) -> tuple[tuple[int, int], ...]:
         """Of all samples or of some, the group and the number within that: what their randomness is named by."""

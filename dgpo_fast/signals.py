@@ -60,8 +60,7 @@ def variance_part(scored: ScoredGroups, world: World, *, update: int) -> Tensor:
     size_G = scored.group_size_G[update * num_groups : (update + 1) * num_groups]
     valid_B, x_BCHW = scored.valid_B[mine], rollout.x0_BCHW[mine]
     x_BD = x_BCHW.where(valid_B[:, None, None, None], 0.0).flatten(1)
-    group_B = torch.tensor(rollout.prompts.samples[mine], device=x_BD.device) // rollout.prompts.group_size
-    group_B -= update * num_groups
+    group_B = rollout.prompts.group_id_B[mine] - update * num_groups
     # A product, not index_add: on CUDA that adds in the order in which threads come.
     is_member_GB = group_B == torch.arange(num_groups, device=x_BD.device)[:, None]
     mean_GD = is_member_GB.to(x_BD.dtype) @ x_BD / size_G.clamp(min=1)[:, None]

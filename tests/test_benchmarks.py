@@ -26,6 +26,7 @@ from dgpo_fast.ops.solver_step import reference, reference_
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted({path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")} - {"bench_engines", "bench_ranges"})
+SUITE = ROOT / "benchmarks" / "gpu_suite.sh"
 
 Run = Callable[..., tuple[int, list[dict[str, str]], str]]
 
@@ -236,7 +237,7 @@ def test_an_unknown_script_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 def test_the_suite_for_a_gpu_runs_every_script(tmp_path: Path) -> None:
-    suite = ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh")]
+    suite = ["bash", SUITE]
     environ = {**os.environ, "PYTHON": sys.executable}
     plan = subprocess.run([*suite, "--out", tmp_path / "new", "--dry-run"], env=environ, capture_output=True, text=True)
     assert (plan.returncode, plan.stderr) == (0, "")
@@ -253,7 +254,7 @@ def test_the_suite_for_a_gpu_runs_every_script(tmp_path: Path) -> None:
 def test_the_suite_for_a_gpu_goes_on_after_a_failure(tmp_path: Path) -> None:
     """Two parts whose program is `false`: both are tried, named and counted, and the status is 1."""
     run = subprocess.run(
-        ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh"), "--out", tmp_path / "out", "--only", "launches|tests"],
+        ["bash", SUITE, "--out", tmp_path / "out", "--only", "launches|tests"],
         env={**os.environ, "PYTHON": shutil.which("false") or "false"},
         capture_output=True,
         text=True,
@@ -264,7 +265,7 @@ def test_the_suite_for_a_gpu_goes_on_after_a_failure(tmp_path: Path) -> None:
 
 
 def test_the_suite_for_a_gpu_leaves_out_what_there_is_no_time_for(tmp_path: Path) -> None:
-    suite = ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh"), "--out", tmp_path, "--seconds", "5"]
+    suite = ["bash", SUITE, "--out", tmp_path, "--seconds", "5"]
     run = subprocess.run([*suite, "--only", "launches|engines"], capture_output=True, text=True)
     assert run.returncode == 1
     assert run.stdout.splitlines()[-1] == "failed: launches engines"
@@ -277,6 +278,6 @@ def test_a_part_of_the_suite_sees_the_clone_and_what_its_caller_carried(tmp_path
     python.write_text('#!/bin/sh\necho "$PYTHONPATH" >>"$SEEN"\nexit 1\n')
     python.chmod(0o755)
     given = {"PYTHON": str(python), "PYTHONPATH": "/carried", "SEEN": str(tmp_path / "seen")}
-    suite = ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh"), "--out", tmp_path / "out", "--only", "memcheck|tests"]
+    suite = ["bash", SUITE, "--out", tmp_path / "out", "--only", "memcheck|tests"]
     subprocess.run(suite, env={**os.environ, **given}, capture_output=True)
     assert (tmp_path / "seen").read_text().splitlines()[-1] == f"{ROOT}:/carried"

@@ -253,7 +253,7 @@ def price(directory: Path, run: Run, seconds: float) -> None:
 def test_results_of_a_gpu_lie_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert speedup_results.results_here() == speedup_results.RESULTS
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     assert speedup_results.results_here().name == "speedup-nvidia-h100-80gb-hbm3"
     assert speedup.origin()["processor"] == "NVIDIA H100 80GB HBM3"
 

@@ -64,7 +64,7 @@ class FlowGRPO:
             check()
             velocity = partial(self._velocity, policy, view, prompts, prompts.conditioning[prompts.group_B[samples]])
             x0_BCHW, trajectory = self.sampler.sample(
-                velocity, noise_BCHW[samples], self._streams(prompts, samples).to(noise_BCHW.device), kept=trained,
+                velocity, noise_BCHW[samples], self._streams(prompts, samples), kept=trained,
                 window=None if self.settings.window is None else trained,
             )  # fmt: skip
             drawn.append(x0_BCHW)

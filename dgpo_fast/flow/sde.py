@@ -88,11 +88,12 @@ class SDESampler:
         Args:
             velocity: at latents and the number of a step; guided where the recipe guides.
             noise_BCHW: float32, what to start from.
-            streams_TB4: int64, the words of each step's noise, of a stream for each sample; best on the device.
+            streams_TB4: int64, the words of each step's noise, of a stream for each sample.
             window: steps outside of it follow the ODE, by Euler's method; None for none.
         """
         coefficients_T3 = self._stochastic_T3 if window is None else self._stochastic_within(window)
         coefficients_TB3 = coefficients_T3[:, None].to(noise_BCHW.device).expand(-1, len(noise_BCHW), -1)
+        streams_TB4 = streams_TB4.to(noise_BCHW.device)  # at once: each copy would wait for the steps before
         x_BCHW, latents, log_probs = noise_BCHW, [], []
         for number in range(len(self.timesteps)):
             with span(f"step {number}", "solver step"):

@@ -15,7 +15,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from dgpo_fast.environment import processor_name
+from dgpo_fast.environment import device_name
 from dgpo_fast.files import write_atomically
 from dgpo_fast.records import Conditioning
 
@@ -30,9 +30,8 @@ def cache_directory() -> Path:
 
 def computed_by(device: torch.device) -> dict[str, str]:
     """What decides how an embedding is rounded: the processor, and the libraries whose kernels it runs."""
-    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     versions = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
-    return {"processor": processor, **versions}
+    return {"processor": device_name(device), **versions}
 
 
 class PromptCache:
