@@ -1,6 +1,7 @@
 """Training time to a target score, of DGPO and of the methods it is compared with, on the embedded pipeline.
 
-    python -m benchmarks.speedup calibrate            what an iteration of each costs; on a quiet machine, 10 minutes
+    python -m benchmarks.speedup calibrate            what an iteration of each costs; on a quiet machine, 10 minutes,
+                                                      or less where costs.csv has some of them
     python -m benchmarks.speedup run [--most N]       the next runs of the queue that have no result
     python -m benchmarks.speedup status               what is done, and how far each run came
 
@@ -26,12 +27,13 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.speedup_costs import calibrate, flops_of, kind_of, read_costs, write_costs
+from benchmarks.speedup_costs import add_costs, against_known, calibrate, flops_of, kind_of, read_costs
 from benchmarks.speedup_results import Point, Result, queue, read, results_here, write
-from benchmarks.speedup_runs import METHODS, SWEEP_S, TAIL_S, TARGETS, Run, every_kind
+from benchmarks.speedup_runs import COMPARED, HORIZON_S, METHODS, SWEEP_S, Run, every_kind
 
-EVALUATIONS = ((180.0, 30.0), (SWEEP_S, 60.0), (float("inf"), 120.0))
-"""(until, every) so many seconds of training: first crossings are dense where methods are fast."""
+EVALUATIONS = ((180.0, 30.0), (SWEEP_S, 60.0))
+FINAL_EVALUATIONS = ((120.0, 15.0), (300.0, 30.0), (HORIZON_S, 60.0), (float("inf"), 120.0))
+"""(until, every) so many seconds of training: evaluations are dense where methods are fast."""
 JUDGE = ("rollout.solver=euler", "rollout.schedule=flow_match", "evaluation.steps=28")
 """What images of every method are drawn with to be judged: as diffusers' pipeline does unless it is told otherwise, but
 unguided, as all are trained."""
@@ -78,7 +80,7 @@ def train(run: Run, cost_s: float) -> Iterator[Point]:
             )  # fmt: skip
 
         yield point()
-        for due_s in evaluation_times(run.budget_s):
+        for due_s in evaluation_times(run):
             rewards.clear()
             try:
                 while trainer.iteration * cost_s < due_s:
@@ -93,19 +95,19 @@ def train(run: Run, cost_s: float) -> Iterator[Point]:
             yield point()
 
 
-def evaluation_times(budget_s: float) -> Iterator[float]:
+def evaluation_times(run: Run) -> Iterator[float]:
     """Seconds of training at which a run is evaluated, the last of which is its budget."""
-    now = 0.0
-    while now < budget_s:
-        every = next(every for until, every in EVALUATIONS if now < until)
-        now = min(now + every, budget_s)
+    now, grid = 0.0, FINAL_EVALUATIONS if run.is_final else EVALUATIONS
+    while now < run.budget_s:
+        every = next(every for until, every in grid if now < until)
+        now = min(now + every, run.budget_s)
         yield now
 
 
 def is_enough(run: Run, points: Sequence[Point]) -> bool:
-    """Whether a final run has shown what it is for: the highest target is a while ago."""
-    reached = Result(run=run, points=points).first(max(TARGETS))
-    return run.is_final and reached is not None and points[-1].seconds >= max(reached.seconds + TAIL_S, SWEEP_S)
+    """Whether a final run has shown what it is for: how long the score takes, and what is kept of it."""
+    arrival = Result(run=run, points=points).arrival(COMPARED)
+    return run.is_final and arrival.is_reached and points[-1].seconds >= HORIZON_S
 
 
 def origin() -> dict[str, str]:
@@ -142,10 +144,11 @@ def measure(run: Run, results: Path) -> None:
 
 
 def measure_costs(results: Path) -> None:
-    """Writes what an iteration of every kind of run costs."""
+    """Adds what an iteration of every kind of run costs that is not known yet."""
     results.mkdir(parents=True, exist_ok=True)
-    costs = list(calibrate(every_kind()))
-    write_costs(results, costs, origin())
+    known = read_costs(results)
+    costs = against_known(known, every_kind()) if known else list(calibrate(every_kind()))
+    add_costs(results, costs, origin())
     for cost in costs:
         print(f"{cost.kind}: {cost.seconds:.3f} s (median {cost.median:.3f})")
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import csv
 import gc
+import math
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -86,14 +87,34 @@ def read_costs(results: Path) -> dict[Kind, Cost]:
     }
 
 
-def write_costs(results: Path, costs: Iterable[Cost], origin: dict[str, str]) -> None:
-    names = [field.name for field in fields(Kind)]
-    with (results / FILE).open("w", newline="", encoding="utf-8") as file:
+def add_costs(results: Path, costs: Iterable[Cost], origin: dict[str, str]) -> None:
+    """Behind those that are there; each row has its own origin."""
+    names, path = [field.name for field in fields(Kind)], results / FILE
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=[*names, "seconds", "median", *origin])
-        writer.writeheader()
+        if is_new:
+            writer.writeheader()
         for cost in costs:
             seconds = {name: f"{getattr(cost, name):.4g}" for name in ("seconds", "median")}
             writer.writerow(asdict(cost.kind) | seconds | origin)
+
+
+def against_known(known: Mapping[Kind, Cost], runs: Sequence[Run]) -> list[Cost]:
+    """The costs of the kinds that are not known, on the clock of those that are.
+
+    The fastest of these is measured again beside them, by turns: by as much as it takes longer or shorter now than what
+    is known of it, so do they.
+    """
+    yardstick, *others = sorted(
+        {kind_of(run): run for run in reversed(runs)}.items(),
+        key=lambda item: known[item[0]].seconds if item[0] in known else math.inf,
+    )
+    measured = {
+        cost.kind: cost for cost in calibrate([yardstick[1], *(run for kind, run in others if kind not in known)])
+    }
+    factor = known[yardstick[0]].seconds / measured.pop(yardstick[0]).seconds
+    return [replace(cost, seconds=factor * cost.seconds, median=factor * cost.median) for cost in measured.values()]
 
 
 def calibrate(runs: Sequence[Run]) -> Iterator[Cost]:

@@ -3,44 +3,42 @@
     python -m benchmarks.speedup_report [DIR | --write]
 
 A target is reached where the straight line to the first evaluation at or above it, which the next one confirms, crosses
-it. Nothing is extrapolated: of a run that has not, it is known up to its last evaluation but one, and what is made of
-that is a bound. Methods are compared by as many runs of each.
+it. Nothing is extrapolated: of a run that has not, it is known up to its last evaluation but one, of one that had by
+its first evaluation no more than that, and what is made of these is a bound. Methods are compared by as many runs of
+each, at the settings with which they are soonest, and at those that keep the highest scores.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
+from typing import NamedTuple
 
 from benchmarks.pages import filled
 from benchmarks.speedup_chart import Curve, draw
-from benchmarks.speedup_results import RESULTS, Point, Result, ablated, best, queue, results
-from benchmarks.speedup_runs import ABLATIONS, METHODS, OURS, SWEEP_S, TARGETS, short
+from benchmarks.speedup_results import (
+    RESULTS,
+    Arrival,
+    Point,
+    Result,
+    ablated,
+    by_arrival,
+    queue,
+    results,
+    soonest,
+    steadiest,
+)
+from benchmarks.speedup_runs import ABLATIONS, COMPARED, HORIZON_S, METHODS, OURS, SWEEP_S, TARGETS, short
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, README = DOCS / "benchmarks.md", DOCS.parent / "README.md"
-COMPARED = 0.80
-"""The target at which methods are compared, decided before any run of this protocol."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arrival:
-    """Where the median seed of a method reached a target, or the last point at which it is known not to have."""
-
-    point: Point
-    is_reached: bool
 
 
 def arrivals(of_seeds: Sequence[Result], target: float) -> list[Arrival]:
     """Of every seed, the earliest first, and those that never arrived last."""
-    found = [
-        Arrival(point=point or result.last_confirmable, is_reached=point is not None)
-        for result in of_seeds
-        for point in (result.first(target),)
-    ]
+    found = [result.arrival(target) for result in of_seeds]
     return sorted(found, key=lambda arrival: (not arrival.is_reached, arrival.point.seconds))
 
 
@@ -50,34 +48,61 @@ def typical(of_seeds: Sequence[Result], target: float) -> Arrival | None:
     return found[(len(found) - 1) // 2] if found else None
 
 
-def seconds_to(target: float, of_seeds: Sequence[Result]) -> str:
-    """The median of the seeds and their range, or up to when none had reached it."""
+def way_to(target: float, of_seeds: Sequence[Result], of: Callable[[Point], float]) -> str:
+    """The median of the seeds and their range, or what is known of them."""
     found, middle = arrivals(of_seeds, target), typical(of_seeds, target)
     assert middle is not None
-    shown = [
-        f"{'' if arrival.is_reached else '> '}{arrival.point.seconds:.0f}" for arrival in (middle, found[0], found[-1])
-    ]
+    shown = [f"{arrival.bound} {of(arrival.point):.0f}".lstrip() for arrival in (middle, found[0], found[-1])]
     return shown[0] if len(found) == 1 else f"{shown[0]} ({shown[1]} to {shown[2]})"
 
 
+def seconds_of(point: Point) -> float:
+    return point.seconds
+
+
 def ratio(theirs: Arrival, ours: Arrival, of: Callable[[Point], float]) -> str:
-    """How many times ours theirs is, or a bound of it."""
-    if not theirs.is_reached and not ours.is_reached:
+    """How many times ours theirs is, or a bound of it; "?" where two bounds say nothing of it."""
+    opposite = {"<": ">", ">": "<", "": ""}[ours.bound]
+    signs = {theirs.bound, opposite} - {""}
+    if len(signs) > 1:
         return "?"
-    sign = "" if theirs.is_reached and ours.is_reached else "< " if theirs.is_reached else "> "
-    return f"{sign}{of(theirs.point) / of(ours.point):.1f}"
+    return f"{''.join(signs)} {of(theirs.point) / of(ours.point):.1f}".lstrip()
 
 
 def table_of_targets(chosen: Mapping[str, Sequence[Result]]) -> str:
     heads = " | ".join(f"{target:.0%}" for target in TARGETS)
-    lines = [f"| | runs | {heads} | best | at the end |", "|---|---|" + "---|" * (len(TARGETS) + 2)]
+    lines = [f"| | setting | runs | {heads} |", "|---|---|---|" + "---|" * len(TARGETS)]
     for name, of_seeds in chosen.items():
         if of_seeds:
-            cells = " | ".join(seconds_to(target, of_seeds) for target in TARGETS)
-            best_score = median(max(point.strict for point in result.points) for result in of_seeds)
-            end = median(result.points[-1].strict for result in of_seeds)
-            lines.append(f"| {METHODS[name].title} | {len(of_seeds)} | {cells} | {best_score:.1%} | {end:.1%} |")
+            cells = " | ".join(way_to(target, of_seeds, seconds_of) for target in TARGETS)
+            lines.append(f"| {METHODS[name].title} | {_setting(of_seeds[0])} | {len(of_seeds)} | {cells} |")
     return "\n".join(lines)
+
+
+def table_of_what_is_kept(
+    soon: Mapping[str, Sequence[Result]], steady: Mapping[str, Sequence[Result]], target: float
+) -> str:
+    """Scores over the beginning that all runs have, of a method's two settings."""
+    lines = [
+        f"| | setting | runs | seconds to {target:.0%} | mean over the run | best | at the end |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in soon:
+        of_settings = {found[0].run.setting: found for found in (soon[name], steady[name]) if found}
+        for of_seeds in of_settings.values():
+            begun = [result.until(HORIZON_S) for result in of_seeds]
+            scores = (
+                mean(result.mean_strict for result in begun),
+                mean(max(point.strict for point in result.points) for result in begun),
+                mean(result.points[-1].strict for result in begun),
+            )
+            cells = " | ".join([way_to(target, of_seeds, seconds_of), *(f"{score:.1%}" for score in scores)])
+            lines.append(f"| {METHODS[name].title} | {_setting(of_seeds[0])} | {len(of_seeds)} | {cells} |")
+    return "\n".join(lines)
+
+
+def _setting(result: Result) -> str:
+    return ", ".join(f"`{short(item)}`" for item in result.run.setting)
 
 
 def table_of_factors(chosen: Mapping[str, Sequence[Result]], target: float) -> str:
@@ -119,13 +144,17 @@ def table_of_quality(chosen: Mapping[str, Sequence[Result]], target: float) -> s
 
 
 def table_of_sweep(swept: Mapping[str, Sequence[Result]]) -> str:
-    lines = ["| | settings tried | best | strict, mean over the run | the worst's |", "|---|---|---|---|---|"]
+    """Every run, of each method the soonest first."""
+    lines = [
+        f"| | setting | seconds to {COMPARED:.0%} | mean over the run | best | at the end |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, found in swept.items():
-        if found:
-            chosen, worst = best(found), min(result.mean_strict for result in found)
-            setting = ", ".join(f"`{short(item)}`" for item in chosen.run.setting)
-            number = f"{len(found)} of 8"
-            lines.append(f"| {METHODS[name].title} | {number} | {setting} | {chosen.mean_strict:.1%} | {worst:.1%} |")
+        for result in by_arrival(found):
+            best = max(point.strict for point in result.points)
+            scores = " | ".join(f"{score:.1%}" for score in (result.mean_strict, best, result.points[-1].strict))
+            seconds = way_to(COMPARED, [result], seconds_of)
+            lines.append(f"| {METHODS[name].title} | {_setting(result)} | {seconds} | {scores} |")
     return "\n".join(lines)
 
 
@@ -135,11 +164,13 @@ PAIRWISE = "diffusion-dpo"
 def table_of_ablations(found: Mapping[str, Sequence[Result]]) -> str:
     """What a run of ten minutes comes to, by title: the mean of the seeds and their range."""
     lines = [
-        "| | runs | exact, mean over the run | exact at the end | distance to rendered images | diversity of a group |",
-        "|---|---|---|---|---|---|",
+        f"| | runs | iterations to {COMPARED:.0%} | exact, mean over the run | exact at the end "
+        "| distance to rendered images | diversity of a group |",
+        "|---|---|---|---|---|---|---|",
     ]
     for title, of_seeds in found.items():
         if of_seeds:
+            way = way_to(COMPARED, of_seeds, lambda point: point.iteration)
             columns = (
                 ([result.mean_strict for result in of_seeds], "{:.1%}"),
                 ([result.points[-1].strict for result in of_seeds], "{:.1%}"),
@@ -147,7 +178,7 @@ def table_of_ablations(found: Mapping[str, Sequence[Result]]) -> str:
                 ([result.points[-1].diversity for result in of_seeds], "{:.4f}"),
             )
             cells = " | ".join(_mean_and_range(values, form) for values, form in columns)
-            lines.append(f"| {title} | {len(of_seeds)} | {cells} |")
+            lines.append(f"| {title} | {len(of_seeds)} | {way} | {cells} |")
     return "\n".join(lines)
 
 
@@ -170,20 +201,20 @@ def table_of_speed(chosen: Mapping[str, Sequence[Result]], target: float) -> str
             if name != OURS and ours is not None and theirs is not None:
                 time = ratio(theirs, ours, lambda point: point.seconds)
                 work = ratio(theirs, ours, lambda point: point.flops)
-            cells = f"{seconds_to(target, of_seeds)} | {time} | {work}"
+            cells = f"{way_to(target, of_seeds, seconds_of)} | {time} | {work}"
             lines.append(f"| {METHODS[name].title} | {len(of_seeds)} | {cells} |")
     return "\n".join(lines)
 
 
 def readme_tables(directory: Path = RESULTS) -> dict[str, str]:
     """The tables of README.md, by name."""
-    return {"speed": table_of_speed(_chosen(directory), COMPARED)}
+    return {"speed": table_of_speed(shown(directory).soon, COMPARED)}
 
 
 def tables(directory: Path = RESULTS) -> dict[str, str]:
     """The tables of the page, by name."""
-    runs = queue(directory)
-    swept, chosen, seeds = results(runs.sweep, directory), _chosen(directory), results(runs.finals, directory)
+    runs, chosen = queue(directory), shown(directory)
+    seeds = results(runs.finals, directory)
     begun = {name: [result.until(SWEEP_S) for result in of_seeds] for name, of_seeds in seeds.items()}
     changed = ablated(runs.ablations, directory)
     return {
@@ -192,18 +223,30 @@ def tables(directory: Path = RESULTS) -> dict[str, str]:
             | {ablation.title: changed[name] for name, ablation in ABLATIONS.items()}
             | {f"{METHODS[PAIRWISE].title}, as chosen": begun[PAIRWISE]}
         ),
-        "targets": table_of_targets(chosen),
-        "factors": table_of_factors(chosen, COMPARED),
-        "quality": table_of_quality(chosen, COMPARED),
-        "sweep": table_of_sweep(swept),
+        "targets": table_of_targets(chosen.soon),
+        "factors": table_of_factors(chosen.soon, COMPARED),
+        "kept": table_of_what_is_kept(chosen.soon, chosen.steady, COMPARED),
+        "quality": table_of_quality(chosen.soon, COMPARED),
+        "sweep": table_of_sweep(results(runs.sweep, directory)),
     }
 
 
-def _chosen(directory: Path) -> dict[str, list[Result]]:
-    """The runs that a method is shown by: its best setting's from every seed, or, until there are any, the sweep's."""
+class Shown(NamedTuple):
+    """The runs that methods are shown by, from every seed, or, until there are any, the sweep's."""
+
+    soon: dict[str, list[Result]]
+    steady: dict[str, list[Result]]
+
+
+def shown(directory: Path) -> Shown:
+    """Of each method those of the setting that is soonest, and those of the steadiest."""
     runs = queue(directory)
-    swept, seeds = _alike(results(runs.sweep, directory)), _alike(results(runs.finals, directory))
-    return {name: seeds[name] or [best(found)] for name, found in swept.items() if found}
+    swept = {name: found for name, found in _alike(results(runs.sweep, directory)).items() if found}
+    soon, steady = (_alike(results(of_setting, directory)) for of_setting in (runs.finals, runs.steady))
+    return Shown(
+        soon={name: soon[name] or [soonest(found)] for name, found in swept.items()},
+        steady={name: steady[name] or [steadiest(found)] for name, found in swept.items()},
+    )
 
 
 def _alike(found: Mapping[str, Sequence[Result]]) -> dict[str, list[Result]]:
@@ -218,7 +261,7 @@ AXES = {"seconds": "seconds of training, one core", "images": "images", "flops":
 
 def pictures(directory: Path = RESULTS) -> dict[str, str]:
     """Strict scores of the runs that methods are shown by, over each of `AXES`."""
-    chosen = _chosen(directory)
+    chosen = shown(directory).soon
     return {
         against: draw(
             [

@@ -1,4 +1,4 @@
-"""Results of the speedup benchmark: what was measured of a run, which setting is best, and which runs are to come."""
+"""Results of the speedup benchmark: what was measured of a run, which settings are best, and which runs are to come."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from benchmarks.speedup_runs import (
     ABLATIONS,
+    COMPARED,
     LEARNING_RATES,
     METHODS,
     OURS,
@@ -39,9 +40,10 @@ class Point:
     """That the core worked for the process, whoever it shared its caches with."""
     wall_s: float
     """That passed."""
-    step: int
-    iteration: int
-    images: int
+    step: float
+    """Whole, as iterations and images are, but between two evaluations."""
+    iteration: float
+    images: float
     flops: float
     reward: float
     """Mean training reward since the point before; NaN at the first."""
@@ -51,7 +53,7 @@ class Point:
     diversity: float
 
 
-KINDS: dict[str, Any] = {field.name: {"int": int, "float": float}[str(field.type)] for field in fields(Point)}
+NAMES = tuple(field.name for field in fields(Point))
 
 
 def results_here() -> Path:
@@ -70,16 +72,28 @@ def results_here() -> Path:
 def read(path: Path) -> list[Point]:
     """The points of a result."""
     with path.open(encoding="utf-8") as file:
-        return [Point(**{name: kind(row[name]) for name, kind in KINDS.items()}) for row in csv.DictReader(file)]
+        return [Point(**{name: float(row[name]) for name in NAMES}) for row in csv.DictReader(file)]
 
 
 def write(path: Path, points: Iterable[Point], origin: Mapping[str, str]) -> None:
     """Points, and beside each where they come from."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=[*KINDS, *origin])
+        writer = csv.DictWriter(file, fieldnames=[*NAMES, *origin])
         writer.writeheader()
         for point in points:
             writer.writerow({name: f"{value:.6g}" for name, value in asdict(point).items()} | dict(origin))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrival:
+    """Where a run reached a target, or what is known of it: sooner than `point`, or later."""
+
+    point: Point
+    bound: Literal["", "<", ">"] = ""
+
+    @property
+    def is_reached(self) -> bool:
+        return self.bound != ">"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +101,10 @@ class Result:
     run: Run
     points: Sequence[Point]
 
-    def first(self, target: float) -> Point | None:
-        """Where the target was reached: on the straight line to the first evaluation at or above it that the next one
-        confirms; None where there is none.
+    def arrival(self, target: float) -> Arrival:
+        """On the straight line to the first evaluation at or above the target that the next one confirms. Sooner than
+        the first evaluation of a trained model, where it is that one: between the base and it nothing is known. Later
+        than the last evaluation that another could have confirmed, where there is none.
 
         One evaluation alone would reward a scattered curve: of 256 images near 85 % a standard error is 2.2 points.
         """
@@ -97,18 +112,15 @@ class Result:
         for number, (point, after) in enumerate(pairwise(points)):
             if min(point.strict, after.strict) >= target:
                 before = points[max(number - 1, 0)]
-                return between(before, point, target) if before.strict < target else point
-        return None
-
-    @property
-    def last_confirmable(self) -> Point:
-        """Up to here a target that was reached would be known to be."""
-        return self.points[max(len(self.points) - 2, 0)]
+                if before.strict >= target:
+                    return Arrival(point=point)
+                return Arrival(point=point, bound="<") if number == 1 else Arrival(point=between(before, point, target))
+        return Arrival(point=points[max(len(points) - 2, 0)], bound=">")
 
     @property
     def mean_strict(self) -> float:
-        """Over the seconds of the budget, by trapezoids: by this settings are compared. A run that ended before, since
-        its gradients were no numbers any longer, stays as it was."""
+        """Over the seconds of the budget, by trapezoids. A run that ended before, since its gradients were no numbers
+        any longer, stays as it was."""
         points = [*self.points, replace(self.points[-1], seconds=max(self.run.budget_s, self.points[-1].seconds))]
         area = sum(
             (after.seconds - before.seconds) * (after.strict + before.strict) / 2 for before, after in pairwise(points)
@@ -118,14 +130,14 @@ class Result:
     def until(self, seconds: float) -> Result:
         """Its beginning: what a run of that budget would have been."""
         begun = tuple(point for point in self.points if point.seconds <= seconds * MARGIN)
-        return Result(run=replace(self.run, budget_s=seconds), points=begun)
+        return Result(run=replace(self.run, budget_s=min(seconds, self.run.budget_s)), points=begun)
 
 
 def between(before: Point, after: Point, strict: float) -> Point:
     """The point on the straight line between two at which the score is `strict`."""
     share = (strict - before.strict) / (after.strict - before.strict)
-    values = {name: (1 - share) * getattr(before, name) + share * getattr(after, name) for name in KINDS}
-    return Point(**{name: kind(values[name]) for name, kind in KINDS.items()} | {"strict": strict})
+    values = {name: (1 - share) * getattr(before, name) + share * getattr(after, name) for name in NAMES}
+    return Point(**values | {"strict": strict})
 
 
 def results(runs: Sequence[Run], directory: Path) -> dict[str, list[Result]]:
@@ -146,7 +158,23 @@ def ablated(runs: Sequence[Run], directory: Path) -> dict[str, list[Result]]:
     return found
 
 
-def best(swept: Sequence[Result]) -> Result:
+def by_arrival(swept: Sequence[Result]) -> list[Result]:
+    """The soonest at `COMPARED` first; behind them, by their means over time, those that never are."""
+
+    def rank(result: Result) -> tuple[bool, float, float]:
+        arrival = result.arrival(COMPARED)
+        return not arrival.is_reached, arrival.point.seconds if arrival.is_reached else 0.0, -result.mean_strict
+
+    return sorted(swept, key=rank)
+
+
+def soonest(swept: Sequence[Result]) -> Result:
+    """Of the setting that answers how long a score takes, whatever it does later."""
+    return by_arrival(swept)[0]
+
+
+def steadiest(swept: Sequence[Result]) -> Result:
+    """Of the setting that has the highest score over the whole run."""
     return max(swept, key=lambda result: result.mean_strict)
 
 
@@ -159,11 +187,14 @@ class Queue:
 
     sweep: list[Run]
     finals: list[Run]
+    """Of the soonest settings."""
+    steady: list[Run]
+    """Of the steadiest: often the same runs."""
     ablations: list[Run]
 
     @property
     def runs(self) -> list[Run]:
-        return [*self.sweep, *self.finals, *self.ablations]
+        return [*self.sweep, *self.finals, *(run for run in self.steady if run not in self.finals), *self.ablations]
 
 
 def queue(directory: Path) -> Queue:
@@ -171,28 +202,27 @@ def queue(directory: Path) -> Queue:
     tried = learning_rates()
     found = results(tried, directory)
     ordered = {
-        method: [_rate(result) for result in sorted(swept, key=lambda result: result.mean_strict, reverse=True)]
+        method: [_rate(result) for result in by_arrival(swept)]
         for method, swept in found.items()
         if len(swept) == len(LEARNING_RATES)
     }
     rates = [*tried, *fourth_rates(ordered)]
-    chosen = {method: setting for method, setting in _chosen(rates, directory).items() if method in ordered}
+    chosen = {method: soonest(swept).run.setting for method, swept in _whole(rates, directory, of=ordered).items()}
     sweep = [*rates, *changes(chosen)]
-    settled = _chosen(sweep, directory, of=chosen)
-    return Queue(sweep=sweep, finals=finals(settled), ablations=ablations(settled[OURS]) if OURS in settled else [])
+    settled = _whole(sweep, directory, of=chosen)
+    return Queue(
+        sweep=sweep,
+        finals=finals({method: soonest(swept).run.setting for method, swept in settled.items()}),
+        steady=finals({method: steadiest(swept).run.setting for method, swept in settled.items()}),
+        ablations=ablations(soonest(settled[OURS]).run.setting) if OURS in settled else [],
+    )
 
 
 def _rate(result: Result) -> str:
     return result.run.setting[0].partition("=")[2]
 
 
-def _chosen(
-    runs: Sequence[Run], directory: Path, *, of: Mapping[str, tuple[str, ...]] | None = None
-) -> dict[str, tuple[str, ...]]:
-    """The best setting of each method all of whose runs have a result; `of` these alone."""
+def _whole(runs: Sequence[Run], directory: Path, *, of: Iterable[str]) -> dict[str, list[Result]]:
+    """The results of those `of` the methods all of whose runs have one."""
     found = results(runs, directory)
-    return {
-        method: best(swept).run.setting
-        for method, swept in found.items()
-        if (of is None or method in of) and len(swept) == sum(run.method == method for run in runs)
-    }
+    return {method: found[method] for method in of if len(found[method]) == sum(run.method == method for run in runs)}

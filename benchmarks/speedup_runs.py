@@ -8,7 +8,7 @@ constant: a schedule would have to know when the target is reached.
 Three published numbers depend on the size of latents, and are translated to the 648 values that they have here from
 the 65,536 of 512 px, tenfold: errors and log-densities are means over these values, so what they scatter by goes as one
 over the root of their number. They are the ranges of likelihood ratios, which are ten times as wide here, and the beta
-of DGPO and of Diffusion-DPO, which is a tenth. As they were published they are among the changes.
+of DGPO and of Diffusion-DPO, which is a tenth. As they were published they are among the changes and the ablations.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ FOURTH_RATES = {
 """By the best and the second: one further where the best lies at an end, else one between the two."""
 SWEEP_S, FINAL_S = 600.0, 2400.0
 """Seconds of training on one core of a quiet machine."""
+HORIZON_S = 900.0
+"""A final run lasts at least so long, to show what it keeps, and ends then if it has reached `COMPARED`."""
 TARGETS = (0.65, 0.70, 0.75, 0.80, 0.85)
 """Shares of exact images, decided before any run."""
-TAIL_S = 600.0
-"""For how much longer a final run goes on once the highest target is reached and confirmed."""
+COMPARED = 0.80
+"""The target at which methods are compared, and by the time to which settings are chosen."""
 SWEEP_SEED, FINAL_SEEDS = 0, (1, 2, 3)
 """Settings are not judged again by the seed and the noise that they were chosen by."""
 OURS = "dgpo"
@@ -47,7 +49,7 @@ class Method:
     title: str
     fixed: Sequence[str] = ()
     changes: tuple[str, str, str, str]
-    """Overrides that are tried one at a time, at the best learning rate."""
+    """What is tried at the best learning rate, one at a time; a space stands between overrides that belong together."""
 
 
 METHODS = {
@@ -81,7 +83,8 @@ METHODS = {
         recipe="tiny-diffusion-nft",
         title="DiffusionNFT",
         changes=(
-            "algorithm.train_timesteps=2", "algorithm.train_timesteps=9", "algorithm.beta=0.1", "old_policy.rate=0.01"
+            "algorithm.train_timesteps=2", "algorithm.beta=0.1", "algorithm.kl_coef=0.02",
+            "old_policy.rate=0.0075 old_policy.max_decay=0.999",
         ),
     ),
     "awm": Method(
@@ -106,7 +109,7 @@ Draws = Literal["ode", "sde", "base"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ablation:
-    """DGPO at its best setting, but for one thing."""
+    """DGPO at the setting with which it is soonest, but for one thing."""
 
     title: str
     changes: tuple[str, ...] = ()
@@ -125,6 +128,11 @@ ABLATIONS = {
     "pairs": Ablation(title="pairs: of a group the best and the worst", pairs=True),
     "groups-of-4": Ablation(title="groups of 4, twice as many", changes=("groups.size=4", "groups.per_iteration=32")),
     "groups-of-16": Ablation(title="groups of 16, half as many", changes=("groups.size=16", "groups.per_iteration=8")),
+    "published": Ablation(
+        title="as published, for large latents: beta 100, range 0.01, two noise levels",
+        changes=("algorithm.beta=100", "algorithm.clip=0.01", "algorithm.train_timesteps=2"),
+    ),
+    "global-std": Ablation(title="advantages over the deviation of all groups", changes=("advantages.std=global",)),
     "beta-1": Ablation(title="beta 1", changes=("algorithm.beta=1",)),
     "beta-10": Ablation(title="beta 10", changes=("algorithm.beta=10",)),
     "beta-100": Ablation(title="beta 100", changes=("algorithm.beta=100",)),
@@ -154,7 +162,8 @@ class Run:
         changed = [*COMMON, *METHODS[self.method].fixed, *self.setting, *ablated]
         # The average that is judged looks back over as many iterations, however many steps these make.
         steps = load_recipe(METHODS[self.method].recipe, changed).optimizer.steps_per_iteration
-        return [*changed, f"evaluation_ema.every={steps}", f"seed={self.seed}"]
+        average = [] if steps == 1 else [f"evaluation_ema.warmup={9 * steps}"]
+        return [*changed, f"evaluation_ema.every={steps}", *average, f"seed={self.seed}"]
 
     @property
     def draws(self) -> Draws:
@@ -190,14 +199,14 @@ def fourth_rates(rates: Mapping[str, Sequence[str]]) -> list[Run]:
 def changes(best: Mapping[str, tuple[str, ...]]) -> list[Run]:
     """The changes of the methods whose best learning rate is known, by turns."""
     return [
-        _swept(method, (*setting, METHODS[method].changes[number]))
+        _swept(method, (*setting, *METHODS[method].changes[number].split()))
         for number in range(4)
         for method, setting in best.items()
     ]
 
 
 def finals(best: Mapping[str, tuple[str, ...]]) -> list[Run]:
-    """The best settings of the methods whose sweep is over, from every seed, by turns."""
+    """The settings that were chosen of the methods whose sweep is over, from every seed, by turns."""
     return [
         Run(method=method, setting=setting, seed=seed, budget_s=FINAL_S)
         for seed in FINAL_SEEDS
@@ -206,7 +215,7 @@ def finals(best: Mapping[str, tuple[str, ...]]) -> list[Run]:
 
 
 def ablations(setting: tuple[str, ...]) -> list[Run]:
-    """What changes one thing of DGPO's best setting, from every seed, by turns; what changes nothing is left out."""
+    """What changes one thing of DGPO's setting, from every seed, by turns; what changes nothing is left out."""
     return [
         Run(method=OURS, setting=setting, seed=seed, budget_s=SWEEP_S, ablation=name)
         for seed in FINAL_SEEDS
@@ -218,7 +227,7 @@ def ablations(setting: tuple[str, ...]) -> list[Run]:
 def every_kind() -> list[Run]:
     """A run of every setting that the queue may hold, but for the learning rates: what each costs is measured."""
     rate = ("optimizer.lr=1e-3",)
-    settings = {method: [rate, *((*rate, change) for change in METHODS[method].changes)] for method in METHODS}
+    settings = {method: [rate, *((*rate, *change.split()) for change in METHODS[method].changes)] for method in METHODS}
     return [_swept(method, setting) for method, tried in settings.items() for setting in tried]
 
 

@@ -113,11 +113,17 @@ class DGPOConfig(_Noised):
         }
 
 
+SDEType = Literal["sde", "cps"]
+
+
 class FlowGRPOConfig(Method):
     """Flow-GRPO (arXiv 2505.05470): policy gradients along the trajectory of a stochastic sampler."""
 
     name: Literal["flow_grpo"] = "flow_grpo"
     noise_level: Positive = 0.7
+    sde_type: SDEType = "sde"
+    """What a stochastic step is: of the SDE with the ODE's marginals, or of Coefficients-Preserving Sampling
+    (arXiv 2509.05952), whose noise_level is at most 1."""
     clip: Positive = 1e-4
     """Range of the likelihood ratio to the policy that drew, outside which a sample gives no gradient."""
     kl_coef: NonNegative = 0.04
@@ -147,6 +153,10 @@ class FlowGRPOConfig(Method):
         return {"reference": each * (self.kl_coef > 0), "policy": each}
 
     def check_points(self, steps: int) -> None:
+        if self.sde_type == "cps" and self.noise_level > 1:
+            raise ValueError(
+                f"algorithm.noise_level must be at most 1 where algorithm.sde_type is cps, got {self.noise_level:g}"
+            )
         if self.trained_steps > steps:
             raise ValueError(
                 f"algorithm.trained_steps must be at most rollout.steps ({steps}), got {self.trained_steps}"

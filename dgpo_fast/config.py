@@ -153,11 +153,16 @@ class OldPolicyConfig(Section):
 
 
 class EvaluationEmaConfig(Section):
-    """The slow moving average that is evaluated and saved: decay = min(max_decay, (1 + step) / (10 + step))."""
+    """The slow moving average that is evaluated and saved: decay = min(max_decay, (1 + step) / (1 + warmup + step))."""
 
     max_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    warmup: NonNegative = 9.0
     every: Count = 8
     """Applied where (step + 1) is a multiple of this."""
+
+    def decay_at(self, step: int) -> float:
+        """What the average keeps of itself where it is applied after `step`, counted from 0."""
+        return min(self.max_decay, (1 + step) / (1 + self.warmup + step))
 
 
 class OptimizerConfig(Section):

@@ -54,7 +54,7 @@ class Learner:
             self.policy.refresh("policy")
             after_step(self.policy, number)
             if (number + 1) % average.every == 0:
-                self.policy.average_into("ema", decay=min(average.max_decay, (1 + number) / (10 + number)))
+                self.policy.average_into("ema", decay=average.decay_at(number))
         self.skipped += not is_made
         self.skipped_in_a_row = 0 if is_made else self.skipped_in_a_row + 1
         if self.skipped_in_a_row > settings.max_skipped:

@@ -42,8 +42,8 @@ BASELINES = {
     # steps, guidance, groups, LoRA rank and alpha, micro-batch, steps of an iteration, evaluation EMA, settings
     "flow-grpo": (10, 4.5, (24, 48), (32, 64), 9, 2, (0.9, 8), FlowGRPOConfig(
         noise_level=0.7, clip=1e-4, kl_coef=0.04, trained_steps=9, window=None)),
-    "flow-grpo-fast": (10, 4.5, (24, 48), (32, 64), 9, 2, (0.9, 8), FlowGRPOConfig(
-        noise_level=0.8, clip=1e-5, kl_coef=0, trained_steps=5, window=2)),
+    "flow-grpo-fast": (10, 1, (24, 48), (32, 64), 9, 2, (0.9, 8), FlowGRPOConfig(
+        sde_type="cps", noise_level=0.8, clip=1e-5, kl_coef=0, trained_steps=5, window=3)),
     "nft": (10, 1, (24, 48), (32, 64), 9, 1, (0.9, 1), DiffusionNFTConfig(
         beta=1, kl_coef=1e-4, trunc=9, train_timesteps=9)),
     "awm": (14, 1, (24, 72), (32, 64), 6, 1, (0.99, 1), AWMConfig(

@@ -65,7 +65,7 @@ def test_forwards_per_image(recipe: str, overrides: list[str], counts: tuple[int
     ("name", "counts", "micro_batches"),
     [
         ("flow-grpo", {"rollout": 20, "reference": 18, "policy": 18}, 9 * 1152 // 9),
-        ("flow-grpo-fast", {"rollout": 20, "reference": 0, "policy": 4}, 2 * 1152 // 9),
+        ("flow-grpo-fast", {"rollout": 10, "reference": 0, "policy": 3}, 3 * 1152 // 9),
         ("nft", {"rollout": 10, "reference": 9, "old policy": 9, "policy": 9}, 9 * 1152 // 9),
         ("awm", {"rollout": 14, "reference": 6, "old policy": 6, "policy": 6}, 6 * 1728 // 6),
         ("dpo", {"rollout": 80, "reference": 3.25, "policy": 3.25}, 39 * 16 // 16),

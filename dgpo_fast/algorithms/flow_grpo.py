@@ -6,6 +6,11 @@
     ratio = p_theta(x_next | x) / p_old(x_next | x)                                                             loss
     minimise max(-A ratio, -A clamp(ratio, 1 +- clip)) + kl_coef |mean_theta - mean_ref|^2 / (2 s^2)             loss
 
+The stochastic step is the paper's, or that of Coefficients-Preserving Sampling (arXiv 2509.05952), which its authors
+recommend for the fast form; there, as in their code, the ratio is exp(|x_next - mean_old|^2 - |x_next - mean_theta|^2)
+and s the noise's deviation. The first fast form of their code drew the ODE's steps before the window once for a group;
+here, as in its later one, each sample has them of its own.
+
 Departures from the code its authors published: it shuffles the samples before it shares them out to the optimizer
 steps of an iteration, here each step has whole groups; it leaves samples without an advantage out, here they keep their
 place and feel the KL term; it guides in the model's precision, here it is float32. As there, the velocity without the
@@ -42,7 +47,10 @@ class FlowGRPO:
         assert isinstance(config.algorithm, FlowGRPOConfig)
         self.config, self.settings = config, config.algorithm
         self.sampler = SDESampler.from_config(
-            config.rollout, noise_level=self.settings.noise_level, device=world.device
+            config.rollout,
+            noise_level=self.settings.noise_level,
+            sde_type=self.settings.sde_type,
+            device=world.device,
         )
 
     def prepare(self, policy: Policy) -> str:
@@ -104,7 +112,8 @@ class FlowGRPO:
             taken = self._step(policy, "policy", batch)
         share_M, clip, advantage_M = batch.sample_share * batch.valid_M, self.settings.clip, batch.advantage_M
         # Not the ratio is made 1 but its logarithm 0: the gradient of what is masked would be NaN otherwise.
-        ratio_M = (taken.log_prob_B - batch.old_log_prob_M).where(batch.valid_M, 0.0).exp()
+        log_ratio_M = self.sampler.density_scale(batch.step) * (taken.log_prob_B - batch.old_log_prob_M)
+        ratio_M = log_ratio_M.where(batch.valid_M, 0.0).exp()
         surrogate_M = torch.maximum(-advantage_M * ratio_M, -advantage_M * ratio_M.clamp(1 - clip, 1 + clip))
         policy_loss = (share_M * surrogate_M).sum()
         loss, measured = policy_loss, {}
@@ -146,7 +155,8 @@ class FlowGRPO:
                 drawn = self.sampler.step(number, x, velocity(x), streams=streams[:drawn_at_once])
             x, x_next = (tensor[:kept] for tensor in (x, drawn.x_next))
             trained = self.sampler.step(number, x, velocity(x).detach(), x_next=x_next)
-        return float((torch.exp(trained.log_prob_B - drawn.log_prob_B[:kept]) - 1).abs().max())
+        log_ratio_B = self.sampler.density_scale(number) * (trained.log_prob_B - drawn.log_prob_B[:kept])
+        return float((log_ratio_B.exp() - 1).abs().max())
 
     def _micro_batches(self, num_samples: int, update: int) -> list[slice]:
         """This rank's, for one of the iteration's optimizer steps."""

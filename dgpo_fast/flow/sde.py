@@ -1,4 +1,5 @@
-"""Stochastic sampling: an SDE whose marginals are those of the flow's ODE, and the densities of what it drew.
+"""Stochastic sampling: an SDE whose marginals are those of the flow's ODE, or Coefficients-Preserving Sampling, and the
+densities of what was drawn.
 
 Shape letters: B samples, T steps of a schedule, S steps that are kept, C H W latents.
 """
@@ -15,10 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dgpo_fast import rng
+from dgpo_fast.algorithm_config import SDEType
 from dgpo_fast.config import RolloutConfig
 from dgpo_fast.flow.rollout import model_timesteps
 from dgpo_fast.flow.schedules import schedule_sigmas
-from dgpo_fast.ops.sde_step import STD, SDEStep, sde_coefficients, sde_step
+from dgpo_fast.ops.sde_step import STD, SDEStep, cps_coefficients, sde_coefficients, sde_step
 from dgpo_fast.profiling import span, stage
 from dgpo_fast.records import Trajectory
 
@@ -27,29 +29,30 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class SDESampler:
-    """Flow-GRPO's sampler on a schedule (arXiv 2505.05470, eq. 9)."""
+    """Flow-GRPO's sampler on a schedule: its SDE (arXiv 2505.05470, eq. 9) or CPS (arXiv 2509.05952)."""
 
     sigmas: NDArray[np.float64]  # [T + 1]
     timesteps: tuple[float, ...]  # [T], what the model is told at each step
     coefficients_T3: Tensor  # float64, on the CPU: of x, of the velocity, and the standard deviation of each step
+    sde_type: SDEType = "sde"
     device: torch.device = CPU
     """Where steps are made: elsewhere each would wait for a copy of its coefficients."""
 
     @classmethod
-    def from_config(cls, config: RolloutConfig, *, noise_level: float, device: torch.device = CPU) -> SDESampler:
+    def from_config(
+        cls, config: RolloutConfig, *, noise_level: float, sde_type: SDEType = "sde", device: torch.device = CPU
+    ) -> SDESampler:
         """The sampler of a recipe."""
         sigmas = schedule_sigmas(config.schedule, config.steps, shift=config.shift)
         sigma = torch.from_numpy(sigmas)
+        if sde_type == "cps":
+            coefficients_T3 = cps_coefficients(sigma[:-1], sigma[1:], noise_level=noise_level)
+        else:
+            second = float(sigma[1]) if config.steps > 1 else 0.0
+            coefficients_T3 = sde_coefficients(sigma[:-1], sigma[1:], noise_level=noise_level, sigma_max_next=second)
+        timesteps = model_timesteps(sigmas[:-1], config.timesteps)
         return cls(
-            sigmas=sigmas,
-            timesteps=model_timesteps(sigmas[:-1], config.timesteps),
-            coefficients_T3=sde_coefficients(
-                sigma[:-1],
-                sigma[1:],
-                noise_level=noise_level,
-                sigma_max_next=float(sigma[1]) if config.steps > 1 else 0.0,
-            ),
-            device=device,
+            sigmas=sigmas, timesteps=timesteps, coefficients_T3=coefficients_T3, sde_type=sde_type, device=device
         )
 
     def step(
@@ -69,9 +72,14 @@ class SDESampler:
         )
 
     def squared_noise(self, number: int) -> float:
-        """s^2 of a step, the rate of its variance: std^2 / -dt."""
-        std = float(self.coefficients_T3[number, STD])
-        return std**2 / float(self.sigmas[number] - self.sigmas[number + 1])
+        """What a step's KL term measures distances by: s^2, the rate of the SDE's variance, or the variance of CPS."""
+        variance = float(self.coefficients_T3[number, STD]) ** 2
+        return variance if self.sde_type == "cps" else variance / float(self.sigmas[number] - self.sigmas[number + 1])
+
+    def density_scale(self, number: int) -> float:
+        """How often a difference of a step's log-densities counts: of CPS the published code compares the squared
+        distances from the mean alone, which are 2 std^2 times as far apart."""
+        return 2 * float(self.coefficients_T3[number, STD]) ** 2 if self.sde_type == "cps" else 1.0
 
     @torch.no_grad()
     def sample(

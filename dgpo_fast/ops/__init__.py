@@ -11,7 +11,7 @@ from dgpo_fast.ops.joint_qk_norm import QKV, QKWeights, joint_qk_norm
 from dgpo_fast.ops.layer_norm_modulate import layer_norm_modulate
 from dgpo_fast.ops.quantise_rows import QuantisedRows, quantise_rows
 from dgpo_fast.ops.registry import Serving, describe_serving, implementations, serving
-from dgpo_fast.ops.sde_step import SDEStep, sde_coefficients, sde_step
+from dgpo_fast.ops.sde_step import SDEStep, cps_coefficients, sde_coefficients, sde_step
 from dgpo_fast.ops.solver_step import solver_step, solver_step_
 from dgpo_fast.ops.velocity_errors import VelocityErrors, velocity_errors
 
@@ -27,6 +27,7 @@ __all__ = [
     "Serving",
     "VelocityErrors",
     "bias_gelu",
+    "cps_coefficients",
     "describe_serving",
     "ema_lerp_",
     "flow_interpolate",

@@ -1,4 +1,4 @@
-"""One step of Flow-GRPO's sampler: an SDE with the marginals of the flow's ODE, and the density of what it drew.
+"""One step of Flow-GRPO's samplers, an SDE with the flow's marginals or CPS, and the density of what it drew.
 
 Shape letters: B samples, G groups that share a noise, T steps of a schedule, ... the latent dimensions.
 """
@@ -63,15 +63,8 @@ def sde_coefficients(
 
     Source: Flow-GRPO, arXiv 2505.05470, eq. 9, and at sigma = 1 the code its authors published.
     """
-    sigma, sigma_next = sigma_T.double(), sigma_next_T.double()
+    sigma, sigma_next = _checked_steps(sigma_T, sigma_next_T)
     level = torch.as_tensor(noise_level, dtype=torch.float64, device=sigma.device).expand_as(sigma)
-    if sigma.dim() != 1:
-        raise ValueError(f"sigma_T: expected [T], got {list(sigma.shape)}")
-    check_shape("sigma_next_T", sigma_next, sigma.shape, meaning="one for each step")
-    if not ((sigma > 0) & (sigma <= 1)).all():
-        raise ValueError(f"sigma_T: expected numbers in (0, 1], got {sigma.tolist()}")
-    if not ((sigma_next >= 0) & (sigma_next < sigma)).all():
-        raise ValueError(f"sigma_next_T: expected numbers in [0, sigma), got {sigma_next.tolist()}")
     if not (level >= 0).all() or not level.isfinite().all():
         raise ValueError(f"noise_level: expected finite numbers that are not negative, got {noise_level}")
     if not 0 <= sigma_max_next < 1:
@@ -81,6 +74,47 @@ def sde_coefficients(
     of_x = 1 + variance_rate * dt / (2 * sigma)
     of_velocity = (1 + variance_rate * (1 - sigma) / (2 * sigma)) * dt
     return torch.stack([of_x, of_velocity, (variance_rate * -dt).sqrt()], dim=1)
+
+
+def cps_coefficients(sigma_T: Tensor, sigma_next_T: Tensor, *, noise_level: float) -> Tensor:
+    """The same of Coefficients-Preserving Sampling: to the data and the noise that a velocity predicts it gives the
+    weights that they have at the next noise level, and fresh noise the place of a part of the old.
+
+        s = sigma_next sin(noise_level pi / 2),    x_0 = x - sigma v,    x_1 = x + (1 - sigma) v
+        mean = (1 - sigma_next) x_0 + sqrt(sigma_next^2 - s^2) x_1,    std = s
+
+    Args:
+        sigma_T: [T], in (0, 1].
+        sigma_next_T: [T], in [0, sigma).
+        noise_level: in 0..1; 0 makes an ODE step of it, Euler's, 1 leaves nothing of the old noise.
+
+    Returns:
+        [T, 3], float64, on the device of sigma_T: of x, of the velocity, and std.
+
+    Raises:
+        ValueError: naming the argument of a wrong shape or range. Ranges are looked at, which waits for a device.
+
+    Source: arXiv 2509.05952.
+    """
+    sigma, sigma_next = _checked_steps(sigma_T, sigma_next_T)
+    if not 0 <= noise_level <= 1:
+        raise ValueError(f"noise_level: expected a number in 0..1, got {noise_level}")
+    of_data, of_noise = 1 - sigma_next, sigma_next * math.cos(noise_level * math.pi / 2)
+    std = sigma_next * math.sin(noise_level * math.pi / 2)
+    return torch.stack([of_data + of_noise, (1 - sigma) * of_noise - sigma * of_data, std], dim=1)
+
+
+def _checked_steps(sigma_T: Tensor, sigma_next_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float64."""
+    sigma, sigma_next = sigma_T.double(), sigma_next_T.double()
+    if sigma.dim() != 1:
+        raise ValueError(f"sigma_T: expected [T], got {list(sigma.shape)}")
+    check_shape("sigma_next_T", sigma_next, sigma.shape, meaning="one for each step")
+    if not ((sigma > 0) & (sigma <= 1)).all():
+        raise ValueError(f"sigma_T: expected numbers in (0, 1], got {sigma.tolist()}")
+    if not ((sigma_next >= 0) & (sigma_next < sigma)).all():
+        raise ValueError(f"sigma_next_T: expected numbers in [0, sigma), got {sigma_next.tolist()}")
+    return sigma, sigma_next
 
 
 def sde_step(
@@ -103,7 +137,8 @@ def sde_step(
         x: [B, ...], float32 or float64. The arithmetic runs in this dtype.
         velocity: [B, ...], any floating-point dtype.
         coefficients_B3: [B, 3], float32 or float64: of_x, of_velocity and std of each sample's step, rows of
-            `sde_coefficients`. Where std is 0 the step is one of an ODE: x_next is the mean, and log_prob 0.
+            `sde_coefficients` or `cps_coefficients`. Where std is 0 the step is one of an ODE: x_next is the mean, and
+            log_prob 0.
         noise: [G, ...], dtype of x: z, given.
         streams: z drawn where it is used: a stream for each group, or their words, as in `flow_interpolate`.
         group_B: [B], int64 in 0..G-1, where z is given or drawn. None stands for 0, 1, 2, ...: a noise for each sample.

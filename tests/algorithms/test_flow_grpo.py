@@ -30,6 +30,7 @@ EPS = torch.finfo(torch.float32).eps
 SPREAD = 0.2
 LEVEL = 0.7
 RECIPE = ("algorithm.trained_steps=3", f"algorithm.noise_level={LEVEL}")
+WINDOW = ("algorithm.trained_steps=3", "algorithm.window=2")
 
 
 def drawn(policy: AdapterPolicy, config: Config, prompts_of: PromptsOf, **named: Any) -> Rollout:
@@ -62,23 +63,27 @@ def schedule(config: Config) -> list[float]:
 def written(
     policy: AdapterPolicy, config: Config, batch: TrajectoryBatch, *, num_valid: int, detached: bool = True
 ) -> dict[str, Tensor]:
-    """A micro-batch's part of everything, in float64, by section 5 of the paper's summary; means over valid samples."""
+    """A micro-batch's part of everything, in float64, by section 5 of the paper's summary, or with CPS's step as its
+    authors compute it; means over valid samples."""
     sigmas, settings = schedule(config), config.algorithm
-    sigma, dt = sigmas[batch.step], sigmas[batch.step + 1] - sigmas[batch.step]
+    sigma, sigma_next, is_cps = *sigmas[batch.step : batch.step + 2], settings.sde_type == "cps"
+    dt, x = sigma_next - sigma, batch.x_MCHW.double()
     s = LEVEL * math.sqrt(sigma / (1 - (sigmas[1] if sigma == 1 else sigma)))
+    if is_cps:
+        s = sigma_next * math.sin(LEVEL * math.pi / 2)
 
     def mean_of(velocity: Tensor) -> Tensor:
-        return (1 + s**2 * dt / (2 * sigma)) * batch.x_MCHW.double() + (
-            1 + s**2 * (1 - sigma) / (2 * sigma)
-        ) * dt * velocity
+        if is_cps:
+            data, noise = x - sigma * velocity, x + (1 - sigma) * velocity
+            return (1 - sigma_next) * data + math.sqrt(sigma_next**2 - s**2) * noise
+        return (1 + s**2 * dt / (2 * sigma)) * x + (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt * velocity
 
     mean = mean_of(guided(policy, config, "policy", batch, detached=detached))
     with torch.no_grad():
         reference = mean_of(guided(policy, config, "ref", batch))
-    normal = torch.distributions.Normal(mean, s * math.sqrt(-dt))
-    kept = batch.valid_M
-    log_prob_M = normal.log_prob(batch.x_next_MCHW.double()).mean((1, 2, 3))
-    ratio = torch.exp(log_prob_M - batch.old_log_prob_M.double())[kept]
+    std, kept = s if is_cps else s * math.sqrt(-dt), batch.valid_M
+    log_prob_M = torch.distributions.Normal(mean, std).log_prob(batch.x_next_MCHW.double()).mean((1, 2, 3))
+    ratio = torch.exp((2 * std**2 if is_cps else 1) * (log_prob_M - batch.old_log_prob_M.double()))[kept]
     advantage, clip = batch.advantage_M.double()[kept], settings.clip
     surrogate = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
     distance = (mean - reference).square().mean((1, 2, 3))[kept] / (2 * s**2)
@@ -91,12 +96,15 @@ def written(
 
 
 @pytest.mark.parametrize("invalid", [(), (1, 6)])
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize(("guidance", "sde_type"), [(1.0, "sde"), (3.0, "sde"), (1.0, "cps")])
 def test_the_loss_and_its_gradient_are_the_written_ones(
     make_policy: MakePolicy, tiny: Tiny, prompts_of: PromptsOf, score: Score, learn: Learn, gradient_of: GradientOf,
-    guidance: float, invalid: tuple[int, ...],
+    guidance: float, sde_type: str, invalid: tuple[int, ...],
 ) -> None:  # fmt: skip
-    overrides = (f"algorithm.clip={0.003 * guidance}", "algorithm.kl_coef=0.3", f"rollout.guidance={guidance}")
+    overrides = (
+        f"algorithm.clip={0.003 * guidance}", "algorithm.kl_coef=0.3", f"rollout.guidance={guidance}",
+        f"algorithm.sde_type={sde_type}",
+    )  # fmt: skip
     config = tiny("tiny-flow-grpo", *RECIPE, *overrides, micro=8)
     policy = make_policy(config, spread=SPREAD)
     scored = score(drawn(policy, config, prompts_of), config, invalid=invalid)
@@ -230,12 +238,12 @@ def test_splitting_a_step_into_micro_batches_changes_nothing(
     assert found == {name: pytest.approx(value, rel=64 * EPS, abs=16 * EPS) for name, value in report.items()}
 
 
-@pytest.mark.parametrize("recipe", ["tiny-flow-grpo", "tiny-flow-grpo-fast"])
+@pytest.mark.parametrize("recipe", [["tiny-flow-grpo"], ["tiny-flow-grpo-fast", "algorithm.window=2"]])
 def test_any_number_of_ranks_draws_the_same(
-    make_policy: MakePolicy, tiny: Tiny, prompts_of: PromptsOf, recipe: str
+    make_policy: MakePolicy, tiny: Tiny, prompts_of: PromptsOf, recipe: list[str]
 ) -> None:
     """Latents, noise of the steps and window, to the bit: they are named by iteration, group and sample."""
-    config = tiny(recipe, "algorithm.trained_steps=3", micro=2)
+    config = tiny(*recipe, "algorithm.trained_steps=3", micro=2)
     policy = make_policy(config, spread=SPREAD)
     alone, later = (drawn(policy, config, prompts_of, iteration=iteration) for iteration in (4, 5))
     assert alone.trajectory is not None and later.trajectory is not None
@@ -257,7 +265,7 @@ def test_a_window_is_drawn_for_every_micro_batch(make_policy: MakePolicy, tiny: 
     Forwards of half a micro-batch, or of one and a half: neither changes what is trained.
     """
     for per_forward in (2, 6):
-        config = tiny("tiny-flow-grpo-fast", "algorithm.trained_steps=3", f"rollout.images_per_forward={per_forward}")
+        config = tiny("tiny-flow-grpo-fast", *WINDOW, f"rollout.images_per_forward={per_forward}")
         policy = make_policy(config, spread=SPREAD)
         firsts = list[tuple[int, int]]()
         for iteration in range(8):
@@ -275,7 +283,7 @@ def test_a_window_is_drawn_for_every_micro_batch(make_policy: MakePolicy, tiny: 
 def test_a_window_is_trained_where_it_was_drawn(
     make_policy: MakePolicy, tiny: Tiny, prompts_of: PromptsOf, score: Score, learn: Learn
 ) -> None:
-    config = tiny("tiny-flow-grpo-fast", "algorithm.trained_steps=3", "algorithm.clip=1e-30", "algorithm.kl_coef=0")
+    config = tiny("tiny-flow-grpo-fast", *WINDOW, "algorithm.clip=1e-30", "algorithm.kl_coef=0")
     policy = make_policy(config, spread=SPREAD)
     for iteration in (0, 1):
         rollout = drawn(policy, config, prompts_of, iteration=iteration)

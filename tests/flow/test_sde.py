@@ -81,6 +81,24 @@ def test_each_step_is_the_written_one() -> None:
         assert sampler.squared_noise(number) == pytest.approx(std**2 / (sigma - sigma_next), rel=1e-12)
 
 
+def test_preserving_steps_are_the_written_ones() -> None:
+    """In float64; what the loss compares are squared distances from the mean, whatever the deviation."""
+    sampler = SDESampler.from_config(ROLLOUT, noise_level=LEVEL, sde_type="cps")
+    _, trajectory = draw(sampler, range(STEPS))
+    for number in range(STEPS):
+        sigma, sigma_next = SIGMAS[number : number + 2].tolist()
+        x, x_next = trajectory.x_SBCHW[number].double(), trajectory.x_SBCHW[number + 1].double()
+        std, v = sigma_next * math.sin(LEVEL * math.pi / 2), velocity(x, number)
+        mean = (1 - sigma_next) * (x - sigma * v) + math.sqrt(sigma_next**2 - std**2) * (x + (1 - sigma) * v)
+        noise, largest = rng.normal(streams(number), SHAPE).double(), max(x.abs().max().item(), 1.0)
+        torch.testing.assert_close(x_next, mean + std * noise, rtol=0, atol=16 * EPS * largest)
+        scaled_B = sampler.density_scale(number) * trajectory.log_prob_SB[number].double()
+        distance_B = (x_next - mean).square().mean((1, 2, 3))
+        constant = 0.0 if std == 0 else 2 * std**2 * (math.log(std) + 0.5 * math.log(2 * math.pi))
+        torch.testing.assert_close(scaled_B, -distance_B * (std > 0) - constant, rtol=1e-4, atol=1e-6)
+        assert sampler.squared_noise(number) == pytest.approx(std**2, rel=1e-12)
+
+
 def test_means_and_variances_follow_the_recursion() -> None:
     """Of 32768 pixels, to five of their standard errors: linear in x, the velocity keeps them Gaussian."""
     _, trajectory = draw(SDESampler.from_config(ROLLOUT, noise_level=LEVEL), range(STEPS))

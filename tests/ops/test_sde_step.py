@@ -111,6 +111,27 @@ def test_without_noise_a_step_is_that_of_euler() -> None:
     assert torch.equal(rows, torch.stack([torch.ones(5), SIGMA_NEXT - SIGMA, torch.zeros(5)], dim=1))
 
 
+def test_preserving_steps_are_those_of_the_paper() -> None:
+    """The mean is of the data and the noise that the velocity predicts; what is drawn lies on the flow's marginal."""
+    x, velocity = torch.randn(2, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for level in (0.0, 0.3, 0.8, 1.0):
+        rows = ops.cps_coefficients(SIGMA, SIGMA_NEXT, noise_level=level)
+        of_x, of_velocity, std = (column[:, None] for column in rows.unbind(1))
+        sigma, sigma_next = SIGMA[:, None].double(), SIGMA_NEXT[:, None].double()
+        s = sigma_next * math.sin(level * math.pi / 2)
+        data, noise = x - sigma * velocity, x + (1 - sigma) * velocity
+        mean = (1 - sigma_next) * data + (sigma_next.square() - s.square()).clamp(min=0).sqrt() * noise
+        torch.testing.assert_close(of_x * x + of_velocity * velocity, mean, rtol=0, atol=1e-8)
+        torch.testing.assert_close(std, s, rtol=0, atol=1e-15)
+        # Of an exact velocity, noise - data, the mean has 1 - sigma_next of the data; both noises make sigma_next.
+        of_data = of_x * (1 - sigma) - of_velocity
+        of_noise = of_x * sigma + of_velocity
+        torch.testing.assert_close(of_data, 1 - sigma_next, rtol=0, atol=1e-12)
+        torch.testing.assert_close((of_noise.square() + std.square()).sqrt(), sigma_next, rtol=0, atol=1e-12)
+    euler = torch.stack([torch.ones(5), SIGMA_NEXT - SIGMA, torch.zeros(5)], dim=1).double()
+    torch.testing.assert_close(ops.cps_coefficients(SIGMA, SIGMA_NEXT, noise_level=0), euler, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("sigma", [0.95, 0.6, 0.2])
 def test_steps_keep_the_marginals_of_the_flow(sigma: float) -> None:
     """For data N(0, c^2) all is Gaussian: variances follow the forward process up to an error of dt^2."""
@@ -147,6 +168,14 @@ def test_a_wrong_schedule_is_named(mistake: str) -> None:
     given = {"sigma_T": SIGMA, "sigma_next_T": SIGMA_NEXT, "noise_level": 0.7, "sigma_max_next": 0.9639, **wrong}
     with pytest.raises(ValueError, match=f"^{culprit}: "):
         ops.sde_coefficients(given.pop("sigma_T"), given.pop("sigma_next_T"), **given)
+
+
+@pytest.mark.parametrize("mistake", WRONG_SCHEDULES.keys() - {"a second sigma of one"} | {"noise above one"})
+def test_a_wrong_preserving_schedule_is_named(mistake: str) -> None:
+    culprit, wrong = WRONG_SCHEDULES.get(mistake, ("noise_level", {"noise_level": 1.1}))
+    given = {"sigma_T": SIGMA, "sigma_next_T": SIGMA_NEXT, "noise_level": 0.7, **wrong}
+    with pytest.raises(ValueError, match=f"^{culprit}: "):
+        ops.cps_coefficients(given.pop("sigma_T"), given.pop("sigma_next_T"), **given)
 
 
 @pytest.mark.parametrize("source", ["noise", "x_next"])
