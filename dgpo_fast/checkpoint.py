@@ -23,6 +23,7 @@ from math import inf, isnan, nan
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -151,9 +152,29 @@ def rotate(run_dir: Path, scores: Mapping[int, float], *, keep_last: int) -> Non
         fresh.replace(link)
         for path in checkpoints[:-keep_last]:
             if path != best:
-                shutil.rmtree(path)
+                doomed = path.with_name(f".{path.name}.old")
+                shutil.rmtree(doomed, ignore_errors=True)
+                path.rename(doomed)
     except OSError as error:
         raise UserError(f"cannot tidy {link.parent}: {error.strerror}; no checkpoint is damaged") from error
+    for path in link.parent.glob(".step-*.old"):
+        shutil.rmtree(path, ignore_errors=True)  # what somebody still reads, on a network's disk, goes next time
+
+
+def load_newest(run_dir: Path, world: World) -> Checkpoint | None:
+    """The newest checkpoint that rank 0 sees, for all ranks; None where a run ended before its first.
+
+    Raises:
+        UserError: on every rank: some do not see it, or as `load_checkpoint`.
+    """
+    checkpoints = list_checkpoints(run_dir)
+    name = world.gather_objects(checkpoints[-1].name if checkpoints else None)[0]
+    if name is None:
+        return None
+    newest = run_dir / "checkpoints" / name
+    if world.highest(not newest.is_dir()):
+        raise UserError(f"{newest} is not seen by every rank: {run_dir} has to lie where all of them read and write")
+    return load_checkpoint(newest, world)
 
 
 def load_checkpoint(directory: Path, world: World | None = None) -> Checkpoint:
@@ -220,6 +241,8 @@ def _together(world: World, action: Callable[[], None], *, only_first: bool = Fa
             action()
     except OSError as error:
         reason = error.strerror or str(error)
+    except SafetensorError as error:
+        reason = str(error)
     if reasons := [reason for reason in world.gather_objects(reason) if reason is not None]:
         raise _Failed(reasons[0])
 

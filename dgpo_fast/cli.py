@@ -77,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if error.errno not in MENDABLE:
             raise
         _refuse(f"{error.filename or 'output'}: {error.strerror}")
+    if status:
+        failures.fail("it was interrupted")
     raise SystemExit(status)
 
 

@@ -519,6 +519,8 @@ def parse_config(data: Mapping[str, Any], *, source: str) -> Config:
     try:
         # Strict JSON validation: "3" and 1.5 are no int, true is no float; but a list is a tuple and 1 is a float.
         return Config.model_validate_json(json.dumps({**data, **named}), strict=True)
+    except TypeError as error:  # of a YAML set, say
+        raise UserError(f"{source}: {error}") from None
     except ValidationError as error:
         raise UserError(f"{source}: {_explain(error)}") from None
 
@@ -559,7 +561,15 @@ def resume_conflicts(saved: Config, wanted: Config) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: PyYAML takes 3e-4 for a string."""
+    """YAML 1.2 floats: PyYAML takes 3e-4 for a string. A key that is there twice is an error, not the last one's."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                mark = node.value[number][0].start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is there twice", mark)
+        return super().construct_mapping(node, deep)
 
 
 # JSON, which validates, has no dates: 2024-01-01 is a string here.

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from dgpo_fast import launcher
+
 PACKAGES = (
     "dgpo-fast", "torch", "triton", "diffusers", "transformers", "peft", "accelerate", "deepspeed", "safetensors",
     "numpy",
@@ -52,7 +54,7 @@ def num_cores() -> int:
 
 def share_of_cores() -> int:
     """Cores for this process, where other ranks here, and other workers of a reward, take as many; at least 1."""
-    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * int(os.environ.get(WORKERS_VARIABLE, "1"))
+    sharers = launcher.local_size() * int(os.environ.get(WORKERS_VARIABLE, "1"))
     return max(1, num_cores() // sharers)
 
 

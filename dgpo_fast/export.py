@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from dgpo_fast.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from dgpo_fast.config import Config, load_run_config
@@ -35,8 +36,8 @@ def export_run(run_dir: Path, out: Path, *, step: int | None = None) -> Path:
             shutil.copytree(checkpoint.directory / "lora", out, dirs_exist_ok=True)
         else:
             _export_pipeline(config, checkpoint, out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
     return out
 
 

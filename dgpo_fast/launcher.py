@@ -1,4 +1,5 @@
-"""What a launcher says to a process: the variables that torchrun and DeepSpeed's launcher set. Alone where none did."""
+"""What a launcher says to a process: the variables that torchrun, DeepSpeed's launcher and SLURM set. Alone where none
+did."""
 
 from __future__ import annotations
 
@@ -18,6 +19,15 @@ def rank() -> int:
 def local_rank() -> int:
     """Its place among those of its machine, and the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_size() -> int:
+    """How many of them share its machine."""
+    if world_size() == 1:
+        return 1
+    # Of torchrun, DeepSpeed's launcher, and SLURM.
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 1)
 
 
 def is_first() -> bool:

@@ -7,13 +7,15 @@ as it is written. The others are copies for looking at.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import importlib
 import json
 import math
+import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import yaml
 
@@ -56,18 +58,16 @@ class MetricsLog:
         resume_step: optimizer steps that the checkpoint to continue from has seen; None for a new run.
 
     Raises:
-        UserError: wandb is not installed or refuses; a log to continue is no JSON.
+        UserError: another process writes them; wandb is not installed or refuses; a log to continue is no JSON.
     """
 
     def __init__(self, run_dir: Path, *, tensorboard: bool, wandb: bool, resume_step: int | None) -> None:
         self._wandb = _wandb_run(run_dir, resumed=resume_step is not None) if wandb else None
-        mode = "w" if resume_step is None else "a"
-        if resume_step is not None:
-            for name in (METRICS, EVALUATIONS, WARNINGS):
-                _cut(run_dir / name, resume_step)
-        self._metrics = (run_dir / METRICS).open(mode, encoding="utf-8")
-        self._evaluations = (run_dir / EVALUATIONS).open(mode, encoding="utf-8")
-        self._warnings = (run_dir / WARNINGS).open(f"{mode}+", encoding="utf-8")
+        self._metrics = _locked(run_dir / METRICS)
+        for name in (METRICS, EVALUATIONS, WARNINGS):
+            _cut(run_dir / name, -1 if resume_step is None else resume_step)
+        self._evaluations = (run_dir / EVALUATIONS).open("a", encoding="utf-8")
+        self._warnings = (run_dir / WARNINGS).open("a+", encoding="utf-8")
         self._tensorboard = _summary_writer(run_dir, resume_step) if tensorboard else None
 
     def write(self, report: StepReport) -> None:
@@ -181,9 +181,29 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 
+def _locked(path: Path) -> TextIO:
+    """A log to add to, which no other process adds to until it is closed.
+
+    Raises:
+        UserError: one does already.
+    """
+    file = path.open("a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"{path.parent}: a run that is not over writes there; end it, or give another --out") from None
+    except OSError:
+        pass  # of a file system that knows no locks
+    return file
+
+
 def _cut(path: Path, step: int) -> None:
-    """Shortens a log to its whole lines up to `step`."""
+    """Shortens a log to its whole lines up to `step`; -1 leaves none, whatever they are."""
     if not path.exists():
+        return
+    if step < 0:
+        os.truncate(path, 0)
         return
     with path.open("r+b") as file:
         kept = 0

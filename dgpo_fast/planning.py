@@ -249,6 +249,7 @@ def _missing_rewards(config: Config) -> Iterator[str]:
 def _missing_prompts(config: Config) -> Iterator[str]:
     from dgpo_fast.prompts import load_prompts
     from dgpo_fast.prompts.sources import missing_dataset
+    from dgpo_fast.rewards.prompt_checks import check_prompts
 
     for key, source in (("prompts.train", config.prompts.train), ("prompts.test", config.prompts.test)):
         if source is None:
@@ -256,7 +257,7 @@ def _missing_prompts(config: Config) -> Iterator[str]:
         elif (missing := missing_dataset(source)) is not None:
             yield f"{key}: {missing}"
         else:
-            load_prompts(source, key=key)
+            check_prompts(load_prompts(source, key=key), config.rewards, key=key)
 
 
 def _lack_of_memory(config: Config, memory: Memory) -> Iterator[str]:

@@ -7,14 +7,16 @@ run that resumes from a checkpoint ends where an uninterrupted one ends, to the 
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dgpo_fast.algorithms import find_algorithm
 from dgpo_fast.algorithms.base import Algorithm
-from dgpo_fast.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, rotate
+from dgpo_fast.checkpoint import Checkpoint, load_newest, rotate
 from dgpo_fast.config import Config, check_ranks, refuse_used
 from dgpo_fast.environment import peak_memory_gb
+from dgpo_fast.errors import UserError
 from dgpo_fast.evaluate import Metrics, draw_images, evaluate_view, headline
 from dgpo_fast.guard import STOPPED, Guard
 from dgpo_fast.interruption import Interrupted, Interruption
@@ -24,10 +26,11 @@ from dgpo_fast.ops.registry import describe_serving
 from dgpo_fast.parallel.placement import placement_of
 from dgpo_fast.parallel.world import World
 from dgpo_fast.profiling import StageClock, stage, use_clock
-from dgpo_fast.prompts import PromptSampler, load_prompts
+from dgpo_fast.prompts import PromptSampler, digest_of, load_prompts
 from dgpo_fast.records import LossOutput, PromptBatch, Rollout, ScoredGroups, StepReport
 from dgpo_fast.rewards import OverlappedScoring, Scorer, Scores
 from dgpo_fast.rewards.grouping import group_scores
+from dgpo_fast.rewards.prompt_checks import check_prompts
 from dgpo_fast.run_directory import RunDirectory, refuse_conflicts
 from dgpo_fast.signals import step_metrics
 
@@ -46,9 +49,7 @@ class Trainer:
         self.world = World.from_environment(config)
         if resume:
             refuse_conflicts(out, config)
-        # A run that ended before its first checkpoint goes on from its beginning.
-        checkpoints = list_checkpoints(out) if resume else []
-        saved = load_checkpoint(checkpoints[-1], self.world) if checkpoints else None
+        saved = load_newest(out, self.world) if resume else None
         if self.world.is_first and not resume:
             refuse_used(out)
         check_ranks(config, self.world.size)
@@ -56,9 +57,10 @@ class Trainer:
         self.samples_of_ranks = placement.samples_of_ranks(total=config.images_per_iteration)
         self.scorer = Scorer(config.rewards, device=self.world.device)
         self.warning: str | None = None  # of the last iteration
-        self.test_prompts = load_prompts(config.prompts.test, key="prompts.test")[: config.evaluation.num_prompts]
-        train_prompts = load_prompts(config.prompts.train, key="prompts.train")
-        self.prompts = PromptSampler(train_prompts, per_iteration=config.groups.per_iteration, seed=config.seed)
+        test, train = (_prompts(config, split) for split in ("test", "train"))
+        self.prompt_digests = {"test": digest_of(test), "train": digest_of(train)}
+        self.test_prompts = test[: config.evaluation.num_prompts]
+        self.prompts = PromptSampler(train, per_iteration=config.groups.per_iteration, seed=config.seed)
         self.clock = StageClock(synchronize=self.world.wait_for_device)
         use_clock(self.clock)
         self.interruption = Interruption(self.world)
@@ -70,10 +72,14 @@ class Trainer:
             self.unconditional = self.policy.model.encode([""])
         self.guard = Guard(config)
         self.step, self.wall_s = 0, 0.0
+        self.base_metrics: Metrics | None = None
         if saved is not None:
             self._restore(saved)
-        past = [line for line in read_evaluations(out) if line["step"] <= self.step]  # later ones are made again
-        self.base_metrics: Metrics | None = past[0]["base"] if past else None
+        # Of rank 0, which wrote them. Later ones are made again.
+        mine = read_evaluations(out) if resume and self.world.is_first else []
+        past = [line for line in self.world.gather_objects(mine)[0] if line["step"] <= self.step]
+        if past:
+            self.base_metrics = past[0]["base"]
         self.scores = {line["step"]: headline(line["tuned"], config) for line in past}
         self.readiness = self.algorithm.prepare(self.policy)
 
@@ -206,11 +212,12 @@ class Trainer:
 
     def _evaluate(self, run: RunDirectory) -> None:
         """Held-out metrics of the evaluation EMA; before the first step it is the base."""
-        tuned = evaluate_view(
-            self.policy, "ema" if self.step else "ref", self.test_prompts, self.config, self.scorer, self.world,
+        measure = partial(
+            evaluate_view, prompts=self.test_prompts, config=self.config, scorer=self.scorer, world=self.world,
             check=self.interruption.check, say=run.say,
         )  # fmt: skip
-        self.base_metrics = self.base_metrics or tuned
+        self.base_metrics = self.base_metrics or measure(self.policy, "ref")
+        tuned = measure(self.policy, "ema") if self.step else self.base_metrics
         run.log_evaluation(self.step, num_prompts=len(self.test_prompts), base=self.base_metrics, tuned=tuned)
         self.scores[self.step] = headline(tuned, self.config)
         if self.world.is_first:
@@ -224,14 +231,29 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         with stage("checkpoint"):
-            values = {"wall_s": self.wall_s, "stages": self.clock.by_name(), "guard": self.guard.state()}
+            values = {
+                "wall_s": self.wall_s, "stages": self.clock.by_name(), "guard": self.guard.state(),
+                "base": self.base_metrics, "prompts": self.prompt_digests,
+            }  # fmt: skip
             self.learner.save(self.out, self.step, values)
             if self.world.is_first:
                 rotate(self.out, self.scores, keep_last=self.config.checkpoints.keep_last)
             self.world.wait()
 
     def _restore(self, saved: Checkpoint) -> None:
+        for split, digest in saved.values.get("prompts", {}).items():
+            if digest != self.prompt_digests[split]:
+                raise UserError(f"prompts.{split}: these are other prompts than those that the run began with")
         self.learner.restore(saved)
+        self.base_metrics = saved.values.get("base")
         self.clock.add(saved.values["stages"])
         self.guard.restore(saved.values.get("guard"))
         self.step, self.wall_s = saved.step, saved.values["wall_s"]
+
+
+def _prompts(config: Config, split: Literal["test", "train"]) -> list[str]:
+    """Prompts by each of which every reward can judge."""
+    key = f"prompts.{split}"
+    prompts = load_prompts(getattr(config.prompts, split), key=key)
+    check_prompts(prompts, config.rewards, key=key)
+    return prompts

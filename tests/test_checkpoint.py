@@ -9,9 +9,11 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dgpo_fast import checkpoint
 from dgpo_fast.checkpoint import (
@@ -20,6 +22,7 @@ from dgpo_fast.checkpoint import (
     last_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    load_newest,
     rotate,
     save_checkpoint,
 )
@@ -155,21 +158,36 @@ def test_a_process_killed_while_saving_leaves_no_half_checkpoint(
 
 
 def test_a_process_killed_while_rotating_leaves_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of an old checkpoint may be left; the next rotation removes the rest of it."""
+    """Half of an old checkpoint may be left, under another name; the next rotation removes the rest of it."""
     for step in (1, 2):
         save(tmp_path, step, score=step / 10, keep_last=1)
 
     def die(path: Path, ignore_errors: bool = False) -> None:
-        if not ignore_errors:
+        if (path / "manifest.json").exists():
             (path / "manifest.json").unlink()
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(checkpoint.shutil, "rmtree", die)
         save(tmp_path, 3, score=0.3, keep_last=1)
+    assert names(tmp_path) == ["step-000003"]
     assert load_checkpoint(last_checkpoint(tmp_path)).step == 3
     save(tmp_path, 4, score=0.4, keep_last=1)
     assert names(tmp_path) == ["step-000004"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best", "step-000004"]
+
+
+def test_an_old_checkpoint_that_somebody_reads_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network's file system keeps files that are open, and so their directory; it goes with the next rotation."""
+    save(tmp_path, 1, score=0.1, keep_last=1)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, ignore_errors: ignore_errors or pytest.fail("raises"))
+    save(tmp_path, 2, score=0.2, keep_last=1)
+    assert names(tmp_path) == ["step-000002"] and (tmp_path / "checkpoints" / ".step-000001.old").is_dir()
+    monkeypatch.undo()
+    save(tmp_path, 3, score=0.3, keep_last=1)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best", "step-000003"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -290,6 +308,44 @@ def test_a_full_disk_is_a_clear_error(moment: str, tmp_path: Path, monkeypatch: 
         save_checkpoint(tmp_path, state(2), ALONE, save_weights=writes)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best", "step-000001"]
     assert load_checkpoint(save(tmp_path, 2)).step == 2, "with space again, the same step is saved"
+
+
+def test_weights_that_find_the_disk_full_are_a_clear_error(tmp_path: Path, files_up_to: FilesUpTo) -> None:
+    """safetensors has an error of its own for it, and its files are the first that are written."""
+    save(tmp_path, 1)
+
+    def fill(directory: Path) -> None:
+        save_file({"weight": torch.zeros(100_000)}, directory / "weights.safetensors")
+
+    with pytest.raises(UserError, match=r"step-000002: .*; earlier checkpoints are untouched"), files_up_to(10_000):
+        save_checkpoint(tmp_path, state(2), ALONE, save_weights=fill)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best", "step-000001"]
+
+
+class Second:
+    """Rank 1 of two, whose rank 0 goes on from the checkpoint `first`, and finds nothing wrong with its half of it."""
+
+    rank, size, is_first = 1, 2, False
+
+    def __init__(self, first: str | None) -> None:
+        self.words = [first, None]  # rank 0's, one after the other
+
+    def gather_objects(self, mine: object) -> list[object]:
+        return [self.words.pop(0), mine]
+
+    def highest(self, value: float) -> float:
+        return value
+
+
+def test_ranks_go_on_from_the_checkpoint_of_rank_0(tmp_path: Path) -> None:
+    """What another machine lists may be older, of a network's disk, or a disk of its own."""
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    for first in ("step-000002", None):
+        found = load_newest(tmp_path, cast("World", Second(first)))
+        assert (found.directory.name if found else None) == first
+    with pytest.raises(UserError, match=r"step-000009 is not seen by every rank: .* has to lie where all of them"):
+        load_newest(tmp_path, cast("World", Second("step-000009")))
 
 
 def test_the_manifest_lists_every_file(tmp_path: Path) -> None:

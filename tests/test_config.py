@@ -410,3 +410,20 @@ def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.steps = 3  # type: ignore[misc]
     assert isinstance(config, Config)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimizer: {lr: 1e-5}\nseed: 1\noptimizer: {weight_decay: 0}\n", "optimizer is there twice .*line 3"),
+        ("optimizer:\n  lr: 1e-5\n  lr: 2e-5\n", "lr is there twice .*line 3"),
+        ("name: !!set {a, b}\n", "type set is not JSON"),
+    ],
+)
+def test_a_recipe_that_says_a_thing_twice_or_strangely_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    """Where the last of two sections counted, the settings of the first would be the defaults, without a word."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"recipe.yaml: .*{message}") as caught:
+        load_recipe(path)
+    assert "\n" not in str(caught.value)

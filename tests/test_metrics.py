@@ -241,3 +241,22 @@ def test_a_refusing_wandb_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "config.yaml").write_text("refused")
     with pytest.raises(UserError, match="wandb: no API key"):
         MetricsLog(tmp_path, tensorboard=False, wandb=True, resume_step=None)
+
+
+def test_a_log_is_written_by_one_process(tmp_path: Path) -> None:
+    """One that resumes, or begins anew, while another still runs would cut lines away that it then writes behind."""
+    log = open_log(tmp_path)
+    log.write(report(1))
+    for resume_step in (None, 0):
+        with pytest.raises(
+            UserError, match=f"^{tmp_path}: a run that is not over writes there; end it, or give"
+        ) as caught:
+            open_log(tmp_path, resume_step=resume_step)
+        assert "\n" not in str(caught.value)
+    log.write(report(2))
+    log.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+    open_log(tmp_path, resume_step=1).close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+    open_log(tmp_path).close()
+    assert read_metrics(tmp_path) == []

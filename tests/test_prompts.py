@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dgpo_fast.errors import UserError
-from dgpo_fast.prompts import PromptSampler, load_prompts
+from dgpo_fast.prompts import PromptSampler, digest_of, load_prompts
 from dgpo_fast.records import Prompt
 from dgpo_fast.shapes.captions import parse_caption
 
@@ -101,3 +101,18 @@ def test_sources_that_do_not_exist_are_refused(source: str | None) -> None:
     with pytest.raises(UserError, match=r"^prompts\.train: ") as error:
         load_prompts(source, key="prompts.train")
     assert source is None or repr(source) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+def test_a_byte_order_mark_is_no_part_of_a_prompt(name: str, tmp_path: Path) -> None:
+    line = {"prompts.txt": "a cat", "prompts.jsonl": '{"prompt": "a cat"}'}[name]
+    (tmp_path / name).write_text(f"{line}\n", encoding="utf-8-sig")
+    assert load_prompts(str(tmp_path / name), key="prompts.train") == ["a cat"]
+
+
+def test_prompts_are_known_by_their_digest() -> None:
+    """Of text, metadata and order."""
+    cat, dog = Prompt("a cat", {"tag": "x", "n": 1}), Prompt("a dog")
+    assert digest_of([cat, dog]) == digest_of([Prompt("a cat", {"n": 1, "tag": "x"}), "a dog"])
+    others = [[dog, cat], [cat], [Prompt("a cat", {"tag": "y", "n": 1}), dog], ["a cat", dog], ["a cata dog"]]
+    assert len({digest_of(each) for each in ([cat, dog], *others)}) == 6

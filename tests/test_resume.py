@@ -21,6 +21,7 @@ from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.metrics import read_evaluations, read_metrics
 from dgpo_fast.ops import describe_serving
+from dgpo_fast.prompts import load_prompts
 from dgpo_fast.run_directory import refuse_conflicts
 
 STATE = {"policy", "old", "ema", "exp_avg", "exp_avg_sq"}
@@ -214,3 +215,40 @@ def test_resume_needs_a_run(tmp_path: Path, config: Config) -> None:
     with pytest.raises(UserError, match=r"nothing to resume in .*: it has no config\.yaml"):
         Trainer(config, tmp_path, resume=True)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_run_that_is_begun_anew_asks_the_base_again(tmp_path: Path, straight_run: Path, config: Config) -> None:
+    """One that failed before its first step may have been of another recipe."""
+    shutil.copy(straight_run / "evaluations.jsonl", tmp_path)
+    trainer = Trainer(config, tmp_path)
+    assert trainer.base_metrics is None and trainer.scores == {}
+
+
+def test_the_base_stays_the_base_where_its_evaluation_is_lost(
+    tmp_path: Path, straight_run: Path, config: Config
+) -> None:
+    out = shutil.copytree(straight_run, tmp_path / "run", symlinks=True)
+    base = read_evaluations(out)[0]["base"]
+    (out / "evaluations.jsonl").unlink()
+    trainer = Trainer(config, out, resume=True)
+    assert trainer.base_metrics == base
+    trainer.base_metrics = None  # as of a checkpoint of an earlier version
+    trainer.train()
+    (line,) = read_evaluations(out)
+    assert line["step"] == 6 and line["base"] == base
+    assert line["tuned"] == read_evaluations(straight_run)[-1]["tuned"] != base
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_a_run_goes_on_with_the_prompts_that_it_began_with(
+    split: str, straight_run: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of them may have been edited since: base and tuned would be compared by different prompts."""
+
+    def edited(source: str, *, key: str) -> list[str]:
+        prompts = load_prompts(source, key=key)
+        return prompts[::-1] if key == f"prompts.{split}" else prompts
+
+    monkeypatch.setattr("dgpo_fast.trainer.load_prompts", edited)
+    with pytest.raises(UserError, match=rf"^prompts\.{split}: these are other prompts than those that the run began"):
+        Trainer(config, straight_run, resume=True)

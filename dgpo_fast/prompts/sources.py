@@ -17,8 +17,9 @@ text or JSON file are prompts as they stand, repeated where they repeat.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,6 +67,12 @@ def load_prompts(source: str | None, *, key: str) -> list[str]:
     return prompts
 
 
+def digest_of(prompts: Sequence[str]) -> str:
+    """Equal for equal prompts, with their metadata, in the same order."""
+    known = [[prompt, getattr(prompt, "metadata", {})] for prompt in prompts]
+    return hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def missing_dataset(source: str) -> str | None:
     """Why a dataset cannot be read now, though it may be there once the run starts; None for any other source."""
     if not source.startswith("hf:"):
@@ -96,7 +103,7 @@ def _read(source: str) -> list[str]:
 
 def _read_text(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except FileNotFoundError:
         raise _no_file(path) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -131,6 +138,10 @@ def _json_prompt(line: str, column: str) -> Prompt:
     prompt = known.pop(column)
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"{column!r} is no text: {prompt!r}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{column!r} holds half of a character, a lone surrogate: {prompt!r}") from None
     return Prompt(prompt.strip(), known)
 
 

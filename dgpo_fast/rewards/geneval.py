@@ -12,14 +12,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dgpo_fast.errors import UserError
 from dgpo_fast.prompts.geneval import CLASSES
-from dgpo_fast.records import Prompt
 from dgpo_fast.reward_config import GenEvalConfig
 from dgpo_fast.rewards import geneval_colors, geneval_detector
 from dgpo_fast.rewards.geneval_colors import ColorReader, Crop, levels_of, name_colors
 from dgpo_fast.rewards.geneval_detector import Detections, Detector
-from dgpo_fast.rewards.geneval_rules import Asked, Found, Thing, judge, kept, parse_asked, to_be_colored
+from dgpo_fast.rewards.geneval_rules import Asked, Found, Thing, asked_of, judge, kept, to_be_colored
 from dgpo_fast.rewards.pretrained import Pretrained
 
 
@@ -47,7 +45,7 @@ class GenEvalReward:
         Raises:
             UserError: a prompt does not come with what to look for, in GenEval's form.
         """
-        asked = [_asked(prompt) for prompt in prompts]
+        asked = [asked_of(prompt) for prompt in prompts]
         detections = self._detector(images_BCHW, confidence=[each.confidence for each in asked])
         found = [
             kept(_things(of_image), confidence=each.confidence)
@@ -82,18 +80,6 @@ class GenEvalReward:
         for (image, clause, _), names in zip(wanted, name_colors(self._reader, crops), strict=True):
             colors[image][clause] = names
         return colors
-
-
-def _asked(prompt: str) -> Asked:
-    if not (isinstance(prompt, Prompt) and prompt.metadata):
-        raise UserError(
-            f"rewards: geneval: the prompt {str(prompt)!r} does not say what to look for; expected prompts of "
-            "geneval:train or geneval:test, or JSON lines with the keys prompt, tag and include, as GenEval's have"
-        )
-    try:
-        return parse_asked(prompt.metadata)
-    except ValueError as error:
-        raise UserError(f"rewards: geneval: the metadata of the prompt {str(prompt)!r}: {error}") from None
 
 
 def _things(detections: Detections) -> list[Thing]:

@@ -24,8 +24,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dgpo_fast.errors import suggest
+from dgpo_fast.errors import UserError, suggest
 from dgpo_fast.prompts.geneval import CLASSES, COLORS, RELATIONS
+from dgpo_fast.records import Prompt
 
 CONFIDENCE = 0.3
 """What a detection's score has to exceed."""
@@ -87,6 +88,23 @@ class Verdict(NamedTuple):
     soft: float
     strict: bool
     correct: bool
+
+
+def asked_of(prompt: str) -> Asked:
+    """What a prompt asks for, by its metadata.
+
+    Raises:
+        UserError: it does not come with what to look for, in GenEval's form.
+    """
+    if not (isinstance(prompt, Prompt) and prompt.metadata):
+        raise UserError(
+            f"rewards: geneval: the prompt {str(prompt)!r} does not say what to look for; expected prompts of "
+            "geneval:train or geneval:test, or JSON lines with the keys prompt, tag and include, as GenEval's have"
+        )
+    try:
+        return parse_asked(prompt.metadata)
+    except ValueError as error:
+        raise UserError(f"rewards: geneval: the metadata of the prompt {str(prompt)!r}: {error}") from None
 
 
 def parse_asked(metadata: Mapping[str, Any]) -> Asked:

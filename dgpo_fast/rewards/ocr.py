@@ -15,8 +15,8 @@ from rapidocr.utils.output import RapidOCROutput
 from torch import Tensor
 
 from dgpo_fast.environment import share_of_cores
-from dgpo_fast.errors import UserError
 from dgpo_fast.reward_config import OcrConfig
+from dgpo_fast.rewards.ocr_target import normalised, target_text
 from dgpo_fast.rewards.preprocessing import to_bytes
 
 _MODELS = Path(rapidocr.__file__).parent / "models"
@@ -78,8 +78,8 @@ class OcrReward:
         Raises:
             UserError: a prompt names no text to look for.
         """
-        targets = [_normalised(target_text(prompt)) for prompt in prompts]
-        found = [_normalised(text) for text in self.read(images_BCHW)]
+        targets = [normalised(target_text(prompt)) for prompt in prompts]
+        found = [normalised(text) for text in self.read(images_BCHW)]
         return {
             "ocr": [similarity(text, target) for text, target in zip(found, targets, strict=True)],
             "exact": [float(text == target) for text, target in zip(found, targets, strict=True)],
@@ -104,30 +104,8 @@ class OcrReward:
         return "".join(result.txts or ())
 
 
-def target_text(prompt: str) -> str:
-    """What the image is to show in writing.
-
-    Raises:
-        UserError: neither the metadata nor quotes have a text, or it is empty.
-    """
-    text = getattr(prompt, "metadata", {}).get("text")
-    if text is None:
-        _, *quoted = prompt.split('"')
-        text = quoted[0] if len(quoted) > 1 else ""
-    if not isinstance(text, str) or not _normalised(text):
-        raise UserError(
-            'rewards: ocr: expected a text to look for, as the prompt\'s metadata "text" or between double quotes; '
-            f"the prompt is {str(prompt)!r}"
-        )
-    return text
-
-
 def similarity(found: str, target: str) -> float:
     """1 - d / len(target), as `OcrReward` defines it, of texts in lower case and without spaces."""
     if target in found:
         return 1.0
     return 1 - min(Levenshtein.distance(found, target), len(target)) / len(target)
-
-
-def _normalised(text: str) -> str:
-    return text.replace(" ", "").lower()

@@ -156,7 +156,7 @@ class Remote:
             if isinstance(found, _Response):
                 if found.status not in BUSY:
                     return found
-                reason, wait = f" (status {found.status}: {_error(found)})", found.retry_after_s or wait
+                reason, wait = f" (status {found.status}: {_error(found)})", max(found.retry_after_s or 0, wait)
             elif found is not None:
                 reason = f" ({type(found).__name__}: {found})"
                 if was_open and attempt == 0:

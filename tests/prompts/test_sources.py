@@ -81,6 +81,7 @@ def test_another_key_may_be_the_prompt(lines: Callable[..., str]) -> None:
         ('{"text": "a cat"}', "no key 'prompt'; there are: text"),
         ('{"prompt": ["a cat"]}', r"'prompt' is no text: \['a cat'\]"),
         ('{"prompt": " "}', "'prompt' is no text: ' '"),
+        (r'{"prompt": "a \ud83d cat"}', r"'prompt' holds half of a character, a lone surrogate: 'a \\ud83d cat'"),
     ],
 )
 def test_a_bad_line_is_named_by_its_number(line: str, message: str, lines: Callable[..., str]) -> None:

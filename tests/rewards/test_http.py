@@ -28,7 +28,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.records import Prompt
 from dgpo_fast.reward_config import RewardConfig, RewardsConfig, RunningConfig
 from dgpo_fast.rewards import Scorer, base, calling, remote, server, wire
-from dgpo_fast.rewards.calling import Abandoned
+from dgpo_fast.rewards.calling import Abandoned, Patience
 from dgpo_fast.rewards.server import RewardServer
 
 NAME = "mine"
@@ -354,6 +354,21 @@ def test_nobody_waits_for_what_is_of_no_use() -> None:
         scorer.stop.set()
         thread.join(TOO_LONG_S)
     assert not thread.is_alive() and len(raised) == 1
+
+
+def test_the_wait_for_a_busy_server_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pixels go over the network each time: many ranks must not send them every second, and all at once."""
+    waits = list[float]()
+    monkeypatch.setattr(remote, "backoff", lambda attempt: 2.0**attempt / 4)
+    patience = Patience(TOO_LONG_S, threading.Event())
+    monkeypatch.setattr(patience, "sleep", waits.append)
+    with serving(lambda images_BCHW, prompts: [1.0] * len(prompts)) as own, asking(own.url) as scorer:
+        (place,) = scorer.places.values()
+        assert isinstance(place, remote.Remote)
+        answers = iter([remote._Response(503, 1.0, b"")] * 5 + [remote._Response(200, None, b"")])
+        monkeypatch.setattr(place, "_try", lambda exchange, patience: next(answers))
+        assert place._send("POST", "/score", b"", patience).status == 200
+    assert waits == [1.0, 1.0, 1.0, 2.0, 4.0]
 
 
 def test_a_busy_server_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,7 @@ def test_a_recipe_trains_on_the_soft_score() -> None:
 def test_the_number_of_threads_is_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else this rank's share of the cores, or a worker process's."""
     monkeypatch.setattr("dgpo_fast.environment.num_cores", lambda: 16)
+    monkeypatch.setenv("WORLD_SIZE", "5")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
     given_threads = RewardsConfig(terms=(RewardConfig(name="ocr"),), ocr=OcrConfig(threads=7))
     rewards = [load_reward("ocr", given_threads), load_reward("ocr")]
@@ -105,6 +106,7 @@ def test_the_number_of_threads_is_the_recipes(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("DGPO_FAST_REWARD_PROCESSES", "2")
     assert OcrReward(OcrConfig(), device=torch.device("cpu"))._num_threads == 1
     monkeypatch.delenv("DGPO_FAST_REWARD_PROCESSES")
+    monkeypatch.setenv("WORLD_SIZE", "32")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "32")
     assert OcrReward(OcrConfig(), device=torch.device("cpu"))._num_threads == 1
 

@@ -155,6 +155,7 @@ def test_cores_are_shared_out_among_ranks_and_processes(monkeypatch: pytest.Monk
     threads: list[int] = []
     monkeypatch.setattr(environment, "num_cores", lambda: 16)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv(environment.WORKERS_VARIABLE, "1")
     workers._take_share_of_cores(4)
