@@ -38,6 +38,11 @@ class Method(Section):
         """Of a sample, along its trajectory, besides where it began and ended."""
         return 0
 
+    @property
+    def compares_groups(self) -> bool:
+        """Whether the loss of a sample depends on the errors of all of its group."""
+        return False
+
     def trained_images(self, images: int, *, group_size: int) -> int:
         """Of so many images in whole groups, those that gradients are computed on."""
         return images
@@ -98,6 +103,10 @@ class DGPOConfig(_Noised):
     """Range of the likelihood ratio to the old policy outside which a sample gives no gradient; null does not clip."""
     reference: Literal["base", "old"] = "base"
     """Whose errors the group score compares with."""
+
+    @property
+    def compares_groups(self) -> bool:
+        return True
 
     def velocities_at_once(self, *, is_guided: bool) -> tuple[int, int]:
         return 1, 2 if self.kl_cfg > 1 else 1

@@ -47,6 +47,10 @@ Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A name that `dgpo
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as optimizer.lr=1e-4.")
 ]
+RewardOverrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as rewards.pickscore.path=DIR."),
+]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What `dgpo-fast train` wrote.")]
 Steps = Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps; short for --set steps=N.")]
 Seed = Annotated[int | None, typer.Option(metavar="S", help="Short for --set seed=S.")]
@@ -72,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refuse(str(error))
     except typer.TyperException as error:
         message = error.format_message().rstrip(".")
-        _refuse(f"{message[0].lower()}{message[1:]} (see dgpo-fast --help)")
+        context = getattr(error, "ctx", None)  # of the command that was given, where one was
+        _refuse(f"{message[0].lower()}{message[1:]} (see {context.command_path if context else 'dgpo-fast'} --help)")
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
@@ -93,7 +98,8 @@ def train(
         bool, typer.Option("--dry-run", help="Check everything and print the plan; load nothing.")
     ] = False,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="With --dry-run: plan for so many ranks, not for the launcher's.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="With --dry-run: plan for so many ranks, not for the launcher's."),
     ] = None,
     overrides: Overrides = None,
     steps: Steps = None,
@@ -140,9 +146,7 @@ def evaluate(
     ] = None,
     num_prompts: Annotated[int | None, typer.Option(metavar="N", min=1, help="Else as many as the run takes.")] = None,
     images_per_prompt: Annotated[int | None, typer.Option(metavar="N", min=1, help="Else the run's.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Such as rewards.pickscore.path=DIR.")
-    ] = None,
+    overrides: RewardOverrides = None,
     step: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of the checkpoint; else the newest.")] = None,
     gallery: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write a page with all images and scores into a new directory.")
@@ -264,7 +268,7 @@ def serve_reward(
     recipe: Annotated[
         str | None, typer.Option(metavar="RECIPE", help="Whose settings of the reward to take; else the defaults.")
     ] = None,
-    overrides: Overrides = None,
+    overrides: RewardOverrides = None,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:1.")] = "auto",
     max_images: Annotated[int, typer.Option(metavar="N", min=1, help="Of a request.")] = 64,
     max_megabytes: Annotated[int, typer.Option(metavar="MB", min=1, help="Of a request.")] = 256,

@@ -52,7 +52,7 @@ class ModelConfig(Section):
     """Tokens of the T5 encoder; the 77 of CLIP come on top."""
     engine: Literal["fused", "compile", "eager"] = "fused"
     """How the transformer runs: by hand from the fused operators, by diffusers' code compiled in blocks or not."""
-    attention: str = "auto"
+    attention: Literal["auto", "flash3", "cudnn", "flash", "flash2", "efficient", "cpu", "math"] = "auto"
     """The fused engine's: `auto` is the first that runs here of flash3, cudnn, flash, flash2, efficient, cpu, math.
     On CUDA flash3 and flash2 alone promise the same gradients, to the bit, of the same inputs."""
     sampling: Literal["auto", "same", "merged", "bfloat16", "fp8"] = "auto"

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dgpo_fast import launcher
 from dgpo_fast.config import Config, check_ranks
+from dgpo_fast.errors import UserError
 from dgpo_fast.flow.trajectory import trajectory_of
 from dgpo_fast.memory import MARGIN, REMEDIES, Memory, predict_memory, trained_parameters
 from dgpo_fast.models.architectures import (
@@ -128,12 +129,14 @@ def plan(config: Config, *, num_ranks: int | None = None) -> Plan:
 def placement(config: Config, num_ranks: int) -> Placement:
     """Whether a group's samples meet in one micro-batch."""
     found = placement_of(config, num_ranks)
-    why = {
-        "a": f"groups stay whole, {found.micro // found.group_size} in a micro-batch: no extra work",
-        "b": "groups lie over several ranks, at the same micro-step: one small sum over the ranks at each",
-        "c": f"groups are cut over {found.steps_per_round} micro-steps: their errors first, once more forward",
-    }
-    return Placement(case=found.case, why=why[found.case])
+    place, work = {
+        "a": (f"groups stay whole, {found.micro // found.group_size} in a micro-batch", "no extra work"),
+        "b": ("groups lie over several ranks, at the same micro-step", "one small sum over the ranks at each"),
+        "c": (f"groups are cut over {found.steps_per_round} micro-steps", "their errors first, once more forward"),
+    }[found.case]
+    if found.case != "a" and not config.algorithm.compares_groups:
+        work = f"no extra work, {config.algorithm.name} needs no whole groups"
+    return Placement(case=found.case, why=f"{place}: {work}")
 
 
 def evaluations(config: Config, num_ranks: int = 1) -> dict[str, float]:
@@ -257,16 +260,27 @@ def _missing_prompts(config: Config) -> Iterator[str]:
         elif (missing := missing_dataset(source)) is not None:
             yield f"{key}: {missing}"
         else:
-            check_prompts(load_prompts(source, key=key), config.rewards, key=key)
+            prompts = load_prompts(source, key=key)
+            try:
+                check_prompts(prompts, config.rewards, key=key)
+            except UserError as error:
+                yield str(error)
 
 
 def _lack_of_memory(config: Config, memory: Memory) -> Iterator[str]:
     """A warning for each card, the recipe's and this machine's, that the run would not fit on."""
     for card, total in _cards(config).items():
         if memory.peak_bytes > (1 - MARGIN) * total:
+            always = sum(memory.resident.values())
+            remedy = REMEDIES[memory.largest_phase]
+            if always > (1 - MARGIN) * total:
+                remedy = (
+                    f"{always / GB:.1f} GB are there all the time, which more ranks (--ranks N), a higher "
+                    "parallel.zero_stage or parallel.offload_optimizer=cpu makes fewer"
+                )
             yield (
                 f"the peak of {memory.peak_bytes / GB:.1f} GB, in {memory.largest_phase}, leaves less than "
-                f"{MARGIN:.0%} of the {total / GB:.1f} GB of {card}: {REMEDIES[memory.largest_phase]}"
+                f"{MARGIN:.0%} of the {total / GB:.1f} GB of {card}: {remedy}"
             )
 
 
@@ -305,7 +319,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     if cost is not None:
         for throughput in plan.throughputs:
             each = cost.flops / throughput.flops_per_s
-            total = f"{_duration(config.steps * each)} for {config.steps}"
+            iterations = config.steps / config.optimizer.steps_per_iteration
+            total = f"{_duration(iterations * each)} for {config.steps} steps"
             yield "time", f"{_duration(each)} an iteration, {total}: {throughput.source}"
 
 
@@ -353,8 +368,8 @@ def _zero_table(plan: Plan, cost: Cost) -> Table:
     for column in ("stage", "sharded", "GB all the time", "GB at the peak", "GB of the host"):
         table.add_column(column, justify="left" if column == "sharded" else "right")
     cards = _cards(plan.config)
-    for card in cards:
-        table.add_column(f"fits {card}")
+    for total in cards.values():
+        table.add_column(f"fits {total / GB:.4g} GB")
     for stage, memory in enumerate(cost.memory_by_zero_stage):
         mark = " *" if stage == plan.config.parallel.zero_stage else ""
         sizes = (sum(memory.resident.values()), memory.peak_bytes, sum(memory.host.values()))

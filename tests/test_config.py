@@ -418,6 +418,7 @@ def test_a_configuration_cannot_be_changed() -> None:
         ("optimizer: {lr: 1e-5}\nseed: 1\noptimizer: {weight_decay: 0}\n", "optimizer is there twice .*line 3"),
         ("optimizer:\n  lr: 1e-5\n  lr: 2e-5\n", "lr is there twice .*line 3"),
         ("name: !!set {a, b}\n", "type set is not JSON"),
+        ("model: {attention: flsh}\n", "model.attention: input should be .*'flash', .*got 'flsh'"),
     ],
 )
 def test_a_recipe_that_says_a_thing_twice_or_strangely_is_refused(text: str, message: str, tmp_path: Path) -> None:

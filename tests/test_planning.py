@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,35 @@ def test_placement(num_ranks: int, micro: int, case: str, said: str, monkeypatch
     assert f"case ({case}): {found.placement.why}" in shown(found)
     assert evaluations(found.config, found.num_ranks)["group weights"] == (4 if case == "c" else 0)
     assert found.micro_batches == 4 * 128 // (num_ranks * micro)
+
+
+def test_what_looks_at_each_image_alone_needs_no_whole_groups() -> None:
+    found = planned("sd35m-geneval-nft", *RANDOM_GENEVAL)
+    assert found.placement.case == "c"
+    assert (
+        found.placement.why == "groups are cut over 8 micro-steps: no extra work, diffusion_nft needs no whole groups"
+    )
+    assert "group weights" not in evaluations(found.config)
+
+
+def test_a_run_lasts_as_long_as_its_iterations() -> None:
+    """Flow-GRPO makes two steps in each."""
+    one, two = (
+        planned("tiny-flow-grpo", "steps=100", f"optimizer.steps_per_iteration={steps}", "device=cpu")
+        for steps in (1, 2)
+    )
+    lines = [next(line for line in shown(found).splitlines() if "for 100 steps" in line) for found in (one, two)]
+    minutes = [float(re.search(r"([\d.]+) min for 100 steps", line)[1]) for line in lines]  # type: ignore[index]
+    assert minutes[0] == pytest.approx(2 * minutes[1], rel=0.02)
+
+
+def test_what_is_too_much_all_the_time_is_not_mended_by_smaller_phases() -> None:
+    (warning,) = (
+        warning
+        for warning in planned("sd35l-geneval-full", *PROMPTS, "model.name=random:sd35-large").warnings
+        if "leaves less" in warning
+    )
+    assert re.search(r"of device_memory_gb: 2\d\d\.\d GB are there all the time, which more ranks", warning)
 
 
 def test_ranks_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,8 +43,7 @@ def find_model(name: str, *, revision: str | None = None) -> ModelSource:
         return ModelSource(kind="embedded", location=str(EMBEDDED))
     if name.startswith(RANDOM_PREFIX):
         if name not in RANDOM_NAMES:
-            hint = suggest(name, RANDOM_NAMES)
-            raise UserError(f"no model {name!r}{hint}; random weights exist for {' and '.join(RANDOM_NAMES)}")
+            raise UserError(f"no model {name!r}{suggest(name, RANDOM_NAMES)}; there are: {', '.join(RANDOM_NAMES)}")
         return ModelSource(kind="random", location=name.removeprefix(RANDOM_PREFIX))
     if Path(name).is_dir():
         _check_directory(Path(name))

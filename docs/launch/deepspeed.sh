@@ -6,8 +6,8 @@
 #     docs/launch/deepspeed.sh --resume         goes on with it; arguments are those of `dgpo-fast train`
 #
 # A remote shell reads the arguments once more: what brackets and quotes are needed for belongs into a recipe's file.
-# Of the environment only PYTHON* and NCCL* reach the other machines, and what ~/.deepspeed_env sets, a line NAME=VALUE
-# each. Change the values behind the dashes, or set the variables.
+# Of the environment only PYTHON*, NCCL* and UCX* reach the other machines, and what ~/.deepspeed_env sets, a line
+# NAME=VALUE each. Change the values behind the dashes, or set the variables.
 set -euo pipefail
 
 RECIPE=${RECIPE:-sd35m-geneval}                      # a name that `dgpo-fast recipes` lists, or a YAML file
