@@ -252,3 +252,15 @@ def test_a_run_goes_on_with_the_prompts_that_it_began_with(
     monkeypatch.setattr("dgpo_fast.trainer.load_prompts", edited)
     with pytest.raises(UserError, match=rf"^prompts\.{split}: these are other prompts than those that the run began"):
         Trainer(config, straight_run, resume=True)
+
+
+def test_a_run_in_bfloat16_goes_on_to_the_bit(tmp_path: Path, quick: tuple[str, ...]) -> None:
+    """There the model computes with copies of what a checkpoint holds, which have to be made anew: the policy's, and the
+    old policy's, which here draws the samples."""
+    changes = ("model.dtype=bfloat16", "model.resolution=24", "rollout.switch_step=2", "evaluation.every=0")
+    bfloat16 = load_recipe("tiny-dgpo", [*quick, *changes])
+    Trainer(bfloat16, tmp_path / "straight").train()
+    out = shutil.copytree(tmp_path / "straight", tmp_path / "run", symlinks=True)
+    shutil.rmtree(out / "checkpoints" / "step-000006")
+    Trainer(bfloat16, out, resume=True).train()
+    assert_same_state(out, tmp_path / "straight")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dgpo_fast import Trainer, load_recipe
@@ -101,6 +102,40 @@ def test_the_three_views_are_three(straight_run: Path) -> None:
         assert not all(torch.equal(one[name], other[name]) for name in one)
     for kind in checkpoint.files:
         assert {tensor.dtype for tensor in checkpoint.tensors(kind).values()} == {torch.float32}
+
+
+def test_what_others_read_of_a_checkpoint_is_the_evaluation_average(straight_run: Path) -> None:
+    saved = load_checkpoint(list_checkpoints(straight_run)[-1])
+    lora = load_file(saved.directory / "lora" / "pytorch_lora_weights.safetensors")
+    average, policy = saved.tensors("ema"), saved.tensors("policy")
+    assert lora.keys() == {f"transformer.{name}" for name in average}
+    assert all(torch.equal(lora[f"transformer.{name}"], value) for name, value in average.items())
+    assert any(not torch.equal(policy[name], value) for name, value in average.items())
+
+
+def test_an_iteration_draws_its_own_prompts(tmp_path: Path, quick: tuple[str, ...]) -> None:
+    trainer = Trainer(load_recipe("tiny-dgpo", quick), tmp_path)
+    for trainer.step in (0, 1, 5):
+        batch = trainer._next_prompts()
+        assert batch.iteration == trainer.step and batch.prompts == tuple(trainer.prompts.draw(trainer.step))
+    assert trainer.prompts.draw(0) != trainer.prompts.draw(1)
+
+
+def test_steps_are_adamws_with_the_recipes_settings(tmp_path: Path, quick: tuple[str, ...]) -> None:
+    settings = ("optimizer.weight_decay=0.3", "optimizer.betas=[0.7, 0.8]", "optimizer.max_grad_norm=1e9")
+    trainer = Trainer(load_recipe("tiny-dgpo", [*quick, *settings]), tmp_path)
+    weights = trainer.policy.trainable
+    expected = torch.nn.Parameter(weights.detach().double().clone())
+    eps = trainer.config.optimizer.eps
+    written = torch.optim.AdamW([expected], lr=0.01, betas=(0.7, 0.8), weight_decay=0.3, eps=eps)
+    for step in range(3):
+        gradient = torch.randn(weights.shape, generator=torch.Generator().manual_seed(step))
+        assert weights.grad is not None
+        weights.grad.copy_(gradient)
+        expected.grad = gradient.double()
+        trainer.learner.engine.step(0.01)
+        written.step()
+    torch.testing.assert_close(weights.detach().double(), expected.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_the_best_checkpoint_is_the_one_with_the_highest_score(straight_run: Path) -> None:
