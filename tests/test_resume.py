@@ -255,8 +255,8 @@ def test_a_run_goes_on_with_the_prompts_that_it_began_with(
 
 
 def test_a_run_in_bfloat16_goes_on_to_the_bit(tmp_path: Path, quick: tuple[str, ...]) -> None:
-    """There the model computes with copies of what a checkpoint holds, which have to be made anew: the policy's, and the
-    old policy's, which here draws the samples."""
+    """There the model computes with copies of what a checkpoint holds, which have to be made anew: those of the policy,
+    and of the old policy, which here draws the samples."""
     changes = ("model.dtype=bfloat16", "model.resolution=24", "rollout.switch_step=2", "evaluation.every=0")
     bfloat16 = load_recipe("tiny-dgpo", [*quick, *changes])
     Trainer(bfloat16, tmp_path / "straight").train()
