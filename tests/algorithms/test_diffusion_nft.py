@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dgpo_fast import rng
-from dgpo_fast.algorithms.diffusion_nft import DiffusionNFT
+from dgpo_fast.algorithms.diffusion_nft import DiffusionNFT, weighted_error
 from dgpo_fast.config import Config
 from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.records import NoisedBatch, ScoredGroups
@@ -169,3 +169,12 @@ def test_the_old_policy_follows_the_published_average(
 def test_samples_are_the_old_policys_from_the_first_step_on(tiny: Tiny) -> None:
     algorithm = DiffusionNFT(tiny("tiny-diffusion-nft", *TWO_SIGMAS))
     assert {algorithm.sampling_view(step) for step in (0, 1, 1000)} == {"old"}
+
+
+def test_a_prediction_without_an_error_has_no_weight_without_bound() -> None:
+    """The weight is the error's mean, but no less than is published; a gradient through a perfect one is 0."""
+    error_MCHW = torch.zeros(2, 1, 2, 2, requires_grad=True)
+    weighted_error(error_MCHW, torch.tensor([0.5, 1.0], dtype=torch.float64)).sum().backward()
+    assert error_MCHW.grad is not None and error_MCHW.grad.eq(0).all()
+    tiny_M = weighted_error(torch.full((1, 1, 2, 2), 1e-7), torch.ones(1, dtype=torch.float64))
+    assert tiny_M.item() == pytest.approx(1e-14 / 1e-5)

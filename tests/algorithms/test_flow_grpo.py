@@ -196,6 +196,11 @@ def test_a_drift_is_reported(make_policy: MakePolicy, tiny: Tiny, monkeypatch: p
     assert 1e-6 < algorithm.drift(policy) < 1
     assert "misses 1 by" in algorithm.prepare(policy) and "algorithm.clip is 0.0001" in algorithm.prepare(policy)
     assert torch.equal(policy.trainable, weights)
+    # Of CPS the ratio is of squared distances, not of densities: it is nearer to 1 by 2 std^2.
+    preserving = FlowGRPO(tiny("tiny-flow-grpo", *RECIPE, "algorithm.sde_type=cps"))
+    scale, drift = preserving.sampler.density_scale(preserving.settings.passes // 2), preserving.drift(policy)
+    preserving.sampler = replace(preserving.sampler, sde_type="sde")
+    assert scale < 0.9 and math.log1p(drift) == pytest.approx(scale * math.log1p(preserving.drift(policy)), rel=0.05)
 
 
 @pytest.mark.parametrize("updates", [1, 2, 4])

@@ -12,6 +12,7 @@ from torch import Tensor
 from dgpo_fast import rng
 from dgpo_fast.config import RolloutConfig, load_recipe
 from dgpo_fast.errors import UserError
+from dgpo_fast.flow.rollout import model_timesteps
 from dgpo_fast.flow.schedules import schedule_sigmas
 from dgpo_fast.flow.sde import SDESampler
 from dgpo_fast.ops.sde_step import sde_coefficients
@@ -79,6 +80,15 @@ def test_each_step_is_the_written_one() -> None:
         rounding = 16 * EPS * largest / std
         torch.testing.assert_close(trajectory.log_prob_SB[number].double(), log_prob_B, rtol=0, atol=rounding)
         assert sampler.squared_noise(number) == pytest.approx(std**2 / (sigma - sigma_next), rel=1e-12)
+
+
+def test_a_sampler_follows_the_recipes_schedule() -> None:
+    """Its shift, and what the model is told of it: whole numbers, as diffusers tells it, where the recipe says so."""
+    recipe = RolloutConfig(solver="euler", schedule="flow_match", steps=STEPS, shift=5.0, timesteps="integer")
+    sampler = SDESampler.from_config(recipe, noise_level=LEVEL)
+    sigmas = schedule_sigmas("flow_match", STEPS, shift=5.0)
+    assert np.array_equal(sampler.sigmas, sigmas) and not np.array_equal(sigmas, SIGMAS)
+    assert sampler.timesteps == model_timesteps(sigmas[:-1], "integer") != model_timesteps(sigmas[:-1], "float")
 
 
 def test_preserving_steps_are_the_written_ones() -> None:
