@@ -170,7 +170,7 @@ def test_a_wrong_schedule_is_named(mistake: str) -> None:
         ops.sde_coefficients(given.pop("sigma_T"), given.pop("sigma_next_T"), **given)
 
 
-@pytest.mark.parametrize("mistake", WRONG_SCHEDULES.keys() - {"a second sigma of one"} | {"noise above one"})
+@pytest.mark.parametrize("mistake", sorted(WRONG_SCHEDULES.keys() - {"a second sigma of one"} | {"noise above one"}))
 def test_a_wrong_preserving_schedule_is_named(mistake: str) -> None:
     culprit, wrong = WRONG_SCHEDULES.get(mistake, ("noise_level", {"noise_level": 1.1}))
     given = {"sigma_T": SIGMA, "sigma_next_T": SIGMA_NEXT, "noise_level": 0.7, **wrong}
