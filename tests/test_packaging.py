@@ -27,7 +27,7 @@ def build(tree: Path, *hooks: str, **environ: str) -> subprocess.CompletedProces
     return subprocess.run(
         [sys.executable, "-c", f"from setuptools import build_meta; {calls}"],
         cwd=tree,
-        env={**os.environ, **environ},
+        env={"CMAKE_BUILD_TYPE": "Debug", **os.environ, **environ},  # as good for what is asked here, in half the time
         capture_output=True,
         text=True,
     )

@@ -410,7 +410,7 @@ def test_the_soonest_setting_is_first_at_the_target() -> None:
     falls = result("dgpo", point(0, 0.5), point(20, 0.6), point(40, 0.8), point(60, 0.8), point(80, 0.1))
     stays = result("dgpo", point(0, 0.5), point(20, 0.7), point(60, 0.8), point(80, 0.9))
     at_once = result("dgpo", point(0, 0.5), point(20, 0.8), point(60, 0.8))
-    nearly, never = (result("dgpo", point(0, 0.5), point(100, strict)) for strict in (0.79, 0.6))
+    nearly, never = (result("dgpo", point(0, 0.5), point(100 * strict, strict)) for strict in (0.79, 0.6))
     assert speedup_results.by_arrival([never, nearly, stays, falls, at_once]) == [at_once, falls, stays, nearly, never]
     assert speedup_results.soonest([nearly, stays]) is stays
 

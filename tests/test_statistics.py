@@ -96,6 +96,7 @@ def test_models_that_score_the_same_do_not_differ() -> None:
     found = compare(values, values)
     assert found.change == Estimate(mean=0.0, low=0.0, high=0.0)
     assert (found.p, found.win_rate.mean) == (1.0, 0.5)
+    assert compare(np.zeros((5, 3)), np.ones((5, 3))).p == 0, "where all change by the same, nothing is left to chance"
 
 
 @given(SCORES, st.randoms(use_true_random=False))

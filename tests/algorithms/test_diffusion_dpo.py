@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -185,3 +186,33 @@ def test_pairs_are_not_cut(tiny: Tiny) -> None:
         DiffusionDPO(tiny("tiny-diffusion-dpo", *SIGMAS, micro=2), second)
     DiffusionDPO(tiny("tiny-diffusion-dpo", *SIGMAS, micro=2))
     DiffusionDPO(tiny("tiny-diffusion-dpo", *SIGMAS, micro=4), second)
+
+
+def test_a_rank_names_pairs_by_their_groups(make_policy: MakePolicy, tiny: Tiny, scored_noise: ScoredNoise) -> None:
+    """Groups 1 and 3 of four are its own: what it makes of them is what a rank alone makes of them."""
+    config = tiny("tiny-diffusion-dpo", *SIGMAS, groups=4)
+    policy = make_policy(config)
+    rewards = [0.1, 0.9, 0.3, 0.2, 0.5, 0.4, 0.7, 0.6] * 2
+    scored, mine = scored_noise(policy, config, rewards=rewards, invalid=range(4)), [*range(4, 8), *range(12, 16)]
+    prompts = scored.rollout.prompts
+    own = replace(
+        prompts, samples=tuple(mine), prompts=(prompts.prompts[1], prompts.prompts[3]),
+        conditioning=prompts.conditioning[torch.tensor([1, 3])],
+    )  # fmt: skip
+    rollout = replace(scored.rollout, x0_BCHW=scored.rollout.x0_BCHW[mine], prompts=own)
+    share = replace(
+        scored, rollout=rollout, reward_B=scored.reward_B[mine], valid_B=scored.valid_B[mine],
+        advantage_B=scored.advantage_B[mine],
+    )  # fmt: skip
+    second = World(rank=1, size=2, device=torch.device("cpu"))
+    alone = [batch for (batch,) in DiffusionDPO(config).batches(scored)]
+    shared = [batch for (batch,) in DiffusionDPO(config, second).batches(share)]
+    for name in ("x_t_MCHW", "streams_G4", "timestep_M", "advantage_M", "group_size_G"):
+        of_all, of_mine = (torch.cat([getattr(batch, name) for batch in batches]) for batches in (alone, shared))
+        of_group = of_all.unflatten(0, (config.algorithm.passes, 4, -1))
+        assert torch.equal(of_group[:, [1, 3]].flatten(0, 2), of_mine), name
+
+
+def test_samples_are_always_the_policys(tiny: Tiny) -> None:
+    algorithm = DiffusionDPO(tiny("tiny-diffusion-dpo", *SIGMAS))
+    assert {algorithm.sampling_view(step) for step in (0, 1, 1000)} == {"policy"}

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from dgpo_fast import Trainer, load_recipe, rng
+from dgpo_fast.errors import UserError
+from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.records import ScoredGroups
 
 METHODS = {
@@ -75,3 +77,21 @@ def test_optimizer_steps_share_out_the_groups(recipe: str, quick: tuple[str, ...
         assert torch.equal(torch.cat([batch.advantage_M for batch in batches]), mine.repeat(passes))
         assert {batch.sample_share for batch in batches} == {1 / (num_valid[update] * passes)}
         assert {batch.group_share for batch in batches} == {1 / (num_groups[update] * passes)}
+
+
+@pytest.mark.parametrize("check", ["check_trained", "check_sampling"])
+@pytest.mark.parametrize("recipe", METHODS)
+def test_a_run_begins_with_its_checks(
+    recipe: str, check: str, quick: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That adapters act, and, but for Flow-GRPO, which checks its ratio, that samples are what the policy draws."""
+
+    def refuse(policy: AdapterPolicy) -> str:
+        raise UserError("asked")
+
+    monkeypatch.setattr(AdapterPolicy, check, refuse)
+    if "flow-grpo" in recipe and check == "check_sampling":
+        assert "likelihood ratio" in trainer_of(recipe, tmp_path, quick).readiness
+        return
+    with pytest.raises(UserError, match=r"^asked$"):
+        trainer_of(recipe, tmp_path, quick)

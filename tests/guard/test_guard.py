@@ -283,3 +283,25 @@ def test_the_guard_needs_no_torch() -> None:
     program = "import sys, dgpo_fast.guard; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (run.returncode, run.stdout.strip()) == (0, "False"), run.stderr
+
+
+def test_rules_are_told_of_the_recipe(report: Report) -> None:
+    """Flow-GRPO makes two steps of an iteration, whose reward is one reading: it changes between iterations alone."""
+    recipe = ("guard.window=3", "optimizer.warmup_steps=7", "groups.per_iteration=8")
+    guard = Guard(load_recipe("tiny-flow-grpo", [*recipe]))
+    for step in range(1, 9):
+        guard.observe(report(step, reward_mean=float((step - 1) // 2)))
+    told = guard._history()
+    assert told is not None and (told.num_groups, told.updates, told.warmup) == (8, 2, 7)
+    assert guard.state()["changes"] == (3, 3.0)
+
+
+def test_an_evaluation_is_judged_beside_the_training_of_its_window(report: Report) -> None:
+    """By the reward's spread when training began, and by as many images as were drawn."""
+    guard = Guard(load_recipe("tiny-dgpo", ["guard.window=3"]))
+    for step in range(1, 7):
+        guard.observe(report(step, reward_mean=float(step), reward_std=0.4 if step == 1 else 9.0))
+    base, tuned = {"soft": 1.8, "strict": 0.4}, {"soft": 1.1, "strict": 0.4}
+    found = guard.observe_evaluation(6, num_images=32, base=base, tuned=tuned)
+    assert guard.state()["evaluations"][-1][3:] == (5.0, 32)
+    assert [finding.name for finding in found] == ["below_base"]

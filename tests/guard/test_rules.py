@@ -261,3 +261,18 @@ def test_the_held_out_reward_is_the_recipes(terms: list[tuple[str, str | None, f
     metrics = {"soft": 0.8, "strict": 0.5, "clip": 0.3, "other.score": 7.0}
     assert held_out_reward(metrics, rewards) == (None if expected is None else pytest.approx(expected))
     assert held_out_reward({name: math.nan for name in metrics}, rewards) is None
+
+
+@pytest.mark.parametrize(("std", "drop", "is_found"), [(0.1, 0.15, False), (0.8, 0.3, False), (0.8, 0.41, True)])
+def test_a_fall_is_judged_by_the_larger_spread(std: float, drop: float, is_found: bool) -> None:
+    """That of the beginning, 0.4, or of the best window."""
+    best = Level.of([reading._replace(reward_std=std) for reading in window(5, *[1.3] * 4)])
+    past = history(window(1, *[0.5] * 4), window(9, *[1.3 - drop] * 4), best=best)
+    assert (reward(past, GUARD) is not None) == is_found
+
+
+def test_a_rise_is_judged_by_the_errors_of_both_windows() -> None:
+    """Of two readings in the first and four in the last: 2 sqrt(0.04 / 2 + 0.04 / 4) = 0.346, above a rise of 0.33."""
+    first = window(1, 1.0, None, 1.0, None)
+    last = [reading._replace(saturation=0.95) for reading in window(5, *[1.33] * 4)]
+    assert saturation(history(first, last, variance=0.04), GUARD) is not None

@@ -185,7 +185,7 @@ def test_fused_refuses_adapters_outside_the_blocks_products(make_policy: MakePol
 def test_fused_refuses_an_attention_that_does_not_run_here(make_policy: MakePolicy) -> None:
     with pytest.raises(UserError, match=r"^model\.attention: cudnn runs on cuda.*here runs cpu, math, or auto$"):
         make_policy(tiny("fused", "model.attention=cudnn"))
-    with pytest.raises(UserError, match=r"^model\.attention: no attention is called 'maths'.*math"):
+    with pytest.raises(UserError, match=r"model\.attention: input should be .*'math', got 'maths'$"):
         make_policy(tiny("fused", "model.attention=maths"))
     plain, chosen = (make_policy(tiny("fused", f"model.attention={name}"), spread=0.05) for name in ("auto", "math"))
     for view, velocity in velocities(plain).items():

@@ -100,7 +100,7 @@ def test_a_cached_hub_model_of_another_kind_is_refused(tmp_path: Path, monkeypat
     [
         ("embeded", "did you mean 'embedded'"),
         ("random:sd35-medum", "did you mean 'random:sd35-medium'"),
-        ("random:flux", "random:sd35-medium and random:sd35-large"),
+        ("random:flux", "random:sd35-medium, random:sd35-large"),
         ("no/such/directory", "expected embedded"),
         ("../elsewhere", "expected embedded"),
         (__file__, "is a file"),

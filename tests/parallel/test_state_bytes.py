@@ -15,7 +15,7 @@ from dgpo_fast.planning import plan
 
 COMMON = (
     "model.resolution=24", "evaluation.every=0", "optimizer.images_per_micro_batch=2", "model.sampling=same",
-    "algorithm.train_timesteps=2", "rollout.images_per_forward=2", "rewards.terms=[{name: 'misbehaving:Brightness'}]",
+    "algorithm.train_timesteps=1", "rollout.images_per_forward=2", "rewards.terms=[{name: 'misbehaving:Brightness'}]",
 )  # fmt: skip
 KINDS = {
     # So many adapters that they are not lost beside the base.
