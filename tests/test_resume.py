@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dgpo_fast import Trainer, load_recipe
 from dgpo_fast.checkpoint import list_checkpoints
 from dgpo_fast.checkpoint import load_checkpoint as load
-from dgpo_fast.config import Config
+from dgpo_fast.config import Config, dump_config
 from dgpo_fast.errors import UserError
 from dgpo_fast.metrics import read_evaluations, read_metrics
 from dgpo_fast.ops import describe_serving
@@ -264,3 +264,17 @@ def test_a_run_in_bfloat16_goes_on_to_the_bit(tmp_path: Path, quick: tuple[str, 
     shutil.rmtree(out / "checkpoints" / "step-000006")
     Trainer(bfloat16, out, resume=True).train()
     assert_same_state(out, tmp_path / "straight")
+
+
+def test_a_run_goes_on_counting(tmp_path: Path, config: Config) -> None:
+    """Steps that were left out, also those in a row, after which it ends; seconds, and those of every stage."""
+    trainer = Trainer(config, tmp_path)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    trainer.step, trainer.wall_s = 3, 5.5
+    trainer.learner.skipped, trainer.learner.skipped_in_a_row = 4, 2
+    trainer._save_checkpoint()
+    again = Trainer(config, tmp_path, resume=True)
+    assert (again.step, again.wall_s) == (3, 5.5)
+    assert (again.learner.skipped, again.learner.skipped_in_a_row) == (4, 2)
+    before, after = trainer.clock.by_name(), again.clock.by_name()
+    assert before["loading"] < after["loading"] and before.keys() - after.keys() <= {"checkpoint"}

@@ -9,7 +9,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,10 +22,12 @@ from dgpo_fast import Trainer, load_recipe
 from dgpo_fast.checkpoint import list_checkpoints, load_checkpoint
 from dgpo_fast.errors import UserError
 from dgpo_fast.metrics import read_evaluations, read_metrics
+from dgpo_fast.models.engines import View
 from dgpo_fast.models.policy import TRAINED
 from dgpo_fast.records import Rollout, ScoredGroups, StepReport
 from dgpo_fast.rewards import Scores, load_reward
 from dgpo_fast.rewards.calling import Here
+from dgpo_fast.run_directory import RunDirectory
 
 CONTRACT = {
     "step", "iteration", "images_seen", "wall_s", "reward_mean", "reward_std", "zero_std_groups", "loss", "dgpo_loss",
@@ -111,6 +114,21 @@ def test_what_others_read_of_a_checkpoint_is_the_evaluation_average(straight_run
     assert lora.keys() == {f"transformer.{name}" for name in average}
     assert all(torch.equal(lora[f"transformer.{name}"], value) for name, value in average.items())
     assert any(not torch.equal(policy[name], value) for name, value in average.items())
+
+
+def test_samples_to_look_at_are_of_the_evaluation_average(
+    tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, seen = Trainer(load_recipe("tiny-dgpo", quick), tmp_path), list[str]()
+    velocity = trainer.policy.engine.velocity
+
+    def watched(view: View, x_BCHW: Tensor, conditioned: Any) -> Tensor:
+        seen.append(view)
+        return velocity(view, x_BCHW, conditioned)
+
+    monkeypatch.setattr(trainer.policy.engine, "velocity", watched)
+    trainer._save_samples(cast("RunDirectory", SimpleNamespace(save_samples=lambda step, images, prompts: None)))
+    assert {*seen} == {"ema"}
 
 
 def test_an_iteration_draws_its_own_prompts(tmp_path: Path, quick: tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from torch import Tensor
 from dgpo_fast.config import Config, load_recipe
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.sd3 import StableDiffusion3
-from dgpo_fast.profiling import StageClock, stage, use_clock
+from dgpo_fast.profiling import StageClock, stage, use_clock, watched_by
 from dgpo_fast.reward_config import RewardConfig, RewardsConfig
 from dgpo_fast.rewards import OverlappedScoring, Scorer, base, calling, overlapped
 
@@ -388,19 +389,23 @@ def test_stages_of_both_threads_are_told_apart(
 ) -> None:
     """The first reward is over before the rollout; the second outlasts it by what is waited for."""
     seconds = 0.05
-    in_reward, sampled = threading.Event(), threading.Event()
+    in_reward, is_waited_for = threading.Event(), threading.Event()
 
     def reward(images_BCHW: Tensor, prompts: Sequence[str]) -> list[float]:
         in_reward.set()
-        assert sampled.wait(TIMEOUT_S)
+        assert is_waited_for.wait(TIMEOUT_S)
         threading.Event().wait(seconds)
         return [0.0] * len(prompts)
 
-    with overlapping(scorer(reward, monkeypatch), model) as scoring, stage("rollout"):
+    def noted(name: str, category: str) -> AbstractContextManager[None]:
+        if name == "reward" and threading.current_thread() is threading.main_thread():
+            is_waited_for.set()
+        return nullcontext()
+
+    with watched_by(noted), overlapping(scorer(reward, monkeypatch), model) as scoring, stage("rollout"):
         scoring.add(*batches[0])
         with stage("transformer"):
             assert in_reward.wait(TIMEOUT_S)
-        sampled.set()
     found = clock.seconds
     background = {("background",), ("background", "vae"), ("background", "reward")}
     assert found.keys() == {("rollout",), ("rollout", "transformer"), ("reward",)} | background
