@@ -560,11 +560,15 @@ def resume_conflicts(saved: Config, wanted: Config) -> list[str]:
     ]
 
 
+STRING = "tag:yaml.org,2002:str"
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 floats: PyYAML takes 3e-4 for a string. A key that is there twice is an error, not the last one's."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        # Not of `<<`, which is no key: what it merges may be overridden.
+        keys = [self.construct_object(key, deep=True) if key.tag == STRING else object() for key, _ in node.value]
         for number, key in enumerate(keys):
             if key in keys[:number]:
                 mark = node.value[number][0].start_mark

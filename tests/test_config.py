@@ -428,3 +428,11 @@ def test_a_recipe_that_says_a_thing_twice_or_strangely_is_refused(text: str, mes
     with pytest.raises(UserError, match=f"recipe.yaml: .*{message}") as caught:
         load_recipe(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_may_merge_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("extends: tiny-dgpo\noptimizer: {lr: 1e-5, eps: 1e-7}\nseed: 3\n")
+    plain = load_recipe(path)
+    path.write_text("extends: tiny-dgpo\noptimizer: {<<: &own {lr: 2e-5, eps: 1e-7}, lr: 1e-5}\nseed: 3\n")
+    assert load_recipe(path) == plain
