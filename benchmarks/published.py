@@ -273,7 +273,7 @@ class PublishedLoop:
             self.old.step(min(config.old_policy.max_decay, config.old_policy.rate * self.step))
             average = config.evaluation_ema
             if (self.step + 1) % average.every == 0:
-                self.ema.step(min(average.max_decay, (1 + self.step) / (10 + self.step)))
+                self.ema.step(average.decay_at(self.step))
         self.step += 1
 
     def _rollout_velocity(self, x_BCHW: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:

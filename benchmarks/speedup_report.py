@@ -88,8 +88,9 @@ def table_of_what_is_kept(
         "|---|---|---|---|---|---|---|",
     ]
     for name in soon:
-        of_settings = {found[0].run.setting: found for found in (soon[name], steady[name]) if found}
-        for of_seeds in of_settings.values():
+        # Where both are of one setting, those of the soonest, which are measured first.
+        of_settings = {found[0].run.setting: found for found in (steady[name], soon[name]) if found}
+        for of_seeds in reversed(of_settings.values()):
             begun = [result.until(HORIZON_S) for result in of_seeds]
             scores = (
                 mean(result.mean_strict for result in begun),

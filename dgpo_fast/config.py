@@ -560,19 +560,16 @@ def resume_conflicts(saved: Config, wanted: Config) -> list[str]:
     ]
 
 
-STRING = "tag:yaml.org,2002:str"
-
-
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 floats: PyYAML takes 3e-4 for a string. A key that is there twice is an error, not the last one's."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        # Not of `<<`, which is no key: what it merges may be overridden.
-        keys = [self.construct_object(key, deep=True) if key.tag == STRING else object() for key, _ in node.value]
-        for number, key in enumerate(keys):
-            if key in keys[:number]:
-                mark = node.value[number][0].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is there twice", mark)
+        seen = set[str]()  # as they are written, before `<<` merges what may be overridden
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
+                seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 

@@ -519,6 +519,9 @@ def test_what_is_kept_is_shown_of_both_settings() -> None:
         "| DGPO | `lr=3e-3` | 1 | < 450 | 80.0% | 90.0% | 90.0% |",
         "| DGPO | `lr=1e-3` | 1 | > 450 | 67.5% | 80.0% | 80.0% |",
     ]
+    three, swept = [falls] * 3, replace(falls, run=replace(soon, seed=0))
+    *_, row = speedup_report.table_of_what_is_kept({"dgpo": three}, {"dgpo": [swept]}, 0.8).splitlines()
+    assert row.startswith("| DGPO | `lr=3e-3` | 3 |"), "its final runs, where those of the steadiest are to come"
     assert len(speedup_report.table_of_what_is_kept({"dgpo": [falls]}, {"dgpo": [falls]}, 0.8).splitlines()) == 3
 
 
