@@ -51,6 +51,13 @@ class Method(Section):
         """Of a sample, in one forward of the policy and of the reference; `is_guided`: whether its rollout is."""
         return 1, 1
 
+    def check_micro_batch(self, images: int, *, group_size: int, num_ranks: int) -> None:
+        """Makes sure that a micro-batch of so many images holds what a loss needs.
+
+        Raises:
+            ValueError: it does not.
+        """
+
     def check_points(self, steps: int) -> None:
         """Makes sure that a schedule of so many steps has the trained points.
 
@@ -170,6 +177,11 @@ class FlowGRPOConfig(Method):
             raise ValueError(
                 f"algorithm.trained_steps must be at most rollout.steps ({steps}), got {self.trained_steps}"
             )
+        if self.sde_type == "cps" and self.trained_steps == steps:
+            raise ValueError(
+                f"algorithm.trained_steps must be at most rollout.steps - 1 ({steps - 1}) where algorithm.sde_type is "
+                f"cps, whose last step has no noise, got {self.trained_steps}"
+            )
         if self.window is not None and self.window > self.trained_steps:
             raise ValueError(
                 f"algorithm.window must be at most algorithm.trained_steps ({self.trained_steps}), got {self.window}"
@@ -227,6 +239,15 @@ class DiffusionDPOConfig(_Noised):
 
     def trained_images(self, images: int, *, group_size: int) -> int:
         return images // group_size * 2
+
+    def check_micro_batch(self, images: int, *, group_size: int, num_ranks: int) -> None:
+        if num_ranks > 1 and images % group_size:
+            raise ValueError(
+                "algorithm diffusion_dpo pairs samples of a group: optimizer.images_per_micro_batch must hold whole "
+                f"groups of {group_size} on several ranks, got {images}"
+            )
+        if images % 2:
+            raise ValueError(f"optimizer.images_per_micro_batch must be even for pairs (diffusion_dpo), got {images}")
 
     def forwards(self, *, velocities: int, is_cut: bool, group_size: int) -> Mapping[str, float]:
         pairs = self.passes * 2 / group_size

@@ -386,8 +386,8 @@ def check_ranks(config: Config, num_ranks: int) -> None:
     """Makes sure that an iteration divides among the ranks, and a rank's share of it into micro-batches.
 
     Raises:
-        UserError: it does not; the nearest value that does is named. Or there are fewer held-out prompts than ranks, or
-            other ranks would not wait for a reward as long as it may take.
+        UserError: it does not; the nearest value that does is named. Or a micro-batch lacks what the method compares,
+            there are fewer held-out prompts than ranks, or other ranks would not wait as long as a reward may take.
     """
     if num_ranks > 1 and config.rewards.timeout_s >= config.parallel.timeout_s:
         raise UserError(
@@ -413,6 +413,10 @@ def check_ranks(config: Config, num_ranks: int) -> None:
             f"optimizer.images_per_micro_batch must divide a rank's share of {of_what}, {share} images on each of "
             f"{num_ranks} ranks, got {micro}; nearest that does: {_nearest_divisor(share, micro)}"
         )
+    try:
+        config.algorithm.check_micro_batch(micro, group_size=size, num_ranks=num_ranks)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if config.evaluation.num_prompts < num_ranks:
         raise UserError(
             f"evaluation.num_prompts must be at least the number of ranks, {num_ranks}, since each draws some; "

@@ -14,10 +14,10 @@ import math
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TextIO
-
-import yaml
 
 from dgpo_fast.errors import UserError
 
@@ -53,6 +53,7 @@ class MetricsLog:
 
     Args:
         run_dir: the run directory; it exists.
+        config: the run's, as plain data, which Weights & Biases shows.
         tensorboard: also write events.out.* there.
         wandb: also write to Weights & Biases.
         resume_step: optimizer steps that the checkpoint to continue from has seen; None for a new run.
@@ -61,14 +62,24 @@ class MetricsLog:
         UserError: another process writes them; wandb is not installed or refuses; a log to continue is no JSON.
     """
 
-    def __init__(self, run_dir: Path, *, tensorboard: bool, wandb: bool, resume_step: int | None) -> None:
-        self._wandb = _wandb_run(run_dir, resumed=resume_step is not None) if wandb else None
-        self._metrics = _locked(run_dir / METRICS)
-        for name in (METRICS, EVALUATIONS, WARNINGS):
-            _cut(run_dir / name, -1 if resume_step is None else resume_step)
-        self._evaluations = (run_dir / EVALUATIONS).open("a", encoding="utf-8")
-        self._warnings = (run_dir / WARNINGS).open("a+", encoding="utf-8")
-        self._tensorboard = _summary_writer(run_dir, resume_step) if tensorboard else None
+    def __init__(
+        self, run_dir: Path, *, config: Mapping[str, Any], tensorboard: bool, wandb: bool, resume_step: int | None
+    ) -> None:
+        module = _import_wandb() if wandb else None
+        self._tensorboard: SummaryWriter | None = None
+        self._wandb: Any = None
+        with ExitStack() as opened:
+            self._metrics = opened.enter_context(_locked(run_dir / METRICS, resumed=resume_step is not None))
+            for name in (METRICS, EVALUATIONS, WARNINGS):
+                _cut(run_dir / name, -1 if resume_step is None else resume_step)
+            self._evaluations = opened.enter_context((run_dir / EVALUATIONS).open("a", encoding="utf-8"))
+            self._warnings = opened.enter_context((run_dir / WARNINGS).open("a+", encoding="utf-8"))
+            if tensorboard:
+                self._tensorboard = opened.enter_context(_summary_writer(run_dir, resume_step))
+            if module is not None:
+                self._wandb = _wandb_run(module, run_dir, config, resumed=resume_step is not None)
+                opened.callback(self._wandb.finish)
+            self._opened = opened.pop_all()
 
     def write(self, report: StepReport) -> None:
         """Adds one optimizer step."""
@@ -126,13 +137,7 @@ class MetricsLog:
             self._wandb.log({"samples": importlib.import_module("wandb").Image(str(grid))}, step=step)
 
     def close(self) -> None:
-        self._metrics.close()
-        self._evaluations.close()
-        self._warnings.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._opened.close()
 
     def _plot(self, values: Mapping[str, float], step: int) -> None:
         if self._tensorboard is not None:
@@ -181,7 +186,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 
-def _locked(path: Path) -> TextIO:
+def _locked(path: Path, *, resumed: bool) -> TextIO:
     """A log to add to, which no other process adds to until it is closed.
 
     Raises:
@@ -192,7 +197,8 @@ def _locked(path: Path) -> TextIO:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise UserError(f"{path.parent}: a run that is not over writes there; end it, or give another --out") from None
+        way_out = "end it first" if resumed else "end it, or give another --out"
+        raise UserError(f"{path.parent}: a run that is not over writes there; {way_out}") from None
     except OSError:
         pass  # of a file system that knows no locks
     return file
@@ -230,21 +236,23 @@ def _summary_writer(run_dir: Path, resume_step: int | None) -> SummaryWriter:
     return SummaryWriter(str(run_dir), purge_step=purge_step)
 
 
-def _wandb_run(run_dir: Path, *, resumed: bool) -> Any:
-    """An open Weights & Biases run: a new one, or the one that `run_dir` began if `resumed`.
-
-    Steps that a resumed run repeats reach Weights & Biases twice; it keeps the first, and both are equal.
-    """
+def _import_wandb() -> ModuleType:
     try:
-        wandb = importlib.import_module("wandb")
+        return importlib.import_module("wandb")
     except ImportError:
         raise UserError(
             "logging.wandb is true, but wandb is not installed: pip install wandb, or set logging.wandb=false"
         ) from None
+
+
+def _wandb_run(wandb: ModuleType, run_dir: Path, config: Mapping[str, Any], *, resumed: bool) -> Any:
+    """An open Weights & Biases run: a new one, or the one that `run_dir` began if `resumed`.
+
+    Steps that a resumed run repeats reach Weights & Biases twice; it keeps the first, and both are equal.
+    """
     id_file = run_dir / "wandb.id"
     if not (resumed and id_file.exists()):
         id_file.write_text(secrets.token_hex(4))
-    config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     try:
         return wandb.init(
             project="dgpo-fast",
@@ -252,7 +260,7 @@ def _wandb_run(run_dir: Path, *, resumed: bool) -> Any:
             id=id_file.read_text(),
             resume="allow",
             dir=str(run_dir),
-            config=config,
+            config=dict(config),
         )
     except wandb.Error as error:
         raise UserError(f"wandb: {error} (or set logging.wandb=false)") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,7 @@ from dgpo_fast.environment import describe_environment
 from dgpo_fast.errors import UserError
 from dgpo_fast.files import write_atomically
 from dgpo_fast.guard import Finding, Guard
-from dgpo_fast.metrics import MetricsLog, read_evaluations
+from dgpo_fast.metrics import MetricsLog
 from dgpo_fast.profiling import StageClock, stage
 from dgpo_fast.progress import TrainingProgress
 from dgpo_fast.records import StepReport
@@ -34,6 +35,7 @@ class RunDirectory:
         guard: as the checkpoint left it that the run goes on from.
         clock: whose stages go to stages.json.
         start_step: steps made before this process.
+        past: lines of evaluations.jsonl up to there, which the guard sees again.
         resumed: whether the run goes on: its logs are then cut back to `start_step`, which may be 0, not begun anew.
         is_first: whether this process is rank 0.
 
@@ -49,25 +51,30 @@ class RunDirectory:
         *,
         clock: StageClock,
         start_step: int,
+        past: Sequence[Mapping[str, Any]],
         resumed: bool,
         is_first: bool,
     ) -> None:
         self.out, self.config, self.guard, self.clock, self.is_first = out, config, guard, clock, is_first
-        # Of these a checkpoint does not know the last: it is saved before its step is evaluated.
-        self._past = [line for line in read_evaluations(out) if line["step"] <= start_step] if resumed else []
+        self._past = past  # a checkpoint does not know the last of them: it is saved before its step is evaluated
         self.progress = TrainingProgress(config.steps, start_step, enabled=is_first)
         if not is_first:
             return
+        logging = config.logging
         try:
-            (out / "samples").mkdir(parents=True, exist_ok=True)
-            write_atomically(out / "config.yaml", dump_config(config).encode())  # without it no run can be resumed
-            (out / "environment.json").write_text(json.dumps(describe_environment(), indent=2) + "\n")
+            with ExitStack() as opened:
+                (out / "samples").mkdir(parents=True, exist_ok=True)
+                # Before all else that is written: the logs are locked, and another run's directory is left alone.
+                self._log = MetricsLog(
+                    out, config=config.model_dump(mode="json"), tensorboard=logging.tensorboard, wandb=logging.wandb,
+                    resume_step=start_step if resumed else None,
+                )  # fmt: skip
+                opened.callback(self._log.close)
+                write_atomically(out / "config.yaml", dump_config(config).encode())  # without it no run can be resumed
+                (out / "environment.json").write_text(json.dumps(describe_environment(), indent=2) + "\n")
+                opened.pop_all()
         except OSError as error:
             raise UserError(f"cannot write the run directory {out}: {error.strerror}") from None
-        logging = config.logging
-        self._log = MetricsLog(
-            out, tensorboard=logging.tensorboard, wandb=logging.wandb, resume_step=start_step if resumed else None
-        )
 
     def __enter__(self) -> RunDirectory:
         self.progress.__enter__()

@@ -7,6 +7,7 @@ run that resumes from a checkpoint ends where an uninterrupted one ends, to the 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -47,11 +48,9 @@ class Trainer:
     def __init__(self, config: Config, out: Path, *, resume: bool = False) -> None:
         self.config, self.out, self.resumed = config, out, resume
         self.world = World.from_environment(config)
-        if resume:
-            refuse_conflicts(out, config)
+        if self.world.is_first:
+            refuse_conflicts(out, config) if resume else refuse_used(out)
         saved = load_newest(out, self.world) if resume else None
-        if self.world.is_first and not resume:
-            refuse_used(out)
         check_ranks(config, self.world.size)
         placement = placement_of(config, self.world.size)
         self.samples_of_ranks = placement.samples_of_ranks(total=config.images_per_iteration)
@@ -59,6 +58,8 @@ class Trainer:
         self.warning: str | None = None  # of the last iteration
         test, train = (_prompts(config, split) for split in ("test", "train"))
         self.prompt_digests = {"test": digest_of(test), "train": digest_of(train)}
+        if saved is not None:
+            _refuse_other_prompts(saved, self.prompt_digests)
         self.test_prompts = test[: config.evaluation.num_prompts]
         self.prompts = PromptSampler(train, per_iteration=config.groups.per_iteration, seed=config.seed)
         self.clock = StageClock(synchronize=self.world.wait_for_device)
@@ -77,10 +78,10 @@ class Trainer:
             self._restore(saved)
         # Of rank 0, which wrote them. Later ones are made again.
         mine = read_evaluations(out) if resume and self.world.is_first else []
-        past = [line for line in self.world.gather_objects(mine)[0] if line["step"] <= self.step]
-        if past:
-            self.base_metrics = past[0]["base"]
-        self.scores = {line["step"]: headline(line["tuned"], config) for line in past}
+        self.past = [line for line in self.world.gather_objects(mine)[0] if line["step"] <= self.step]
+        if self.past:
+            self.base_metrics = self.past[0]["base"]
+        self.scores = {line["step"]: headline(line["tuned"], config) for line in self.past}
         self.readiness = self.algorithm.prepare(self.policy)
 
     def train(self) -> None:
@@ -88,7 +89,7 @@ class Trainer:
         status, first = 0, self.world.is_first
         run = RunDirectory(
             self.out, self.config, self.guard,
-            clock=self.clock, start_step=self.step, resumed=self.resumed, is_first=first,
+            clock=self.clock, start_step=self.step, past=self.past, resumed=self.resumed, is_first=first,
         )  # fmt: skip
         with self.scorer, run, self.interruption:
             run.say(f"{describe_serving(self.world.device.type)}\n{self.readiness}")
@@ -241,14 +242,17 @@ class Trainer:
             self.world.wait()
 
     def _restore(self, saved: Checkpoint) -> None:
-        for split, digest in saved.values.get("prompts", {}).items():
-            if digest != self.prompt_digests[split]:
-                raise UserError(f"prompts.{split}: these are other prompts than those that the run began with")
         self.learner.restore(saved)
         self.base_metrics = saved.values.get("base")
         self.clock.add(saved.values["stages"])
         self.guard.restore(saved.values.get("guard"))
         self.step, self.wall_s = saved.step, saved.values["wall_s"]
+
+
+def _refuse_other_prompts(saved: Checkpoint, digests: Mapping[str, str]) -> None:
+    for split, digest in saved.values.get("prompts", {}).items():
+        if digest != digests[split]:
+            raise UserError(f"prompts.{split}: these are other prompts than those that the run began with")
 
 
 def _prompts(config: Config, split: Literal["test", "train"]) -> list[str]:

@@ -256,6 +256,8 @@ MISTAKES = {
     "optimizer.steps_per_iteration must be 1, got 2",
     "algorithm: {name: awm, first: 3, trunc: 4, train_timesteps: 3}": "algorithm.train_timesteps must be at "
     "most algorithm.trunc - algorithm.first + 1 = 2, got 3",
+    "algorithm: {name: flow_grpo, sde_type: cps, trained_steps: 10}": "algorithm.trained_steps must be at most "
+    "rollout.steps - 1 (9) where algorithm.sde_type is cps, whose last step has no noise, got 10",
     "algorithm: {name: flow_grpo, trained_steps: 11}": "algorithm.trained_steps must be at most rollout.steps (10), "
     "got 11",
     "algorithm: {name: flow_grpo, trained_steps: 2, window: 3}": "algorithm.window must be at most "

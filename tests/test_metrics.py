@@ -36,7 +36,7 @@ def report(step: int, *, loss: float = 0.1) -> StepReport:
 
 
 def open_log(run_dir: Path, *, resume_step: int | None = None, tensorboard: bool = False) -> MetricsLog:
-    return MetricsLog(run_dir, tensorboard=tensorboard, wandb=False, resume_step=resume_step)
+    return MetricsLog(run_dir, config={}, tensorboard=tensorboard, wandb=False, resume_step=resume_step)
 
 
 def evaluate(log: MetricsLog, step: int) -> None:
@@ -188,7 +188,7 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
 def test_a_missing_wandb_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install wandb, or set logging\.wandb=false") as caught:
-        MetricsLog(tmp_path, tensorboard=False, wandb=True, resume_step=None)
+        MetricsLog(tmp_path, config={}, tensorboard=False, wandb=True, resume_step=None)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "metrics.jsonl").exists()
 
@@ -206,7 +206,7 @@ class FakeWandb(types.ModuleType):
         self.finished = 0
 
     def init(self, **settings: object) -> FakeWandb:
-        if settings["config"] == "refused":
+        if settings["config"] == {"name": "refused"}:
             raise self.Error("no API key")
         self.opened.append(settings)
         return self
@@ -223,9 +223,8 @@ def test_wandb_gets_every_metric_and_a_resumed_run_continues_its_own(
 ) -> None:
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    (tmp_path / "config.yaml").write_text("name: tiny\n")
     for resume_step in (None, 1, None):
-        log = MetricsLog(tmp_path, tensorboard=False, wandb=True, resume_step=resume_step)
+        log = MetricsLog(tmp_path, config={"name": "tiny"}, tensorboard=False, wandb=True, resume_step=resume_step)
         log.write(report((resume_step or 0) + 1))
         log.close()
     first, second, another = fake.opened
@@ -238,21 +237,19 @@ def test_wandb_gets_every_metric_and_a_resumed_run_continues_its_own(
 
 def test_a_refusing_wandb_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb())
-    (tmp_path / "config.yaml").write_text("refused")
-    with pytest.raises(UserError, match="wandb: no API key"):
-        MetricsLog(tmp_path, tensorboard=False, wandb=True, resume_step=None)
+    with pytest.raises(UserError, match="wandb: no API key") as caught:
+        MetricsLog(tmp_path, config={"name": "refused"}, tensorboard=False, wandb=True, resume_step=None)
+    open_log(tmp_path).close()  # while the error is still at hand: it has let the directory go
+    assert "\n" not in str(caught.value)
 
 
 def test_a_log_is_written_by_one_process(tmp_path: Path) -> None:
     """One that resumes, or begins anew, while another still runs would cut lines away that it then writes behind."""
     log = open_log(tmp_path)
     log.write(report(1))
-    for resume_step in (None, 0):
-        with pytest.raises(
-            UserError, match=f"^{tmp_path}: a run that is not over writes there; end it, or give"
-        ) as caught:
+    for resume_step, way_out in ((None, "end it, or give another --out"), (0, "end it first")):
+        with pytest.raises(UserError, match=f"^{tmp_path}: a run that is not over writes there; {way_out}$"):
             open_log(tmp_path, resume_step=resume_step)
-        assert "\n" not in str(caught.value)
     log.write(report(2))
     log.close()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]

@@ -19,7 +19,7 @@ import torch
 from dgpo_fast import checkpoint, load_recipe, run_directory
 from dgpo_fast.checkpoint import list_checkpoints
 from dgpo_fast.cli import main
-from dgpo_fast.config import refuse_used
+from dgpo_fast.config import Config, refuse_used
 from dgpo_fast.errors import UserError
 from dgpo_fast.guard import Guard
 from dgpo_fast.metrics import MetricsLog, read_evaluations, read_metrics
@@ -302,9 +302,26 @@ def test_a_disk_that_is_full_on_resume(
     config = load_recipe(run / "config.yaml")
     refusal = r"cannot write the run directory .*: File too large"
     with pytest.raises(UserError, match=refusal), files_up_to((run / "config.yaml").stat().st_size // 2):
-        RunDirectory(run, config, Guard(config), clock=StageClock(), start_step=6, resumed=True, is_first=True)
+        RunDirectory(run, config, Guard(config), clock=StageClock(), start_step=6, past=[], resumed=True, is_first=True)
     assert (run / "config.yaml").read_bytes() == (straight_run / "config.yaml").read_bytes()
     assert_nothing_lost(run, straight_run)
+
+
+def test_a_run_that_is_not_over_keeps_its_directory(run: Path) -> None:
+    """Another that would go on there is refused before it has written a byte."""
+    config = load_recipe(run / "config.yaml")
+    shorter = load_recipe(run / "config.yaml", ["steps=3"])
+
+    def enter(config: Config) -> RunDirectory:
+        return RunDirectory(
+            run, config, Guard(config), clock=StageClock(), start_step=6, past=[], resumed=True, is_first=True
+        )
+
+    with enter(config):
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        with pytest.raises(UserError, match="a run that is not over writes there; end it first"):
+            enter(shorter)
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def assert_nothing_lost(run: Path, straight_run: Path) -> None:

@@ -109,7 +109,7 @@ def write_run(run_dir: Path, *, num_steps: int, evaluations: int = 6, samples: b
     rng = np.random.default_rng(0)
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text(dump_config(config(**{"steps": max(num_steps, 1), **changes})))
-    log = MetricsLog(run_dir, tensorboard=False, wandb=False, resume_step=None)
+    log = MetricsLog(run_dir, config={}, tensorboard=False, wandb=False, resume_step=None)
     base = {"soft": 0.712, "strict": 0.473}
     for step in range(1, num_steps + 1):
         log.write(step_report(step, num_steps=num_steps, rng=rng))
@@ -231,7 +231,7 @@ def test_a_run_of_one_step_has_points_and_says_what_is_to_come(tmp_path: Path) -
 
 def test_before_the_first_step_the_base_model_stands_alone(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "run", num_steps=0)
-    log = MetricsLog(run_dir, tensorboard=False, wandb=False, resume_step=0)
+    log = MetricsLog(run_dir, config={}, tensorboard=False, wandb=False, resume_step=0)
     same = {"strict": 0.473}
     log.write_evaluation(0, split="test", num_prompts=64, images_per_prompt=4, base=same, tuned=same)
     log.close()
@@ -263,7 +263,7 @@ def test_everything_from_the_run_is_escaped(tmp_path: Path) -> None:
     (run_dir / "stages.json").write_text(json.dumps({hostile: 1.0}))
     environment = {"versions": {hostile: hostile}, "machine": hostile, "command": hostile}
     (run_dir / "environment.json").write_text(json.dumps(environment))
-    log = MetricsLog(run_dir, tensorboard=False, wandb=False, resume_step=2)
+    log = MetricsLog(run_dir, config={}, tensorboard=False, wandb=False, resume_step=2)
     log.write_evaluation(2, split="test", num_prompts=1, images_per_prompt=1, base={hostile: 0.1}, tuned={hostile: 0.2})
     log.close()
     page = Page(write_report(run_dir))
@@ -300,7 +300,7 @@ def test_what_a_method_does_not_measure_has_no_chart(tmp_path: Path) -> None:
 
 def test_a_metric_of_another_scale_gets_a_chart_and_a_track_of_its_own(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "run", num_steps=10, evaluations=0, samples=False)
-    log = MetricsLog(run_dir, tensorboard=False, wandb=False, resume_step=10)
+    log = MetricsLog(run_dir, config={}, tensorboard=False, wandb=False, resume_step=10)
     base, tuned = {"soft": 0.7, "pickscore": 21.72}, {"soft": 0.9, "pickscore": 23.89}
     log.write_evaluation(10, split="test", num_prompts=64, images_per_prompt=4, base=base, tuned=tuned)
     log.close()
@@ -318,7 +318,7 @@ def test_a_degenerated_run_says_so_and_where(tmp_path: Path) -> None:
     healthy = Page(write_report(run_dir))
     assert "may have degenerated" not in healthy.text and healthy.classes("mark") == 0
     assert healthy.classes("level") == 4, "diversity, groups without spread, clip fraction, saturation"
-    log = MetricsLog(run_dir, tensorboard=False, wandb=False, resume_step=60)
+    log = MetricsLog(run_dir, config={}, tensorboard=False, wandb=False, resume_step=60)
     advice = ("optimizer.lr=1e-4 (now 3e-4)", "<b>")
     log.write_finding(Finding(40, "diversity", 31, "the diversity fell to 0.1", advice, "lower_lr"))
     log.write_finding(Finding(60, "overfit", 41, "the held-out reward fell", (), "warn"))
@@ -362,7 +362,7 @@ def test_the_gap_is_what_the_training_reward_gained_more(tmp_path: Path) -> None
     for line, reward in zip(lines, (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.9, 0.9, 0.9), strict=True):
         line["reward_mean"] = reward
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    log = MetricsLog(run_dir, tensorboard=False, wandb=False, resume_step=9)
+    log = MetricsLog(run_dir, config={}, tensorboard=False, wandb=False, resume_step=9)
     for step, soft in ((0, 0.5), (6, 0.7), (9, 0.6)):
         log.write_evaluation(
             step, split="test", num_prompts=4, images_per_prompt=4, base={"soft": 0.5}, tuned={"soft": soft}

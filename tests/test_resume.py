@@ -250,6 +250,7 @@ def test_a_run_goes_on_with_the_prompts_that_it_began_with(
         return prompts[::-1] if key == f"prompts.{split}" else prompts
 
     monkeypatch.setattr("dgpo_fast.trainer.load_prompts", edited)
+    monkeypatch.setattr("dgpo_fast.trainer.Learner", None)  # said before a model is loaded, which may take minutes
     with pytest.raises(UserError, match=rf"^prompts\.{split}: these are other prompts than those that the run began"):
         Trainer(config, straight_run, resume=True)
 

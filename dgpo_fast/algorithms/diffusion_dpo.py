@@ -29,35 +29,21 @@ from dgpo_fast.algorithms.base import nobody
 from dgpo_fast.algorithms.group_weights import is_saturated
 from dgpo_fast.algorithms.sampling import Check, Deliver, GroupSampler
 from dgpo_fast.config import Config
-from dgpo_fast.errors import UserError
 from dgpo_fast.models.engines import View
 from dgpo_fast.models.policy import Policy
 from dgpo_fast.ops.flow_interpolate import flow_interpolate
 from dgpo_fast.ops.group_preference import group_preference
 from dgpo_fast.ops.velocity_errors import velocity_errors
-from dgpo_fast.parallel.placement import placement_of
 from dgpo_fast.parallel.world import ALONE, World
 from dgpo_fast.profiling import stage
 from dgpo_fast.records import LossOutput, NoisedBatch, PromptBatch, Rollout, ScoredGroups
 
 
 class DiffusionDPO:
-    """Raises UserError where groups are cut over ranks, since a pair would be."""
-
     def __init__(self, config: Config, world: World = ALONE) -> None:
         assert isinstance(config.algorithm, DiffusionDPOConfig)
         self.config, self.settings = config, config.algorithm
-        placement = placement_of(config, world.size)
-        if world.size > 1 and placement.case != "a":
-            raise UserError(
-                "algorithm diffusion_dpo pairs samples of a group: optimizer.images_per_micro_batch must hold whole "
-                f"groups of {placement.group_size} on several ranks, got {placement.micro}"
-            )
-        if placement.micro % 2:
-            raise UserError(
-                f"optimizer.images_per_micro_batch must be even for pairs (diffusion_dpo), got {placement.micro}"
-            )
-        self.pairs_at_once = placement.micro // 2
+        self.pairs_at_once = config.optimizer.images_per_micro_batch // 2
         self.groups = GroupSampler(config)
 
     def prepare(self, policy: Policy) -> str:

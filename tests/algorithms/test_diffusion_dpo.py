@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dgpo_fast import rng
 from dgpo_fast.algorithms.diffusion_dpo import DiffusionDPO, pairs
-from dgpo_fast.config import Config
+from dgpo_fast.config import Config, check_ranks
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.engines import View
@@ -180,12 +180,11 @@ def test_the_reference_becomes_the_policy_now_and_then(make_policy: MakePolicy, 
 
 def test_pairs_are_not_cut(tiny: Tiny) -> None:
     with pytest.raises(UserError, match=r"images_per_micro_batch must be even for pairs \(diffusion_dpo\), got 1"):
-        DiffusionDPO(tiny("tiny-diffusion-dpo", *SIGMAS, micro=1))
-    second = World(rank=1, size=2, device=torch.device("cpu"))
+        check_ranks(tiny("tiny-diffusion-dpo", *SIGMAS, micro=1), 1)
     with pytest.raises(UserError, match="must hold whole groups of 4 on several ranks, got 2"):
-        DiffusionDPO(tiny("tiny-diffusion-dpo", *SIGMAS, micro=2), second)
-    DiffusionDPO(tiny("tiny-diffusion-dpo", *SIGMAS, micro=2))
-    DiffusionDPO(tiny("tiny-diffusion-dpo", *SIGMAS, micro=4), second)
+        check_ranks(tiny("tiny-diffusion-dpo", *SIGMAS, micro=2), 2)
+    check_ranks(tiny("tiny-diffusion-dpo", *SIGMAS, micro=2), 1)
+    check_ranks(tiny("tiny-diffusion-dpo", *SIGMAS, micro=4), 2)
 
 
 def test_a_rank_names_pairs_by_their_groups(make_policy: MakePolicy, tiny: Tiny, scored_noise: ScoredNoise) -> None:

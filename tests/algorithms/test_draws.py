@@ -16,7 +16,7 @@ from dgpo_fast.records import ScoredGroups
 METHODS = {
     "tiny-dgpo": (),
     "tiny-flow-grpo": ("algorithm.trained_steps=2",),
-    "tiny-flow-grpo-fast": ("algorithm.trained_steps=3", "algorithm.window=2"),
+    "tiny-flow-grpo-fast": ("algorithm.trained_steps=2", "algorithm.window=1"),
     "tiny-diffusion-nft": ("algorithm.trunc=2", "algorithm.train_timesteps=2"),
     "tiny-awm": ("algorithm.trunc=2", "algorithm.train_timesteps=2"),
     "tiny-diffusion-dpo": ("algorithm.trunc=2", "algorithm.train_timesteps=2"),
