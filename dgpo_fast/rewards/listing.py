@@ -16,13 +16,13 @@ READY = "ready"
 
 
 def as_table() -> Table:
-    """A row for each, for a terminal."""
+    """A row for each, for a terminal of 80 columns or more, where the name of every repository stays whole."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("name", no_wrap=True)
-    table.add_column("higher means", ratio=2)
-    table.add_column("on this machine", ratio=3, overflow="fold")
+    table.add_column("reward, and what higher means", max_width=30)
+    table.add_column("on this machine", overflow="fold")
     for name, built_in in BUILT_IN.items():
-        table.add_row(name, built_in.about, escape("\n".join(lacking(name))) or READY)
+        on_this_machine = escape("\n".join(lacking(name))) or READY
+        table.add_row(f"[bold]{name}[/bold]\n[dim]{built_in.about}[/dim]", on_this_machine, end_section=True)
     return table
 
 

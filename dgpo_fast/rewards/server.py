@@ -41,7 +41,8 @@ from dgpo_fast.rewards.remote import token_of_environment
 MAX_WAITING = 4
 """Requests besides the one that is scored, each with its images in memory; the next is told to come again."""
 RETRY_AFTER_S = 1
-MAX_CONNECTIONS = 64
+MAX_CONNECTIONS = 256
+"""Of as many ranks: each keeps one open, and waits there for its turn."""
 READ_S = 30.0
 """For a request's first line and headers, for the next piece of its body, and for each 64 MB of that."""
 LEAST_BYTES_PER_S = 64e6 / READ_S

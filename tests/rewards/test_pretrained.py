@@ -215,8 +215,12 @@ def test_a_reward_whose_extra_is_not_installed_says_how_it_is(monkeypatch: pytes
     assert "pip install 'dgpo-fast[ocr]'" in console.export_text()
 
 
-def test_every_reward_is_listed() -> None:
-    console = Console(width=120, file=io.StringIO(), record=True)
+@pytest.mark.parametrize("width", [80, 120])
+def test_every_reward_is_listed(width: int) -> None:
+    """And every repository in one piece, to be copied."""
+    console = Console(width=width, file=io.StringIO(), record=True)
     console.print(as_table())
     shown = console.export_text()
     assert all(re.search(rf"^ *{name} ", shown, re.MULTILINE) for name in known_rewards())
+    absent = [line.split()[2] for name in known_rewards() for line in lacking(name) if line.startswith("will download")]
+    assert len(absent) > 6 and all(f"{repository} " in shown for repository in absent)
