@@ -59,9 +59,9 @@ else
 $(STAMP): $(INPUTS)
 	@echo 'setup: installs the package into the active environment ($(PYTHON)), whose torch stays as it is; a minute or two.'
 	@mkdir -p build
-	@$(PY) -c 'import torch; print(f"torch=={torch.__version__}")' > build/torch.txt || \
+	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > build/torch.txt 2>/dev/null || \
 		{ echo 'setup: the active environment has no torch; install one (2.11 or newer), or leave VENV unset'; exit 2; }
-	@$(PIP_INSTALL) --quiet -c build/torch.txt 'setuptools>=77' wheel cmake ninja
+	@$(PIP_INSTALL) --quiet -c build/torch.txt torch 'setuptools>=77' wheel cmake ninja
 	@$(DEEPSPEED) -c build/torch.txt
 	@DGPO_FAST_REQUIRE_NATIVE=$(NATIVE) $(PIP_INSTALL) --quiet -c build/torch.txt --no-build-isolation -e '.[dev]'
 	@$(MAKE) --no-print-directory report-native
