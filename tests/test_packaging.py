@@ -119,3 +119,32 @@ def test_without_a_compiler_the_package_builds_and_one_line_says_so(tree: Path, 
     required = build(copy, "wheel", CXX="/nowhere/c++", DGPO_FAST_REQUIRE_NATIVE="1")
     assert required.returncode != 0
     assert "CMAKE_CXX_COMPILER" in required.stderr, "the log, which pip removes with its directory"
+
+
+def test_setup_keeps_the_active_environments_torch(tmp_path: Path) -> None:
+    """By the version of its package: PyPI has a CUDA build as 2.11.0 that calls itself 2.11.0+cu130, and pip finds no
+    such torch. And it is named, so that nothing is installed that it does not go with."""
+    for name in ("Makefile", "pyproject.toml", "setup.py", "CMakeLists.txt", *(p.name for p in ROOT.glob("con*.txt"))):
+        shutil.copy(ROOT / name, tmp_path)
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    (packages,) = (environment / "lib").glob("python*/site-packages")
+    (packages / "torch").mkdir()
+    (packages / "torch" / "__init__.py").write_text("__version__ = '2.11.0+cu130'\n")
+
+    def setup() -> subprocess.CompletedProcess[str]:
+        command = ["make", "setup", "VENV=", f"PYTHON={environment}/bin/python", "PIP_INSTALL=echo pip"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    without = setup()
+    assert without.returncode != 0 and "the active environment has no torch; install one" in without.stdout
+    (packages / "torch-2.11.0.dist-info").mkdir()
+    (packages / "torch-2.11.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0\n"
+    )
+    run = setup()
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert (tmp_path / "build" / "torch.txt").read_text() == "torch==2.11.0\n"
+    installs = [line for line in run.stdout.splitlines() if line.startswith("pip")]
+    assert len(installs) == 3 and all("-c build/torch.txt" in line for line in installs)
+    assert " torch setuptools>=77 " in installs[0]
