@@ -9,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+from packaging.version import Version
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline
@@ -51,6 +53,15 @@ def cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DGPO_FAST_CACHE", str(directory))
         yield directory
+
+
+@pytest.fixture
+def interpreter_environ() -> dict[str, str]:
+    """The environment of a process whose operators are Triton's, in its interpreter, on the CPU."""
+    triton, numpy = (Version(version(name)) for name in ("triton", "numpy"))
+    if triton < Version("3.7") and numpy >= Version("2.4"):
+        pytest.skip(f"the interpreter of Triton {triton} needs NumPy below 2.4: it reads no loop's end from {numpy}")
+    return {**os.environ, "TRITON_INTERPRET": "1", "DGPO_FAST_OPS": "triton", "OMP_NUM_THREADS": "1"}
 
 
 OWN_REWARDS = Path(__file__).parent / "rewards"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -512,10 +511,9 @@ def test_an_adapter_outside_the_products_is_refused(make_transformer: Make, targ
 
 
 @pytest.mark.own_process
-def test_it_runs_on_triton_in_its_interpreter() -> None:
+def test_it_runs_on_triton_in_its_interpreter(interpreter_environ: dict[str, str]) -> None:
     """The comparison with diffusers at the smallest shape, again in a process whose operators are Triton's."""
     chosen = f"{__file__}::test_velocity_and_gradients_are_diffusers[medium-all-one-text-token]"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "DGPO_FAST_OPS": "triton", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", chosen]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    run = subprocess.run(command, env=interpreter_environ, capture_output=True, text=True)
     assert run.returncode == 0 and "1 passed" in run.stdout, run.stdout + run.stderr

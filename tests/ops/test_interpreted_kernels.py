@@ -20,7 +20,7 @@ KERNELS = [
 ]
 
 
-def test_kernels_pass_the_tests_of_their_operators() -> None:
+def test_kernels_pass_the_tests_of_their_operators(interpreter_environ: dict[str, str]) -> None:
     files = [str(HERE / f"test_{kernel.stem}.py") for kernel in KERNELS]
     # The interpreter is slow and runs on one core: a worker for each.
     workers = ["-n", str(min(4, os.cpu_count() or 1))]
@@ -37,7 +37,7 @@ def test_kernels_pass_the_tests_of_their_operators() -> None:
             "--implementation",
             "triton",
         ],
-        env={**os.environ, "TRITON_INTERPRET": "1", "DGPO_FAST_OPS": "triton", "OMP_NUM_THREADS": "1"},
+        env=interpreter_environ,
         capture_output=True,
         text=True,
     )
