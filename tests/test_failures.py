@@ -78,7 +78,15 @@ failures.watch(int(os.environ["RANK"]), 3, Store(), timeout_s=7)
 """
 BLOCKED = "time.sleep(100)"
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
-FORKS = f"if os.fork():\n    {KILLED}\nelse:\n    os.close(1); os.close(2); time.sleep(70)"
+# Python 3.12 warns who forks beside threads; this one means to.
+FORKS = f"""
+import warnings
+warnings.simplefilter("ignore")
+if os.fork():
+    {KILLED}
+else:
+    os.close(1); os.close(2); time.sleep(70)
+"""
 RAISES = "raise MemoryError('no \\n memory')"
 REFUSES = "failures.fail('no such file'); sys.exit(2)"
 GOES_ON = "try:\n    while True: collective()\nfinally: print('files closed')"
