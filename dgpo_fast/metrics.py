@@ -63,7 +63,7 @@ class MetricsLog:
     """
 
     def __init__(
-        self, run_dir: Path, *, config: Mapping[str, Any], tensorboard: bool, wandb: bool, resume_step: int | None
+        self, run_dir: Path, *, config: dict[str, Any], tensorboard: bool, wandb: bool, resume_step: int | None
     ) -> None:
         module = _import_wandb() if wandb else None
         self._tensorboard: SummaryWriter | None = None
@@ -245,7 +245,7 @@ def _import_wandb() -> ModuleType:
         ) from None
 
 
-def _wandb_run(wandb: ModuleType, run_dir: Path, config: Mapping[str, Any], *, resumed: bool) -> Any:
+def _wandb_run(wandb: ModuleType, run_dir: Path, config: dict[str, Any], *, resumed: bool) -> Any:
     """An open Weights & Biases run: a new one, or the one that `run_dir` began if `resumed`.
 
     Steps that a resumed run repeats reach Weights & Biases twice; it keeps the first, and both are equal.
@@ -260,7 +260,7 @@ def _wandb_run(wandb: ModuleType, run_dir: Path, config: Mapping[str, Any], *, r
             id=id_file.read_text(),
             resume="allow",
             dir=str(run_dir),
-            config=dict(config),
+            config=config,
         )
     except wandb.Error as error:
         raise UserError(f"wandb: {error} (or set logging.wandb=false)") from None

@@ -48,8 +48,10 @@ class Trainer:
     def __init__(self, config: Config, out: Path, *, resume: bool = False) -> None:
         self.config, self.out, self.resumed = config, out, resume
         self.world = World.from_environment(config)
-        if self.world.is_first:
-            refuse_conflicts(out, config) if resume else refuse_used(out)
+        if self.world.is_first and resume:
+            refuse_conflicts(out, config)
+        elif self.world.is_first:
+            refuse_used(out)
         saved = load_newest(out, self.world) if resume else None
         check_ranks(config, self.world.size)
         placement = placement_of(config, self.world.size)
