@@ -57,16 +57,17 @@ def patch_distance(one_BCHW: Tensor, other_BCHW: Tensor) -> float:
     Source: Rabin et al., "Wasserstein barycenter and its application to texture mixing" (SSVM 2011); of patches, as a
     measure of images: Karras et al., arXiv 1710.10196.
     """
-    one_ND, other_ND = (_patches(images) for images in (one_BCHW, other_BCHW))
+    one_DN, other_DN = (_patches(images) for images in (one_BCHW, other_BCHW))
     generator = torch.Generator().manual_seed(0)
-    directions_DK = torch.randn(one_ND.shape[1], DIRECTIONS, generator=generator)
-    directions_DK /= directions_DK.norm(dim=0)
-    sorted_NK = [(patches @ directions_DK).sort(dim=0).values for patches in (one_ND, other_ND)]
-    return float((sorted_NK[0] - sorted_NK[1]).abs().mean())
+    directions_DK = torch.randn(len(one_DN), DIRECTIONS, generator=generator)
+    directions_KD = (directions_DK / directions_DK.norm(dim=0)).T
+    # NumPy sorts rows ten times as fast as PyTorch columns.
+    one_KN, other_KN = (np.sort((directions_KD @ patches).numpy()) for patches in (one_DN, other_DN))
+    return float(np.abs(one_KN - other_KN).mean(dtype=np.float64))
 
 
 def _patches(images_BCHW: Tensor) -> Tensor:
-    return unfold(images_BCHW, PATCH, stride=STRIDE).transpose(1, 2).flatten(0, 1)
+    return unfold(images_BCHW, PATCH, stride=STRIDE).transpose(0, 1).flatten(1)
 
 
 def diversity(images_PGCHW: Tensor) -> float:
