@@ -16,25 +16,41 @@ from torch import Tensor
 
 from dgpo_fast.checkpoint import last_checkpoint, load_checkpoint
 
+Run = Callable[..., str]
 Train = Callable[..., None]
 Tensors = Mapping[str, Tensor]
 
 
 @pytest.fixture(scope="session")
-def train_on_ranks(child_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """`train_on_ranks(plans, num_ranks)` trains every plan of train_ranks.py; one rank needs no launcher."""
+def run_on_ranks(child_environment: dict[str, str]) -> Run:
+    """`run_on_ranks(script, *arguments, num_ranks=2)` runs one of this directory, and returns what its ranks print.
 
-    def train(plans: Sequence[Mapping[str, Any]], num_ranks: int) -> None:
-        file = tmp_path_factory.mktemp("plans") / "plans.json"
-        file.write_text(json.dumps([{**plan, "out": str(plan["out"])} for plan in plans]))
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    `environment` is added to that of the ranks.
+    """
+
+    def run(script: str, *arguments: Path, num_ranks: int = 2, environment: Mapping[str, str] | None = None) -> str:
+        here = Path(__file__).parent
+        starter = [here / "ranks.py", str(num_ranks)] if num_ranks > 1 else []
         process = subprocess.run(
-            [sys.executable, *(launcher if num_ranks > 1 else []), Path(__file__).with_name("train_ranks.py"), file],
-            env={**child_environment, "OMP_NUM_THREADS": "1"},
+            [sys.executable, *starter, here / script, *arguments],
+            env={**child_environment, **(environment or {}), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
         )
         assert process.returncode == 0, process.stderr[-4000:]
+        return process.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def train_on_ranks(run_on_ranks: Run, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """`train_on_ranks(plans, num_ranks)` trains every plan of train_ranks.py; all by one launch."""
+
+    def train(plans: Sequence[Mapping[str, Any]], num_ranks: int) -> None:
+        file = tmp_path_factory.mktemp("plans") / "plans.json"
+        file.write_text(json.dumps([{**plan, "out": str(plan["out"])} for plan in plans]))
+        run_on_ranks("train_ranks.py", file, num_ranks=num_ranks)
 
     return train
 

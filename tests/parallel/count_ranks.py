@@ -1,6 +1,6 @@
 """A rank that counts the collectives of several runs, one after the other.
 
-    torchrun --nproc-per-node 2 count_ranks.py PLANS.json DIR
+    python ranks.py 2 count_ranks.py PLANS.json DIR
 
 PLANS.json gives overrides by name; DIR/rank-N.json gets, by name, what rank N took part in during the last of a few
 iterations, and how many values it trains. Then `dgpo-fast profile` measures the plan adapters-1 and writes DIR/profile.

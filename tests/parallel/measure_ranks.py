@@ -1,6 +1,6 @@
 """A rank that measures the memory of several runs, one after the other.
 
-    torchrun --nproc-per-node 2 measure_ranks.py PLANS.json RESULTS.json
+    python ranks.py 2 measure_ranks.py PLANS.json RESULTS.json
 
 PLANS.json gives overrides by name; RESULTS.json gets, by name, the first rank's live bytes after an iteration, and the
 most that lived during a later one.

@@ -1,6 +1,6 @@
 """A rank of one optimizer step under ZeRO 3 with three blocks in SD3.5-Medium's width, and a checkpoint of it.
 
-    torchrun --nproc-per-node 2 medium_width.py OUT
+    python ranks.py 2 medium_width.py OUT
 
 The first has a second attention; the last drops its text. OUT/expected.pt gets, from plain autograd, the weights and
 gradients of a layer of each kind.

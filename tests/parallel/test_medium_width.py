@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,15 +21,10 @@ GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "2621
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory, child_environment: dict[str, str]) -> Iterator[Path]:
+def out(tmp_path_factory: pytest.TempPathFactory, run_on_ranks: Callable[..., str]) -> Iterator[Path]:
     """7 GB, for as long as these tests take."""
     root = tmp_path_factory.mktemp("medium")
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         Path(__file__).with_name("medium_width.py"), root],
-        env={**child_environment, **GIVE_BACK, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-4000:]
+    run_on_ranks("medium_width.py", root, environment=GIVE_BACK)
     yield root
     shutil.rmtree(root)
 

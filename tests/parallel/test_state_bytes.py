@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
@@ -37,17 +35,12 @@ def overrides_of(quick: tuple[str, ...], kind: str, dtype: str, stage: int) -> l
 
 @pytest.fixture(scope="module")
 def measured(
-    tmp_path_factory: pytest.TempPathFactory, quick: tuple[str, ...], child_environment: dict[str, str]
+    tmp_path_factory: pytest.TempPathFactory, quick: tuple[str, ...], run_on_ranks: Callable[..., str]
 ) -> dict[str, dict[str, int]]:
     root = tmp_path_factory.mktemp("memory")
     plans = {f"{kind}-{dtype}-{stage}": overrides_of(quick, kind, dtype, stage) for kind, dtype, stage in CASES}
     (root / "plans.json").write_text(json.dumps(plans))
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         Path(__file__).with_name("measure_ranks.py"), root / "plans.json", root / "results.json"],
-        env={**child_environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-4000:]
+    run_on_ranks("measure_ranks.py", root / "plans.json", root / "results.json")
     return json.loads((root / "results.json").read_text())  # type: ignore[no-any-return]
 
 

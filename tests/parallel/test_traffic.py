@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -76,19 +74,14 @@ class Results(NamedTuple):
 
 @pytest.fixture(scope="module")
 def results(
-    tmp_path_factory: pytest.TempPathFactory, quick: tuple[str, ...], child_environment: dict[str, str]
+    tmp_path_factory: pytest.TempPathFactory, quick: tuple[str, ...], run_on_ranks: Callable[..., str]
 ) -> Results:
     root = tmp_path_factory.mktemp("traffic")
     (root / "plans.json").write_text(json.dumps({name: overrides_of(quick, case) for name, case in CASES.items()}))
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         Path(__file__).with_name("count_ranks.py"), root / "plans.json", root],
-        env={**child_environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-4000:]
+    printed = run_on_ranks("count_ranks.py", root / "plans.json", root)
     first, second = (json.loads((root / f"rank-{rank}.json").read_text()) for rank in range(2))
     assert first == second, "every rank takes part in the same collectives"
-    return Results(first, process.stdout, root / "profile")
+    return Results(first, printed, root / "profile")
 
 
 @pytest.fixture

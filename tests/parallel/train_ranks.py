@@ -1,6 +1,6 @@
 """A rank that trains several runs, one after the other.
 
-    torchrun --nproc-per-node 2 train_ranks.py PLANS.json
+    python ranks.py 2 train_ranks.py PLANS.json
 
 PLANS.json is a list of
     {"out": directory, "overrides": [...],
