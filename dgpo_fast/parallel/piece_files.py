@@ -7,10 +7,11 @@ need no exchange; and whoever reads needs no more memory than the pieces it want
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 
 from dgpo_fast.parallel.weights import Piece, Shapes
@@ -38,13 +39,17 @@ def create_file(path: Path, shapes: Shapes) -> None:
         file.truncate(_LENGTH_BYTES + len(text) + end)
 
 
-def write_pieces(path: Path, pieces: Sequence[Piece]) -> None:
-    """Writes `pieces` where they belong in a file of `create_file`."""
-    with path.open("r+b") as file:
+def write_pieces(path: Path, pieces: Iterable[Piece]) -> None:
+    """Writes `pieces` where they belong in a file of `create_file`, and nothing between them."""
+    with path.open("rb") as file:
         entries = _read_header(file)
+    # A buffer would write back what it has read of the places of others.
+    with path.open("r+b", buffering=0) as file:
         for name, start, values in pieces:
             file.seek(entries[name].first_byte + _VALUE_BYTES * start)
-            file.write(values.detach().cpu().contiguous().numpy().data)
+            rest = values.detach().cpu().contiguous().numpy().view(np.uint8).data
+            while len(rest):
+                rest = rest[file.write(rest) :]  # at most 2 GiB at once
 
 
 def read_pieces(path: Path, pieces: Sequence[Piece], shapes: Shapes) -> None:
