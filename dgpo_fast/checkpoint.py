@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf, isnan, nan
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -33,6 +33,9 @@ from dgpo_fast.parallel.weights import Held, Piece, Shapes
 from dgpo_fast.parallel.world import World
 
 _NAME = re.compile(r"step-(\d{6,})")
+
+Step = int | Literal["best"]
+"""Names a checkpoint: the step after which it was saved, or the one that `checkpoints/best` points to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +160,7 @@ def rotate(run_dir: Path, scores: Mapping[int, float], *, keep_last: int) -> Non
                 path.rename(doomed)
     except OSError as error:
         raise UserError(f"cannot tidy {link.parent}: {error.strerror}; no checkpoint is damaged") from error
-    for path in link.parent.glob(".step-*.old"):
+    for path in (*link.parent.glob(".step-*.old"), *link.parent.glob(".step-*.partial")):
         shutil.rmtree(path, ignore_errors=True)  # what somebody still reads, on a network's disk, goes next time
 
 
@@ -195,6 +198,19 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(found, key=_step_of)
 
 
+def parse_step(text: str) -> Step:
+    """The checkpoint that a text names.
+
+    Raises:
+        UserError: it is no number from 1, and not "best".
+    """
+    if text == "best":
+        return "best"
+    if not text.isdecimal() or int(text) == 0:
+        raise UserError(f"--step takes the number of a step, or best; got {text!r}")
+    return int(text)
+
+
 def last_checkpoint(run_dir: Path) -> Path:
     """The newest checkpoint of a run.
 
@@ -207,14 +223,19 @@ def last_checkpoint(run_dir: Path) -> Path:
     return checkpoints[-1]
 
 
-def find_checkpoint(run_dir: Path, step: int | None) -> Path:
-    """The checkpoint of a run after `step` steps, or for None the newest.
+def find_checkpoint(run_dir: Path, step: Step | None) -> Path:
+    """The checkpoint that `step` names, or for None the newest.
 
     Raises:
         UserError: there is none.
     """
     if step is None:
         return last_checkpoint(run_dir)
+    if step == "best":
+        best = run_dir / "checkpoints" / "best"
+        if not best.exists():
+            raise UserError(f"--step best: no checkpoint in {best.parent}")
+        return best.resolve()
     steps = {_step_of(path): path for path in list_checkpoints(run_dir)}
     if step not in steps:
         raise UserError(f"--step {step}: {run_dir} has checkpoints of steps {', '.join(map(str, steps)) or 'none'}")

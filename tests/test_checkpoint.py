@@ -139,10 +139,12 @@ def test_without_a_checkpoint(tmp_path: Path) -> None:
 # Whole or absent
 
 
+@pytest.mark.parametrize("step", [2, 3])
 @pytest.mark.parametrize("moment", ["create_file", "write_pieces", "_write_manifest", "_sync", "rename"])
 def test_a_process_killed_while_saving_leaves_no_half_checkpoint(
-    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whatever step the resumed run saves next, nothing is left of the half."""
     before = contents(save(tmp_path, 1))
 
     def die(*arguments: object) -> None:
@@ -153,8 +155,9 @@ def test_a_process_killed_while_saving_leaves_no_half_checkpoint(
         save(tmp_path, 2)
     assert names(tmp_path) == ["step-000001"]
     assert contents(tmp_path / "checkpoints" / "step-000001") == before
-    assert same_tensors(load_checkpoint(save(tmp_path, 2)), state(2))
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best", "step-000001", "step-000002"]
+    assert same_tensors(load_checkpoint(save(tmp_path, step)), state(step))
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["best", "step-000001", f"step-00000{step}"]
 
 
 def test_a_process_killed_while_rotating_leaves_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,6 @@ Who waits for the thread looks now and then whether a reward hangs, and then end
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -130,9 +129,9 @@ class OverlappedScoring:
         if self._error is not None:
             raise self._error
 
-    def _put(self, batch: _Batch | None, *, until: float = math.inf) -> None:
+    def _put(self, batch: _Batch | None) -> None:
         """Hands a batch to the thread, or tells it that there are no more, as soon as fewer wait."""
-        while time.monotonic() < until:
+        while True:
             try:
                 return self._queue.put(batch, timeout=POLL_S)
             except Full:
@@ -141,8 +140,9 @@ class OverlappedScoring:
     def _leave(self) -> None:
         """Has the thread end, and waits for that as long as it makes sense."""
         end = time.monotonic() + LEAVE_S
+        with suppress(Full):  # where batches wait, the thread waits for none, and finds that it is abandoned
+            self._queue.put_nowait(None)
         with suppress(UserError):  # why we leave is more to the point than that a reward hangs, too
-            self._put(None, until=end)
             while not self._done.wait(POLL_S) and time.monotonic() < end:
                 self._scorer.check_hang()
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -362,6 +363,28 @@ def test_an_exception_does_not_wait_long_for_a_reward_that_hangs(
         raise ZeroDivisionError
     assert not reward.finished.is_set()
     reward.let_go.set()
+
+
+def test_an_exception_does_not_wait_for_batches_that_nobody_needs(
+    model: StableDiffusion3, batches: list[tuple[Tensor, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many wait as may; once the one in work is scored, the thread ends."""
+    monkeypatch.setattr(overlapped, "LEAVE_S", TIMEOUT_S)
+    begun, may_end = threading.Event(), threading.Event()
+
+    def reward(images_BCHW: Tensor, prompts: Sequence[str]) -> list[float]:
+        begun.set()
+        assert may_end.wait(TIMEOUT_S)
+        return [0.0] * len(prompts)
+
+    with pytest.raises(ZeroDivisionError), overlapping(scorer(reward, monkeypatch), model, max_waiting=1) as scoring:
+        scoring.add(*batches[0])
+        assert begun.wait(TIMEOUT_S)
+        scoring.add(*batches[1])
+        threading.Timer(0.5, may_end.set).start()
+        left = time.monotonic()
+        raise ZeroDivisionError
+    assert time.monotonic() - left < TIMEOUT_S / 2
 
 
 def test_images_that_wait_are_few_and_latents_any_number(model: StableDiffusion3) -> None:
