@@ -34,7 +34,8 @@ FILE = "costs.csv"
 class Kind:
     """What decides how much work an iteration is, and by which code it is done.
 
-    DGPO's ablations draw and group the same images otherwise: within a twentieth they cost the same, and count so.
+    Most of DGPO's ablations draw and group the same images otherwise: within a twentieth they cost the same, and count
+    so.
     """
 
     method: str

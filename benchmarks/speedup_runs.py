@@ -123,15 +123,20 @@ EULER = ("rollout.solver=euler", "rollout.schedule=flow_match")
 ABLATIONS = {
     "euler": Ablation(title="ODE by Euler's method, on the SDE's schedule (and trained at its sigmas)", changes=EULER),
     "sde": Ablation(title="the same by the SDE, noise level 0.7", changes=EULER, draws="sde"),
-    "all-sigmas": Ablation(title="without the timestep clip", changes=("algorithm.trunc=9",)),
+    "all-sigmas": Ablation(
+        title="without the timestep clip: at all ten sigmas of its schedule, down to 0.25",
+        changes=("algorithm.trunc=9",),
+    ),
     "offline": Ablation(title="offline: the base draws all samples", draws="base"),
     "pairs": Ablation(title="pairs: of a group the best and the worst", pairs=True),
     "groups-of-4": Ablation(title="groups of 4, twice as many", changes=("groups.size=4", "groups.per_iteration=32")),
     "groups-of-16": Ablation(title="groups of 16, half as many", changes=("groups.size=16", "groups.per_iteration=8")),
     "published": Ablation(
-        title="as published, for large latents: beta 100, range 0.01, two noise levels",
-        changes=("algorithm.beta=100", "algorithm.clip=0.01", "algorithm.train_timesteps=2"),
+        title="as published for GenEval on large latents: beta 100, range 0.01, timestep clip 4, four noise levels",
+        changes=("algorithm.beta=100", "algorithm.clip=0.01", "algorithm.trunc=4", "algorithm.train_timesteps=4"),
     ),
+    "no-kl": Ablation(title="without the KL term", changes=("algorithm.kl_coef=0",)),
+    "no-clip": Ablation(title="without clipping against the old policy", changes=("algorithm.clip=null",)),
     "global-std": Ablation(title="advantages over the deviation of all groups", changes=("advantages.std=global",)),
     "beta-1": Ablation(title="beta 1", changes=("algorithm.beta=1",)),
     "beta-10": Ablation(title="beta 10", changes=("algorithm.beta=10",)),
@@ -228,7 +233,8 @@ def every_kind() -> list[Run]:
     """A run of every setting that the queue may hold, but for the learning rates: what each costs is measured."""
     rate = ("optimizer.lr=1e-3",)
     settings = {method: [rate, *((*rate, *change.split()) for change in METHODS[method].changes)] for method in METHODS}
-    return [_swept(method, setting) for method, tried in settings.items() for setting in tried]
+    swept = [_swept(method, setting) for method, tried in settings.items() for setting in tried]
+    return [*swept, *(run for setting in settings[OURS] for run in ablations(setting))]
 
 
 def _has_beta(ablation: Ablation, setting: tuple[str, ...]) -> bool:

@@ -12,7 +12,8 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -23,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dgpo_fast import launcher
-from dgpo_fast.config import Config, load_recipe, load_rewards, recipe_names, refuse_used
+from dgpo_fast.config import Config, dump_config, load_recipe, load_rewards, recipe_names, refuse_used
 from dgpo_fast.errors import UserError
 from dgpo_fast.files import write_atomically
 from dgpo_fast.parallel import failures
@@ -56,6 +57,9 @@ Steps = Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps; s
 Seed = Annotated[int | None, typer.Option(metavar="S", help="Short for --set seed=S.")]
 SaveEvery = Annotated[
     int | None, typer.Option(metavar="K", help="Steps between checkpoints; short for --set checkpoints.every=K.")
+]
+CheckpointStep = Annotated[
+    str | None, typer.Option("--step", metavar="N", help="Of the checkpoint, or best; else the newest.")
 ]
 Model = Annotated[
     str | None, typer.Option(metavar="MODEL", help="A directory or a name; short for --set model.name=...")
@@ -122,8 +126,9 @@ def train(
 
     from dgpo_fast.trainer import Trainer
 
-    trainer = Trainer(config, out, resume=resume)
-    trainer.train()
+    with _out_of_memory_said():
+        trainer = Trainer(config, out, resume=resume)
+        trainer.train()
     trainer.world.leave()
     if launcher.is_first():
         _print_outcome(out)
@@ -147,7 +152,7 @@ def evaluate(
     num_prompts: Annotated[int | None, typer.Option(metavar="N", min=1, help="Else as many as the run takes.")] = None,
     images_per_prompt: Annotated[int | None, typer.Option(metavar="N", min=1, help="Else the run's.")] = None,
     overrides: RewardOverrides = None,
-    step: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of the checkpoint; else the newest.")] = None,
+    step: CheckpointStep = None,
     gallery: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write a page with all images and scores into a new directory.")
     ] = None,
@@ -166,9 +171,11 @@ def evaluate(
         _check_writable(gallery)
         if any(gallery.iterdir()):
             raise UserError(f"--gallery {gallery} holds something already; name a new directory")
+    from dgpo_fast.checkpoint import parse_step
     from dgpo_fast.evaluate import evaluate_run
 
-    found = evaluate_run(run_dir, config=config, split=split, step=step, picture=picture, gallery=gallery)
+    wanted = None if step is None else parse_step(step)
+    found = evaluate_run(run_dir, config=config, split=split, step=wanted, picture=picture, gallery=gallery)
     if not launcher.is_first():
         return
     if csv is not None:
@@ -212,27 +219,33 @@ def sample(
 def export(
     run_dir: RunDirectory,
     out: Annotated[Path, typer.Option(metavar="DIR", help="A new directory.")],
-    step: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of the checkpoint; else the newest.")] = None,
+    step: CheckpointStep = None,
 ) -> None:
     """Write what a run learnt as diffusers loads it: a LoRA directory, or the whole pipeline of full fine-tuning."""
     _check_writable(out.parent)
+    from dgpo_fast.checkpoint import parse_step
     from dgpo_fast.export import export_run
 
-    print(export_run(run_dir, out, step=step))
+    print(export_run(run_dir, out, step=None if step is None else parse_step(step)))
 
 
 @app.command()
-def recipes() -> None:
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="RECIPE", help="Show all settings of this one instead.")] = None,
+) -> None:
     """List the recipes that come with the package: for `train`, and below these for `eval`."""
     from dgpo_fast.evaluation_config import evaluation_recipe_names, load_evaluation_recipe
 
+    if name is not None:
+        print(dump_config(load_recipe(name)), end="")
+        return
     names, for_eval = recipe_names(), evaluation_recipe_names()
     width = max(len(name) for name in (*names, *for_eval))
-    for name in names:
-        print(f"{name:<{width}}  {load_recipe(name).description}")
+    for each in names:
+        print(f"{each:<{width}}  {load_recipe(each).description}")
     print("", "For dgpo-fast eval RUN_DIR --recipe NAME:", sep="\n")
-    for name in for_eval:
-        print(f"{name:<{width}}  {load_evaluation_recipe(name)['description']}")
+    for each in for_eval:
+        print(f"{each:<{width}}  {load_evaluation_recipe(each)['description']}")
 
 
 @app.command()
@@ -377,6 +390,22 @@ def _check_file(option: str, file: Path | None, *, example: str) -> None:
     if file.is_dir():
         raise UserError(f"{option} {file} is a directory; expected a file such as {file / example}")
     _check_writable(file.parent)
+
+
+@contextmanager
+def _out_of_memory_said() -> Iterator[None]:
+    """Says what needs less of a GPU's memory, where it does not suffice."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        raise UserError(
+            f"{reason}. Less is needed with model.checkpointing=full, or a smaller optimizer.images_per_micro_batch, "
+            "rollout.images_per_forward or rollout.images_per_decode; these may change with --resume, and --dry-run "
+            "says what each phase of training needs"
+        ) from error
 
 
 def _print_outcome(out: Path) -> None:

@@ -438,6 +438,11 @@ MAY_CHANGE_ON_RESUME = (
     "steps",
     "device_memory_gb",
     "model.prompt_cache",
+    # What fits into memory, or divides among other ranks: the same numbers, to rounding.
+    "model.checkpointing",
+    "rollout.images_per_forward",
+    "rollout.images_per_decode",
+    "optimizer.images_per_micro_batch",
     "evaluation.every",
     "optimizer.max_skipped",
     "checkpoints.",
@@ -556,12 +561,18 @@ def dump_config(config: Config) -> str:
 
 def resume_conflicts(saved: Config, wanted: Config) -> list[str]:
     """Keys in which `wanted` differs from `saved` and a resumed run must not: `key: saved -> wanted`."""
-    before, after = dict(_leaves(saved.model_dump(mode="json"))), dict(_leaves(wanted.model_dump(mode="json")))
     return [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE_ON_RESUME)
+        f"{key}: {before!r} -> {after!r}"
+        for key, (before, after) in differences(saved, wanted).items()
+        if not key.startswith(MAY_CHANGE_ON_RESUME)
     ]
+
+
+def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """What either says where they are not equal, by key; None where a key is not of its algorithm."""
+    of_one, of_other = (dict(_leaves(config.model_dump(mode="json"))) for config in (one, other))
+    both = {key: (of_one.get(key), of_other.get(key)) for key in sorted(of_one.keys() | of_other.keys())}
+    return {key: (mine, theirs) for key, (mine, theirs) in both.items() if mine != theirs}
 
 
 class _Loader(yaml.SafeLoader):

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from dgpo_fast import rng
-from dgpo_fast.checkpoint import find_checkpoint, load_checkpoint
+from dgpo_fast.checkpoint import Step, find_checkpoint, load_checkpoint
 from dgpo_fast.comparison import Evaluation
 from dgpo_fast.config import Config, load_run_config
 from dgpo_fast.errors import UserError
 from dgpo_fast.flow.rollout import Sampler, sample_latents
 from dgpo_fast.gallery import picture_keeper, write_gallery
+from dgpo_fast.guard.held_out import held_out_reward
 from dgpo_fast.models.engines import View
 from dgpo_fast.models.policy import Policy
 from dgpo_fast.models.training import load_policy
@@ -185,9 +186,16 @@ def _check_failures(scores: Scores, total: int, config: Config, world: World, sa
 
 
 def headline(metrics: Metrics, config: Config) -> float:
-    """The number that decides which checkpoint is the best: `strict` where there is one, else the reward's metric."""
-    chosen = config.rewards.terms[0].metric or next(iter(metrics))
-    return metrics["strict"] if "strict" in metrics else metrics[chosen]
+    """The number that decides which checkpoint is the best: `strict` of the only reward, where it has one, else the
+    recipe's weighted sum, or of that the first term, where names do not tell what the others are of."""
+    rewards = config.rewards
+    if "strict" in metrics and len({term.name for term in rewards.terms}) == 1:
+        return metrics["strict"]
+    if held_out_reward(dict.fromkeys(metrics, 0.0), rewards) is None:
+        first = rewards.terms[0]
+        return first.weight * metrics.get(first.metric or next(iter(metrics)), math.nan)
+    total = held_out_reward(metrics, rewards)
+    return math.nan if total is None else total
 
 
 class _KeepingScorer(Scorer):
@@ -206,7 +214,7 @@ def evaluate_run(
     *,
     config: Config | None = None,
     split: Literal["train", "test"] = "test",
-    step: int | None = None,
+    step: Step | None = None,
     picture: Path | None = None,
     gallery: Path | None = None,
 ) -> Evaluation:
@@ -218,7 +226,7 @@ def evaluate_run(
     Args:
         config: the run's, as `evaluation_config` may have changed it; None for the run's own.
         split: whose prompts.
-        step: of the checkpoint; None for the newest.
+        step: of the checkpoint, or "best"; None for the newest.
         picture: where to save the first images of the base, and below them those of the tuned model.
         gallery: a directory for a page with every image, `write_gallery`.
 
@@ -229,7 +237,9 @@ def evaluate_run(
     source = config.prompts.test if split == "test" else config.prompts.train
     prompts = load_prompts(source, key=f"prompts.{split}")[: config.evaluation.num_prompts]
     world = World.from_environment(config)
-    checkpoint = load_checkpoint(find_checkpoint(run_dir, step), world)
+    # The first rank's: the run may go on meanwhile, and others see its newest later.
+    name = world.gather_objects(find_checkpoint(run_dir, step).name)[0]
+    checkpoint = load_checkpoint(run_dir / "checkpoints" / name, world)
     scorer = _KeepingScorer(config.rewards, device=world.device)
     policy = load_policy(config, world)
     policy.take_ema(partial(checkpoint.read, "ema"))

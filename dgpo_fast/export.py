@@ -8,21 +8,21 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from dgpo_fast.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from dgpo_fast.checkpoint import Checkpoint, Step, find_checkpoint, load_checkpoint
 from dgpo_fast.config import Config, load_run_config
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.sd3 import load_pipeline
 from dgpo_fast.parallel.weights import Piece
 
 
-def export_run(run_dir: Path, out: Path, *, step: int | None = None) -> Path:
+def export_run(run_dir: Path, out: Path, *, step: Step | None = None) -> Path:
     """Writes what the run learnt to `out`, and returns it: adapters as diffusers' LoRA, else a whole pipeline.
 
     Of the checkpoint it reads the average alone, a parameter at a time: memory is needed for the pipeline, not for
     what training keeps beside it.
 
     Args:
-        step: of the checkpoint; None for the newest.
+        step: of the checkpoint, or "best"; None for the newest.
 
     Raises:
         UserError: `run_dir` is no run or has no such checkpoint, `out` holds something, or cannot be written.

@@ -255,7 +255,7 @@ def _wandb_run(wandb: ModuleType, run_dir: Path, config: dict[str, Any], *, resu
         id_file.write_text(secrets.token_hex(4))
     try:
         return wandb.init(
-            project="dgpo-fast",
+            project=os.environ.get("WANDB_PROJECT", "dgpo-fast"),
             name=run_dir.resolve().name,
             id=id_file.read_text(),
             resume="allow",

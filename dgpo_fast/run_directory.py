@@ -153,4 +153,7 @@ def refuse_conflicts(out: Path, wanted: Config) -> None:
         raise UserError(f"nothing to resume in {out}: it has no config.yaml")
     conflicts = resume_conflicts(load_recipe(out / "config.yaml"), wanted)
     if conflicts:
-        raise UserError(f"--resume cannot change {'; '.join(conflicts)}. Start a new run with another --out")
+        raise UserError(
+            f"--resume cannot change {'; '.join(conflicts)}. Start a new run with another --out, or go on as it was: "
+            f"dgpo-fast train {out / 'config.yaml'} --out {out} --resume"
+        )

@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
-from dgpo_fast import cli
+from dgpo_fast import Trainer, cli
 from dgpo_fast.cli import main
 from dgpo_fast.comparison import Evaluation
 from dgpo_fast.config import load_recipe, recipe_names
@@ -282,6 +283,40 @@ def test_eval_scores_what_it_is_told_to(dgpo_fast: CommandLine, straight_run: Pa
     assert len([*(tmp_path / "gallery" / "images").iterdir()]) == 12
 
 
+def test_the_best_checkpoint_has_a_name(dgpo_fast: CommandLine, straight_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(straight_run, tmp_path / "run", symlinks=True)
+    best = run / "checkpoints" / "best"
+    best.unlink()
+    best.symlink_to("step-000003")
+    status, stdout, _ = dgpo_fast("export", run, "--out", tmp_path / "lora", "--step", "best")
+    assert (status, stdout) == (0, f"{tmp_path / 'lora'}\n")
+    weights = "pytorch_lora_weights.safetensors"
+    of_steps = [(run / "checkpoints" / f"step-00000{step}" / "lora" / weights).read_bytes() for step in (3, 6)]
+    assert (tmp_path / "lora" / weights).read_bytes() == of_steps[0] != of_steps[1]
+    best.unlink()
+    status, _, stderr = dgpo_fast("export", run, "--out", tmp_path / "other", "--step", "best")
+    assert (status, stderr) == (2, f"error: --step best: no checkpoint in {best.parent}\n")
+
+
+def test_a_recipe_is_shown_as_a_recipe(dgpo_fast: CommandLine, tmp_path: Path) -> None:
+    status, stdout, _ = dgpo_fast("recipes", "sd35m-geneval")
+    assert status == 0
+    (tmp_path / "mine.yaml").write_text(stdout)
+    assert load_recipe(tmp_path / "mine.yaml") == load_recipe("sd35m-geneval")
+
+
+def test_a_gpu_without_enough_memory_is_one_line_with_advice(
+    dgpo_fast: CommandLine, quick: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(trainer: Trainer) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1")
+
+    monkeypatch.setattr(Trainer, "train", exhausted)
+    status, _, stderr = dgpo_fast("train", "tiny-dgpo", "--out", tmp_path / "run", *(f"--set={one}" for one in quick))
+    assert status == 2 and stderr.count("\n") == 1
+    assert stderr.startswith("error: CUDA out of memory. Less is needed with model.checkpointing=full")
+
+
 def test_eval_says_where_its_files_are(dgpo_fast: CommandLine, straight_run: Path, tmp_path: Path) -> None:
     status, stdout, _ = dgpo_fast(
         *("eval", straight_run, "--csv", tmp_path / "a.csv", "--gallery", tmp_path / "b", "--images-per-prompt", 1)
@@ -294,6 +329,8 @@ def test_eval_says_where_its_files_are(dgpo_fast: CommandLine, straight_run: Pat
     ("arguments", "message"),
     [
         (["--step", "5"], "--step 5: RUN has checkpoints of steps 3, 6"),
+        (["--step", "0"], "--step takes the number of a step, or best; got '0'"),
+        (["--step", "last"], "--step takes the number of a step, or best; got 'last'"),
         (["--reward", "shape"], "rewards: no reward 'shape'; did you mean 'shapes'?"),
         (["--prompts", "nowhere.txt"], "prompts.test: no file 'nowhere.txt' (and it is none of shapes:train"),
         (["--recipe", "shape"], "--recipe: no evaluation recipe 'shape'; did you mean 'shapes'?"),

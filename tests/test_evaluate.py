@@ -358,3 +358,21 @@ def test_the_headline_is_strict_or_the_trained_metric(config: Config, quick: tup
     assert headline({"other": 0.3, "soft": 0.1}, chosen) == 0.1
     assert headline({"other": 0.3, "soft": 0.1}, first) == 0.3
     assert math.isnan(headline({"strict": math.nan}, first))
+
+
+@pytest.mark.parametrize(
+    ("terms", "expected"),
+    [
+        ("[{name: clipscore}, {name: ocr, weight: 2}]", 0.3 + 2 * 0.5),
+        ("[{name: clipscore, weight: -1}, {name: shapes, metric: strict}]", -0.3 + 0.4),
+        ("[{name: clipscore, weight: -1}, {name: shapes}]", -0.3),  # nobody knows which of its metrics comes first
+    ],
+)
+def test_the_headline_of_several_rewards_is_their_weighted_sum(
+    terms: str, expected: float, quick: tuple[str, ...]
+) -> None:
+    metrics = {"clipscore": 0.3, "ocr": 0.5, "exact": 0.1, "soft": 0.8, "strict": 0.4}
+    config = load_recipe("tiny-dgpo", [*quick, f"rewards.terms={terms}"])
+    assert headline(metrics, config) == pytest.approx(expected)
+    told = "shapes}" not in terms
+    assert math.isnan(headline({**metrics, "ocr": math.nan, "strict": math.nan}, config)) == told

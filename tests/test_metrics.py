@@ -227,9 +227,12 @@ def test_wandb_gets_every_metric_and_a_resumed_run_continues_its_own(
         log = MetricsLog(tmp_path, config={"name": "tiny"}, tensorboard=False, wandb=True, resume_step=resume_step)
         log.write(report((resume_step or 0) + 1))
         log.close()
-    first, second, another = fake.opened
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    MetricsLog(tmp_path, config={"name": "tiny"}, tensorboard=False, wandb=True, resume_step=None).close()
+    first, second, another, elsewhere = fake.opened
+    assert first["project"] == "dgpo-fast" and elsewhere["project"] == "mine"
     assert first["id"] == second["id"] != another["id"]
-    assert first["config"] == {"name": "tiny"} and fake.finished == 3
+    assert first["config"] == {"name": "tiny"} and fake.finished == 4
     (step, values), *_ = fake.logged
     assert step == 1 and values["loss/kl"] == report(1).kl and values["reward/shapes.soft"] == 0.5
     assert len(values) == len(dataclasses.fields(StepReport)) - 3 + len(report(1).rewards)

@@ -96,6 +96,20 @@ def test_files_without_prompts_are_refused(tmp_path: Path, content: bytes, messa
         load_prompts(str(file), key="prompts.test")
 
 
+@pytest.mark.parametrize("name", ["prompts.csv", "prompts.json"])
+def test_files_whose_lines_are_no_prompts_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('["a cat",\n"a dog"]')
+    with pytest.raises(UserError, match=r"prompts\.train: .* expected text, \.jsonl or \.parquet"):
+        load_prompts(str(tmp_path / name), key="prompts.train")
+
+
+def test_a_prompt_of_a_text_file_has_no_metadata(tmp_path: Path) -> None:
+    """But has the attribute, as a reward's author expects."""
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    (prompt,) = load_prompts(str(tmp_path / "prompts.txt"), key="prompts.train")
+    assert isinstance(prompt, Prompt) and prompt.metadata == {}
+
+
 @pytest.mark.parametrize("source", [None, "no/such/file.txt", "shapes:tests", "."])
 def test_sources_that_do_not_exist_are_refused(source: str | None) -> None:
     with pytest.raises(UserError, match=r"^prompts\.train: ") as error:

@@ -30,7 +30,7 @@ from benchmarks.speedup_costs import Cost, add_costs, against_known, kind_of, re
 from benchmarks.speedup_results import Point, Result, queue, read, write  # noqa: E402
 from benchmarks.speedup_runs import ABLATIONS, EULER, METHODS, Run, every_kind, short  # noqa: E402
 from dgpo_fast import Trainer  # noqa: E402
-from dgpo_fast.config import load_recipe, resume_conflicts  # noqa: E402
+from dgpo_fast.config import differences, load_recipe  # noqa: E402
 from dgpo_fast.errors import UserError  # noqa: E402
 from dgpo_fast.records import ScoredGroups  # noqa: E402
 from dgpo_fast.shapes.captions import parse_caption  # noqa: E402
@@ -175,10 +175,10 @@ def test_ablations_change_one_thing_of_the_chosen_setting(tmp_path: Path) -> Non
     chosen = load_recipe("tiny-dgpo", Run(method="dgpo", setting=found[0].setting, seed=1, budget_s=1.0).overrides)
     for run in found:
         assert (run.setting[-1], run.budget_s) == ("algorithm.beta=100", 600.0)
-        changed = resume_conflicts(chosen, load_recipe("tiny-dgpo", run.overrides))
-        differ = {conflict.partition(":")[0] for conflict in changed} - {"seed"}
+        differ = differences(chosen, load_recipe("tiny-dgpo", run.overrides)).keys() - {"seed"}
         changes = {change.partition("=")[0] for change in ABLATIONS[run.ablation or ""].changes}
-        assert differ == changes - ({"algorithm.beta"} if run.ablation == "published" else set()), "it had that beta"
+        had = {"algorithm.beta", "algorithm.train_timesteps"} if run.ablation == "published" else set()
+        assert differ == changes - had
 
 
 def ablated(name: str) -> Run:
@@ -220,7 +220,7 @@ def test_settings_are_of_the_method_and_leave_groups_and_evaluation_alone(name: 
     for run in [*speedup_runs.learning_rates(), *speedup_runs.changes({name: ("optimizer.lr=1e-3",)})]:
         if run.method == name:
             config = load_recipe(METHODS[name].recipe, run.overrides)
-            differ = {key.partition(":")[0] for key in resume_conflicts(ours, config)}
+            differ = differences(ours, config)
             assert {key for key in differ if not key.startswith("algorithm.")} <= MAY_DIFFER
             assert (config.groups, config.rewards, config.adapter) == (ours.groups, ours.rewards, ours.adapter)
             assert (config.rollout.guidance, config.rollout.steps) == (ours.rollout.guidance, ours.rollout.steps)
@@ -320,18 +320,17 @@ def test_a_final_run_lasts_until_it_has_arrived_and_shown_what_it_keeps(
 
 
 def test_a_kind_of_run_is_what_decides_its_cost(tmp_path: Path) -> None:
-    """Not its learning rate, beta or seed; but how often each image is trained on. No ablation is a kind of its own:
-    the published one trains at two noise levels, as one of the changes does."""
+    """Not its learning rate, beta or seed; but how often each image is trained on, and whether the old policy is asked.
+    Of the ablations only that without a clip is a kind of its own; the published one trains at four noise levels."""
     kinds = {run.name: kind_of(run) for run in every_kind()}
-    plain, *changed = (run for run in every_kind() if run.method == "dgpo")
+    plain, *changed = (run for run in every_kind() if run.method == "dgpo" and run.ablation is None)
     assert kinds["dgpo__lr=1e-3_beta=3__seed0__600s"] == kinds[plain.name]
     assert kinds["dgpo__lr=1e-3_train_timesteps=2__seed0__600s"] != kinds[plain.name]
     for run in (plain, changed[0]):
-        assert {kind_of(run) for run in speedup_runs.ablations(run.setting) if run.ablation != "published"} == {
-            kinds[run.name]
-        }
-    (published,) = {kind_of(run) for run in speedup_runs.ablations(plain.setting) if run.ablation == "published"}
-    assert published == kinds["dgpo__lr=1e-3_train_timesteps=2__seed0__600s"]
+        of_ablations = {each.ablation: kind_of(each) for each in speedup_runs.ablations(run.setting)}
+        assert of_ablations.pop("no-clip").flops < kinds[run.name].flops
+        assert of_ablations.pop("published") == kinds[plain.name]
+        assert set(of_ablations.values()) == {kinds[run.name]}
     price(tmp_path, plain, 2.5)
     assert [(cost.kind, cost.seconds) for cost in read_costs(tmp_path).values()] == [(kind_of(plain), 2.5)]
 
@@ -339,7 +338,7 @@ def test_a_kind_of_run_is_what_decides_its_cost(tmp_path: Path) -> None:
 def test_what_is_added_is_measured_on_the_clock_of_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine of half the speed others take twice as long, as the cheapest that is known does."""
     kinds = {kind_of(run): run for run in reversed(every_kind())}.values()
-    plain, added = (run for run in reversed(kinds) if run.method == "dgpo")
+    plain, added, *_ = (run for run in reversed(kinds) if run.method == "dgpo")
     dear = next(run for run in kinds if run.method == "flow-grpo")
     known = {kind_of(run): Cost(kind=kind_of(run), seconds=2.0, median=2.5) for run in (plain, dear)}
     known[kind_of(dear)] = Cost(kind=kind_of(dear), seconds=3.0, median=3.5)

@@ -12,6 +12,7 @@ Shape letters: P prompts, N text tokens, D their width.
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,6 +61,7 @@ class TextEncoders:
     ) -> None:
         self._load, self._dtype, self._text_length, self._device, self._cache = load, dtype, text_length, device, cache
         self._known: OrderedDict[str, Conditioning] = OrderedDict()  # on the CPU, the last used last
+        self._has_warned = False
 
     def encode(self, prompts: Sequence[str], *, soon: Iterable[str] = ()) -> Conditioning:
         """Conditioning of `prompts`, a row each, on the device: text [P, N, D] and pooled [P, D].
@@ -116,6 +118,7 @@ class TextEncoders:
         return encoded
 
     def _encode_one(self, prompt: str) -> Conditioning:
+        self._warn_of_length(prompt)
         text, _, pooled, _ = self._pipeline.encode_prompt(
             prompt=[prompt],
             prompt_2=None,
@@ -125,6 +128,20 @@ class TextEncoders:
             max_sequence_length=self._text_length,
         )
         return Conditioning(text_BND=text.to("cpu", self._dtype), pooled_BD=pooled.to("cpu", self._dtype))
+
+    def _warn_of_length(self, prompt: str) -> None:
+        """Once, where T5 does not read all of a prompt. CLIP reads 77 tokens of any."""
+        tokenizer = self._pipeline.tokenizer_3
+        if self._has_warned or tokenizer is None:
+            return
+        num_tokens = len(tokenizer(prompt).input_ids)
+        if num_tokens > self._text_length:
+            self._has_warned = True
+            warnings.warn(
+                f"a prompt has {num_tokens} tokens, of which {self._text_length} are read (model.text_length); others "
+                f"may be as long: {prompt[:80]!r}",
+                stacklevel=2,
+            )
 
 
 @contextmanager

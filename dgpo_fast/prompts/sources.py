@@ -43,6 +43,8 @@ GENERATORS: dict[str, Callable[[], list[str]]] = {
     DRAWBENCH_STYLE: drawbench_style_prompts,
 }
 COLUMN = "prompt"
+TABLES = (".csv", ".tsv", ".json", ".yaml", ".yml", ".xlsx", ".gz", ".zip")
+"""Files that are often meant as prompts, and whose lines are none."""
 
 
 def load_prompts(source: str | None, *, key: str) -> list[str]:
@@ -98,7 +100,9 @@ def _read(source: str) -> list[str]:
         return [*_from_json_lines(source, _read_text(path), column or COLUMN)]
     if path.endswith(".parquet"):
         return _from_parquet(source, path, column or COLUMN)
-    return [line.strip() for line in _read_text(source).splitlines() if line.strip()]
+    if path.endswith(TABLES):
+        raise UserError(f"{source!r} is no list of prompts, one on each line; expected text, .jsonl or .parquet")
+    return [Prompt(line.strip()) for line in _read_text(source).splitlines() if line.strip()]
 
 
 def _read_text(path: str) -> str:

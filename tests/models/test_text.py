@@ -69,6 +69,13 @@ def counted(embedded_pipeline: StableDiffusion3Pipeline) -> Counted:
     return Counted(embedded_pipeline)
 
 
+def test_a_prompt_that_is_not_read_to_its_end_is_said_once(counted: Counted) -> None:
+    text, long = counted.text(), "three green squares " * 9
+    with pytest.warns(UserWarning, match=r"28 tokens, of which 12 are read \(model\.text_length\)") as warned:
+        text.encode([PROMPTS[0], long.strip(), long + "and more"])
+    assert len(warned) == 1
+
+
 def assert_same(found: Conditioning, expected: Conditioning) -> None:
     assert torch.equal(found.text_BND, expected.text_BND)
     assert torch.equal(found.pooled_BD, expected.pooled_BD)
