@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,9 +33,9 @@ from dgpo_fast.shapes.captions import split_captions
 if TYPE_CHECKING:
     import pyarrow as pa
 
-GENERATORS: dict[str, Callable[[], list[str]]] = {
-    "shapes:train": lambda: [str(caption) for caption in split_captions("train")],
-    "shapes:test": lambda: [str(caption) for caption in split_captions("test")],
+GENERATORS: Mapping[str, Callable[[], Sequence[str]]] = {
+    "shapes:train": lambda: [Prompt(str(caption)) for caption in split_captions("train")],
+    "shapes:test": lambda: [Prompt(str(caption)) for caption in split_captions("test")],
     "geneval:train": lambda: geneval_prompts("train"),
     "geneval:test": lambda: geneval_prompts("test"),
     "ocr:train": lambda: ocr_prompts("train"),
@@ -48,7 +48,7 @@ TABLES = (".csv", ".tsv", ".json", ".yaml", ".yml", ".xlsx", ".gz", ".zip")
 
 
 def load_prompts(source: str | None, *, key: str) -> list[str]:
-    """The prompts of a source, in its order: see above. They are `Prompt` where the source knows more than their text.
+    """The prompts of a source, in its order: see above. Each is a `Prompt`, with what the source knows of it.
 
     Raises:
         UserError: naming the recipe's `key`: no source given, nothing there, nothing that can be read, no such column,
@@ -59,7 +59,7 @@ def load_prompts(source: str | None, *, key: str) -> list[str]:
             f"{key}: no prompts given; set it to geneval:train or the like, or a file with a prompt on each line"
         )
     if source in GENERATORS:
-        return GENERATORS[source]()
+        return [*GENERATORS[source]()]
     try:
         prompts = _read(source)
     except UserError as error:
