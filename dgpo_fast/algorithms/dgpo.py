@@ -79,9 +79,7 @@ class DGPO:
     def prepare(self, policy: Policy) -> str:
         """Makes sure that adapters act, that samples are the policy's, and that equal policies have a ratio of 1."""
         policy.check_trained()
-        found, line = check_ratio(policy, self.config, clip=self.settings.clip)
-        # Every rank runs the same forwards, though unlike devices may find unlike drifts.
-        self.ratio_errors = "again" if self.world.highest(int(found == "again")) else "training"
+        self.ratio_errors, line = check_ratio(policy, self.config, clip=self.settings.clip, world=self.world)
         return f"{line}\n{policy.check_sampling()}"
 
     def sampling_view(self, step: int) -> View:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.policy import Policy
 from dgpo_fast.ops.velocity_errors import velocity_errors
+from dgpo_fast.parallel.world import ALONE, World
 
 MARGIN = 10
 """How many times a drift has to fit into the recipe's clip to be let pass."""
@@ -29,11 +31,13 @@ class RatioCheck(NamedTuple):
     """For the person who watches."""
 
 
-def check_ratio(policy: Policy, config: Config, *, clip: float | None) -> RatioCheck:
+def check_ratio(policy: Policy, config: Config, *, clip: float | None, world: World = ALONE) -> RatioCheck:
     """Runs one micro-batch through policy and old policy with equal weights.
 
     Args:
         clip: range of the ratio outside which a sample is clipped; None where none is.
+        world: whose ranks all find what the worst of them does, though devices may be unlike: they have to run the
+            same forwards, here and later.
 
     Raises:
         UserError: their ratio differs from 1 by more than the clip can bear, also without gradients.
@@ -41,13 +45,17 @@ def check_ratio(policy: Policy, config: Config, *, clip: float | None) -> RatioC
     engine = config.model.engine
     if clip is None:
         return RatioCheck(errors="training", line="nothing is clipped, so the likelihood ratio is not asked for")
-    drift = _drift(policy, config, with_gradients=True)
+
+    def drift_of_ranks(*, with_gradients: bool) -> float:
+        return float(np.max(world.gather_objects(_drift(policy, config, with_gradients=with_gradients))))
+
+    drift = drift_of_ranks(with_gradients=True)
     ratio = f"engine {engine}: the likelihood ratio of equal policies"
     if drift == 0:
         return RatioCheck(errors="training", line=f"{ratio} is exactly 1")
     if clip > MARGIN * drift:
         return RatioCheck(errors="training", line=f"{ratio} misses 1 by {drift:.1e}, far below algorithm.clip")
-    if _drift(policy, config, with_gradients=False) == 0:
+    if drift_of_ranks(with_gradients=False) == 0:
         line = (
             f"engine {engine}: with gradients the likelihood ratio of equal policies misses 1 by {drift:.1e}, so the "
             "policy runs once more without them, at the cost of a forward for each micro-batch"

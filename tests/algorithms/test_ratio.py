@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -105,12 +106,14 @@ def test_an_algorithm_is_prepared_by_the_check(make_policy: MakePolicy, monkeypa
     assert algorithm.ratio_errors == "again"
 
 
+@pytest.mark.parametrize("drift", [0.01, math.nan])
 def test_ranks_run_the_policy_once_more_where_one_of_them_has_to(
-    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
+    drift: float, make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This one does not; with weights that are gathered to be used, all would wait for it."""
-    config = tiny()
-    policy, algorithm = make_policy(config), DGPO(config)
-    monkeypatch.setattr(World, "highest", lambda self, value: max(value, 1))
+    """This one does not, and finds so after as many forwards; where weights are gathered to be used, all would wait."""
+    policy, algorithm = make_policy(tiny()), DGPO(tiny())
+    of_another = iter([drift, 0.0])
+    monkeypatch.setattr(World, "gather_objects", lambda self, mine: [mine, next(of_another)])
     algorithm.prepare(policy)
     assert algorithm.ratio_errors == "again"
+    assert list(of_another) == []
