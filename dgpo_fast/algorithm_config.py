@@ -39,6 +39,11 @@ class Method(Section):
         return 0
 
     @property
+    def depends_on_batches(self) -> bool:
+        """Whether a run learns something else, by more than rounding, from other batches of the same samples."""
+        return False
+
+    @property
     def compares_groups(self) -> bool:
         """Whether the loss of a sample depends on the errors of all of its group."""
         return False
@@ -148,6 +153,10 @@ class FlowGRPOConfig(Method):
     window: Count | None = None
     """Flow-GRPO-Fast: steps that are stochastic and trained, one after the other, from a start that every micro-batch
     draws; the others follow the ODE. null makes every step stochastic and trains `trained_steps` of them."""
+
+    @property
+    def depends_on_batches(self) -> bool:
+        return True  # a window is drawn for each; densities of other batches differ by roundings, against a narrow clip
 
     @property
     def trained_points(self) -> range:

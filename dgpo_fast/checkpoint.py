@@ -108,7 +108,7 @@ def save_checkpoint(run_dir: Path, state: State, world: World, *, save_weights: 
     def write() -> None:
         for kind, held in state.held.items():
             mine = held.pieces if held.is_sharded else held.pieces[world.rank :: world.size]
-            write_pieces(partial / files[kind], mine)
+            write_pieces(partial / files[kind], mine, state.shapes)
             _sync(partial / files[kind])
 
     def finish() -> None:
@@ -174,10 +174,24 @@ def load_newest(run_dir: Path, world: World) -> Checkpoint | None:
     name = world.gather_objects(checkpoints[-1].name if checkpoints else None)[0]
     if name is None:
         return None
-    newest = run_dir / "checkpoints" / name
-    if world.highest(not newest.is_dir()):
-        raise UserError(f"{newest} is not seen by every rank: {run_dir} has to lie where all of them read and write")
-    return load_checkpoint(newest, world)
+    return load_checkpoint(_seen_by_all(run_dir, name, world), world)
+
+
+def load_chosen(run_dir: Path, step: Step | None, world: World) -> Checkpoint:
+    """The checkpoint that `step` names for rank 0, for all ranks: others may see later which is the newest.
+
+    Raises:
+        UserError: as `find_checkpoint`; or on every rank: some do not see it, or as `load_checkpoint`.
+    """
+    name = world.gather_objects(find_checkpoint(run_dir, step).name)[0]
+    return load_checkpoint(_seen_by_all(run_dir, name, world), world)
+
+
+def _seen_by_all(run_dir: Path, name: str, world: World) -> Path:
+    directory = run_dir / "checkpoints" / name
+    if world.highest(not directory.is_dir()):
+        raise UserError(f"{directory} is not seen by every rank: {run_dir} has to lie where all of them read and write")
+    return directory
 
 
 def load_checkpoint(directory: Path, world: World | None = None) -> Checkpoint:
@@ -234,7 +248,7 @@ def find_checkpoint(run_dir: Path, step: Step | None) -> Path:
     if step == "best":
         best = run_dir / "checkpoints" / "best"
         if not best.exists():
-            raise UserError(f"--step best: no checkpoint in {best.parent}")
+            raise UserError(f"--step best: {best} points to no checkpoint")
         return best.resolve()
     steps = {_step_of(path): path for path in list_checkpoints(run_dir)}
     if step not in steps:

@@ -400,11 +400,11 @@ def _out_of_memory_said() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        reason = str(error).partition(". ")[0]
+        reason = ". ".join(str(error).split(". ")[:3]).rstrip(".")  # later ones advise on PyTorch's allocator
         raise UserError(
             f"{reason}. Less is needed with model.checkpointing=full, or a smaller optimizer.images_per_micro_batch, "
-            "rollout.images_per_forward or rollout.images_per_decode; these may change with --resume, and --dry-run "
-            "says what each phase of training needs"
+            "rollout.images_per_forward or rollout.images_per_decode, with which --resume goes on; --dry-run says what "
+            "each phase of training needs"
         ) from error
 
 

@@ -434,15 +434,16 @@ def _nearest_divisor(number: int, wanted: int) -> int:
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))
 
 
+BATCHES = ("rollout.images_per_forward", "optimizer.images_per_micro_batch")
+"""How many samples are computed at once: a matter of memory and of ranks, unless `depends_on_batches`."""
 MAY_CHANGE_ON_RESUME = (
     "steps",
     "device_memory_gb",
     "model.prompt_cache",
     # What fits into memory, or divides among other ranks: the same numbers, to rounding.
     "model.checkpointing",
-    "rollout.images_per_forward",
     "rollout.images_per_decode",
-    "optimizer.images_per_micro_batch",
+    *BATCHES,
     "evaluation.every",
     "optimizer.max_skipped",
     "checkpoints.",
@@ -561,10 +562,11 @@ def dump_config(config: Config) -> str:
 
 def resume_conflicts(saved: Config, wanted: Config) -> list[str]:
     """Keys in which `wanted` differs from `saved` and a resumed run must not: `key: saved -> wanted`."""
+    batches = BATCHES if saved.algorithm.depends_on_batches else ()
     return [
         f"{key}: {before!r} -> {after!r}"
         for key, (before, after) in differences(saved, wanted).items()
-        if not key.startswith(MAY_CHANGE_ON_RESUME)
+        if key in batches or not key.startswith(MAY_CHANGE_ON_RESUME)
     ]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dgpo_fast import rng
-from dgpo_fast.checkpoint import Step, find_checkpoint, load_checkpoint
+from dgpo_fast.checkpoint import Step, load_chosen
 from dgpo_fast.comparison import Evaluation
 from dgpo_fast.config import Config, load_run_config
 from dgpo_fast.errors import UserError
@@ -237,9 +237,7 @@ def evaluate_run(
     source = config.prompts.test if split == "test" else config.prompts.train
     prompts = load_prompts(source, key=f"prompts.{split}")[: config.evaluation.num_prompts]
     world = World.from_environment(config)
-    # The first rank's: the run may go on meanwhile, and others see its newest later.
-    name = world.gather_objects(find_checkpoint(run_dir, step).name)[0]
-    checkpoint = load_checkpoint(run_dir / "checkpoints" / name, world)
+    checkpoint = load_chosen(run_dir, step, world)
     scorer = _KeepingScorer(config.rewards, device=world.device)
     policy = load_policy(config, world)
     policy.take_ema(partial(checkpoint.read, "ema"))

@@ -295,7 +295,7 @@ def test_the_best_checkpoint_has_a_name(dgpo_fast: CommandLine, straight_run: Pa
     assert (tmp_path / "lora" / weights).read_bytes() == of_steps[0] != of_steps[1]
     best.unlink()
     status, _, stderr = dgpo_fast("export", run, "--out", tmp_path / "other", "--step", "best")
-    assert (status, stderr) == (2, f"error: --step best: no checkpoint in {best.parent}\n")
+    assert (status, stderr) == (2, f"error: --step best: {best} points to no checkpoint\n")
 
 
 def test_a_recipe_is_shown_as_a_recipe(dgpo_fast: CommandLine, tmp_path: Path) -> None:
@@ -309,12 +309,13 @@ def test_a_gpu_without_enough_memory_is_one_line_with_advice(
     dgpo_fast: CommandLine, quick: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exhausted(trainer: Trainer) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB. Set X. Or Y.")
 
     monkeypatch.setattr(Trainer, "train", exhausted)
     status, _, stderr = dgpo_fast("train", "tiny-dgpo", "--out", tmp_path / "run", *(f"--set={one}" for one in quick))
     assert status == 2 and stderr.count("\n") == 1
-    assert stderr.startswith("error: CUDA out of memory. Less is needed with model.checkpointing=full")
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB. Less is needed with model.checkpointing"
+    assert stderr.startswith(f"error: {said}")
 
 
 def test_eval_says_where_its_files_are(dgpo_fast: CommandLine, straight_run: Path, tmp_path: Path) -> None:

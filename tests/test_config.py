@@ -385,6 +385,14 @@ def test_a_resumed_run_must_not_differ_in(change: str, conflict: str) -> None:
     assert resume_conflicts(load_recipe("tiny-dgpo", base), load_recipe("tiny-dgpo", [*base, change])) == [conflict]
 
 
+@pytest.mark.parametrize("key", ["optimizer.images_per_micro_batch", "rollout.images_per_forward"])
+def test_batches_may_change_on_resume_where_nothing_else_depends_on_them(key: str) -> None:
+    """Flow-GRPO-Fast draws a window for each."""
+    for recipe, number in (("sd35m-geneval", 0), ("sd35m-geneval-flow-grpo-fast", 1)):
+        conflicts = resume_conflicts(load_recipe(recipe), load_recipe(recipe, [f"{key}=4"]))
+        assert [conflict.partition(":")[0] for conflict in conflicts] == [key] * number
+
+
 def test_every_conflict_is_named() -> None:
     saved, wanted = load_recipe("sd35m-ocr"), load_recipe("sd35m-ocr-cfgfree")
     assert [conflict.partition(":")[0] for conflict in resume_conflicts(saved, wanted)] == [

@@ -223,6 +223,7 @@ def test_wandb_gets_every_metric_and_a_resumed_run_continues_its_own(
 ) -> None:
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
     for resume_step in (None, 1, None):
         log = MetricsLog(tmp_path, config={"name": "tiny"}, tensorboard=False, wandb=True, resume_step=resume_step)
         log.write(report((resume_step or 0) + 1))

@@ -7,7 +7,9 @@ need no exchange; and whoever reads needs no more memory than the pieces it want
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -27,24 +29,20 @@ class _Entry(NamedTuple):
 
 def create_file(path: Path, shapes: Shapes) -> None:
     """A file in its final size, whose values are still to be written."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + _VALUE_BYTES * shape.numel()
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % _LENGTH_BYTES)  # so that values are aligned
+    header = _header(shapes)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
-        file.truncate(_LENGTH_BYTES + len(text) + end)
+        file.write(header)
+        file.truncate(len(header) + _VALUE_BYTES * sum(shape.numel() for shape in shapes.values()))
 
 
-def write_pieces(path: Path, pieces: Iterable[Piece]) -> None:
-    """Writes `pieces` where they belong in a file of `create_file`, and nothing between them."""
-    with path.open("rb") as file:
-        entries = _read_header(file)
-    # A buffer would write back what it has read of the places of others.
-    with path.open("r+b", buffering=0) as file:
+def write_pieces(path: Path, pieces: Iterable[Piece], shapes: Shapes) -> None:
+    """Writes `pieces` where they belong in a file of `create_file`, and nothing between them.
+
+    What lies between is of other ranks, and must not be read either: a buffer, or the pages that another machine has of
+    a file on a network's disk, would be written back with what they held then.
+    """
+    entries = _read_header(BytesIO(_header(shapes)))
+    with os.fdopen(os.open(path, os.O_WRONLY), "wb", buffering=0) as file:
         for name, start, values in pieces:
             file.seek(entries[name].first_byte + _VALUE_BYTES * start)
             rest = values.detach().cpu().contiguous().numpy().view(np.uint8).data
@@ -68,6 +66,18 @@ def read_pieces(path: Path, pieces: Sequence[Piece], shapes: Shapes) -> None:
             file.seek(entries[name].first_byte + _VALUE_BYTES * start)
             file.readinto(read.numpy().data)
             values.detach().copy_(read)
+
+
+def _header(shapes: Shapes) -> bytes:
+    """What a file of these parameters begins with."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + _VALUE_BYTES * shape.numel()
+        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)  # so that values are aligned
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
 def _read_header(file: BinaryIO) -> dict[str, _Entry]:

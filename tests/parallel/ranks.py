@@ -18,11 +18,13 @@ from torch.multiprocessing import start_processes
 
 import dgpo_fast.parallel.zero
 import dgpo_fast.trainer  # noqa: F401
+from dgpo_fast.parallel import failures
 
 
 def run(local_rank: int, environment: dict[str, str]) -> None:
     os.environ.update(environment, RANK=str(local_rank), LOCAL_RANK=str(local_rank))
     runpy.run_path(sys.argv[0], run_name="__main__")
+    failures.part()  # a copy of a process does not do at its end what was registered with `atexit`
 
 
 def free_port() -> int:

@@ -25,10 +25,10 @@ def test_what_others_write_meanwhile_stays(tmp_path: Path) -> None:
 
     def even() -> Iterator[Piece]:
         yield piece("layer 0")
-        write_pieces(path, [piece("layer 1"), piece("layer 3")])
+        write_pieces(path, [piece("layer 1"), piece("layer 3")], SHAPES)
         yield piece("layer 2")
 
-    write_pieces(path, even())
+    write_pieces(path, even(), SHAPES)
     found = load_file(path)
     assert {name: tensor.unique().tolist() for name, tensor in found.items()} == {
         name: [1.0 + number] for number, name in enumerate(SHAPES)
@@ -36,7 +36,7 @@ def test_what_others_write_meanwhile_stays(tmp_path: Path) -> None:
 
 
 def test_a_piece_may_be_empty_or_a_part(tmp_path: Path) -> None:
-    path = tmp_path / "ema.safetensors"
-    create_file(path, {"layer": torch.Size([2, 3])})
-    write_pieces(path, [Piece("layer", 6, torch.empty(0)), Piece("layer", 4, torch.ones(2, dtype=torch.float32))])
+    path, shapes = tmp_path / "ema.safetensors", {"layer": torch.Size([2, 3])}
+    create_file(path, shapes)
+    write_pieces(path, [Piece("layer", 6, torch.empty(0)), Piece("layer", 4, torch.ones(2))], shapes)
     assert load_file(path)["layer"].tolist() == [[0, 0, 0], [0, 1, 1]]
