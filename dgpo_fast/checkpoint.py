@@ -174,7 +174,7 @@ def load_newest(run_dir: Path, world: World) -> Checkpoint | None:
     name = world.gather_objects(checkpoints[-1].name if checkpoints else None)[0]
     if name is None:
         return None
-    return load_checkpoint(_seen_by_all(run_dir, name, world), world)
+    return _load_seen_by_all(run_dir, name, world)
 
 
 def load_chosen(run_dir: Path, step: Step | None, world: World) -> Checkpoint:
@@ -184,14 +184,14 @@ def load_chosen(run_dir: Path, step: Step | None, world: World) -> Checkpoint:
         UserError: as `find_checkpoint`; or on every rank: some do not see it, or as `load_checkpoint`.
     """
     name = world.gather_objects(find_checkpoint(run_dir, step).name)[0]
-    return load_checkpoint(_seen_by_all(run_dir, name, world), world)
+    return _load_seen_by_all(run_dir, name, world)
 
 
-def _seen_by_all(run_dir: Path, name: str, world: World) -> Path:
+def _load_seen_by_all(run_dir: Path, name: str, world: World) -> Checkpoint:
     directory = run_dir / "checkpoints" / name
     if world.highest(not directory.is_dir()):
         raise UserError(f"{directory} is not seen by every rank: {run_dir} has to lie where all of them read and write")
-    return directory
+    return load_checkpoint(directory, world)
 
 
 def load_checkpoint(directory: Path, world: World | None = None) -> Checkpoint:
@@ -212,12 +212,14 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(found, key=_step_of)
 
 
-def parse_step(text: str) -> Step:
-    """The checkpoint that a text names.
+def parse_step(text: str | None) -> Step | None:
+    """The checkpoint that a text names; None where there is none.
 
     Raises:
         UserError: it is no number from 1, and not "best".
     """
+    if text is None:
+        return None
     if text == "best":
         return "best"
     if not text.isdecimal() or int(text) == 0:

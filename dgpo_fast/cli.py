@@ -174,8 +174,7 @@ def evaluate(
     from dgpo_fast.checkpoint import parse_step
     from dgpo_fast.evaluate import evaluate_run
 
-    wanted = None if step is None else parse_step(step)
-    found = evaluate_run(run_dir, config=config, split=split, step=wanted, picture=picture, gallery=gallery)
+    found = evaluate_run(run_dir, config=config, split=split, step=parse_step(step), picture=picture, gallery=gallery)
     if not launcher.is_first():
         return
     if csv is not None:
@@ -226,7 +225,7 @@ def export(
     from dgpo_fast.checkpoint import parse_step
     from dgpo_fast.export import export_run
 
-    print(export_run(run_dir, out, step=None if step is None else parse_step(step)))
+    print(export_run(run_dir, out, step=parse_step(step)))
 
 
 @app.command()
