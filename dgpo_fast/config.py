@@ -91,6 +91,9 @@ class AdapterConfig(Section):
     """Distribution of A; B starts at zero."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = PUBLISHED_TARGETS
     """Ends of module names, as peft matches them."""
+    path: str | None = None
+    """A LoRA to begin from, of this rank and these targets: a directory that diffusers or peft wrote, such as another
+    run's checkpoints/best/lora. The reference of the KL term stays the base without it. null begins with the base."""
 
 
 class RolloutConfig(Section):
@@ -380,6 +383,11 @@ class Config(Section):
     @property
     def images_per_iteration(self) -> int:
         return self.groups.size * self.groups.per_iteration
+
+    @property
+    def begins_with_base(self) -> bool:
+        """Whether the policy is the base before the first step, and not a LoRA on it."""
+        return self.adapter is None or self.adapter.path is None
 
 
 def check_ranks(config: Config, num_ranks: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,14 @@ class Learner:
         self.engine = train_policy(self.policy, config, world)
         self.skipped, self.skipped_in_a_row = 0, 0
         """Steps that were not made: `skipped_in_a_row` are those whose gradient was not finite."""
+
+    def begin_with(self, weights: Mapping[str, Tensor]) -> None:
+        """Sets the policy and its averages to `weights`, by name, before the first step."""
+        for held in (self.engine.masters(), *self.policy.averages().values()):
+            for name, start, values in held.pieces:
+                values.copy_(weights[name].flatten()[start : start + len(values)])
+        self.engine.refresh(steps_made=0)
+        self.policy.refresh(*TRAINED)
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of this rank's `loss` to the step's."""

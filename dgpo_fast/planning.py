@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -23,7 +24,15 @@ from dgpo_fast.models.architectures import (
     check_targets,
     text_flops,
 )
-from dgpo_fast.models.sources import ModelSource, cached_file, clip_tokens, find_model, transformer_shape, vae_shape
+from dgpo_fast.models.sources import (
+    ModelSource,
+    cached_file,
+    clip_tokens,
+    find_lora,
+    find_model,
+    transformer_shape,
+    vae_shape,
+)
 from dgpo_fast.parallel.placement import placement_of
 from dgpo_fast.reward_config import RunningConfig
 from dgpo_fast.throughput import Throughput, expected_throughputs, gpu_memory_bytes, gpu_name
@@ -108,6 +117,8 @@ def plan(config: Config, *, num_ranks: int | None = None) -> Plan:
         )
         if config.adapter is not None:
             check_targets(config.adapter.targets, [linear.name for linear in shape.linears])
+    if config.adapter is not None and config.adapter.path is not None:
+        find_lora(Path(config.adapter.path))
     model, model_warnings = _describe_model(source, config)
     sigmas, _ = trajectory_of(config.rollout)
     images_per_rank = config.images_per_iteration // num_ranks
@@ -307,6 +318,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     groups, images = config.groups, config.images_per_iteration
     ranks = "1 rank" if plan.num_ranks == 1 else f"{plan.num_ranks} ranks"
     yield "model", plan.model
+    if config.adapter is not None and config.adapter.path is not None:
+        yield "begins with", f"the LoRA in {config.adapter.path}"
     yield "parameters", _parameters(cost) if cost else "known once the model is there; so are FLOPs, memory and time"
     yield "iteration", f"{groups.per_iteration} prompts x {groups.size} images = {images}, shared by {ranks}"
     yield "groups", f"case ({plan.placement.case}): {plan.placement.why}"

@@ -14,9 +14,8 @@ from dgpo_fast.config import Config, ModelConfig, load_recipe
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.architectures import SD35_MEDIUM, check_resolution
 from dgpo_fast.models.sd3 import load_pipeline
-from dgpo_fast.models.sources import find_model, transformer_shape, vae_shape
+from dgpo_fast.models.sources import LORA_FILE, find_model, transformer_shape, vae_shape
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 DEFAULT_STEPS = 28
 DEFAULT_GUIDANCE = 4.5
 DEFAULT_TEXT_LENGTH = 256

@@ -23,6 +23,7 @@ from dgpo_fast.guard import STOPPED, Guard
 from dgpo_fast.interruption import Interrupted, Interruption
 from dgpo_fast.learner import Learner
 from dgpo_fast.metrics import read_evaluations
+from dgpo_fast.models.lora import read_lora
 from dgpo_fast.ops.registry import describe_serving
 from dgpo_fast.parallel.placement import placement_of
 from dgpo_fast.parallel.world import World
@@ -78,6 +79,8 @@ class Trainer:
         self.base_metrics: Metrics | None = None
         if saved is not None:
             self._restore(saved)
+        elif (adapter := config.adapter) is not None and adapter.path is not None:
+            self.learner.begin_with(read_lora(Path(adapter.path), self.learner.engine.shapes, adapter))
         # Of rank 0, which wrote them. Later ones are made again.
         mine = read_evaluations(out) if resume and self.world.is_first else []
         self.past = [line for line in self.world.gather_objects(mine)[0] if line["step"] <= self.step]
@@ -214,13 +217,14 @@ class Trainer:
         self.interruption.check()
 
     def _evaluate(self, run: RunDirectory) -> None:
-        """Held-out metrics of the evaluation EMA; before the first step it is the base."""
+        """Held-out metrics of the evaluation EMA; before the first step it is the base, or the LoRA it began with."""
         measure = partial(
             evaluate_view, prompts=self.test_prompts, config=self.config, scorer=self.scorer, world=self.world,
             check=self.interruption.check, say=run.say,
         )  # fmt: skip
         self.base_metrics = self.base_metrics or measure(self.policy, "ref")
-        tuned = measure(self.policy, "ema") if self.step else self.base_metrics
+        is_base = self.step == 0 and self.config.begins_with_base
+        tuned = self.base_metrics if is_base else measure(self.policy, "ema")
         run.log_evaluation(self.step, num_prompts=len(self.test_prompts), base=self.base_metrics, tuned=tuned)
         self.scores[self.step] = headline(tuned, self.config)
         if self.world.is_first:

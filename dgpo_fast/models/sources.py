@@ -20,6 +20,9 @@ RANDOM_SEED = 0
 """Names the weights of a `random:` model."""
 RANDOM_NAMES = tuple(f"{RANDOM_PREFIX}{name}" for name in SD35_SHAPES)
 TEXT_FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""diffusers' name for it."""
+PEFT_FILE = "adapter_model.safetensors"
 KNOWN_HUB_NAMES = {f"stabilityai/stable-diffusion-3.5-{name.removeprefix('sd35-')}": name for name in SD35_SHAPES}
 
 
@@ -61,6 +64,20 @@ def find_model(name: str, *, revision: str | None = None) -> ModelSource:
     if index is not None:
         _check_index(index, name)
     return source
+
+
+def find_lora(directory: Path) -> Path:
+    """The weights of a LoRA that diffusers or peft wrote to `directory`.
+
+    Raises:
+        UserError: there are none.
+    """
+    files = [directory / name for name in (LORA_FILE, PEFT_FILE)]
+    if (found := next((file for file in files if file.is_file()), None)) is None:
+        raise UserError(
+            f"adapter.path {directory}: there is no {LORA_FILE}, which a checkpoint's lora/ has, nor peft's {PEFT_FILE}"
+        )
+    return found
 
 
 def transformer_shape(source: ModelSource, *, revision: str | None = None) -> TransformerShape | None:

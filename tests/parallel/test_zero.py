@@ -17,7 +17,7 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from dgpo_fast import Trainer, load_recipe
-from dgpo_fast.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
+from dgpo_fast.checkpoint import Checkpoint, last_checkpoint, list_checkpoints, load_checkpoint
 from dgpo_fast.errors import UserError
 from dgpo_fast.metrics import read_evaluations, read_metrics
 from dgpo_fast.parallel.zero import deepspeed_config
@@ -71,9 +71,12 @@ def runs(
     torch.set_num_threads(1)
     for kind in KINDS:
         Trainer(load_recipe("tiny-dgpo", of_kind(overrides, kind, 0)), root / kind).train()
+    lora = f"adapter.path={last_checkpoint(root / 'adapters') / 'lora'}"
+    Trainer(load_recipe("tiny-dgpo", of_kind(overrides, "adapters", 0, lora)), root / "lora").train()
     plans: list[dict[str, Any]] = [
         plan(root / f"{kind}-{stage}", of_kind(overrides, kind, stage)) for kind in KINDS for stage in STAGES
     ]
+    plans += [plan(root / f"lora-{stage}", of_kind(overrides, "adapters", stage, lora)) for stage in (2, 3)]
     low = ("model.dtype=bfloat16", "steps=1", "algorithm.clip=null")
     plans += [plan(root / f"low-{stage}", of_kind(overrides, "full", stage, *low)) for stage in STAGES]
     for kind, stage in (("adapters", 1), ("full", 0), ("full", 2), ("full", 3)):
@@ -122,6 +125,13 @@ def test_weights_of_two_ranks_are_those_of_one(
     assert distance(start, saved(one, "policy")) > 1e-4, "two steps apart they are further apart"
     for view in ("policy", "old", "ema"):
         assert distance(saved(two, view), saved(one, view)) < 1e-5, view
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_begin_with_the_same_lora(runs: Path, saved: Saved, distance: Distance, stage: int) -> None:
+    assert distance(saved(runs / "lora", "policy"), saved(runs / "adapters", "policy")) > 1e-4
+    for view in ("policy", "old", "ema"):
+        assert distance(saved(runs / f"lora-{stage}", view), saved(runs / "lora", view)) < 1e-5, view
 
 
 @pytest.mark.parametrize("stage", STAGES)
