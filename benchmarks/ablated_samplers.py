@@ -46,7 +46,8 @@ def compare_pairs(trainer: Trainer) -> None:
         scored, metrics = score(rollout, scores)
         chosen_P2, teaches_P = pairs(scored.reward_B.view(-1, size))
         advantage_PG = torch.zeros(len(chosen_P2), size, device=chosen_P2.device)
-        advantage_PG.scatter_(1, chosen_P2, torch.tensor([1.0, -1.0]).expand(len(chosen_P2), 2))
+        advantage_PG.scatter_(1, chosen_P2[:, :1], 1.0)
+        advantage_PG.scatter_(1, chosen_P2[:, 1:], -1.0)
         advantage_PG *= (size / 2) ** 0.5 * teaches_P[:, None]
         return replace(scored, advantage_B=advantage_PG.flatten()), metrics
 

@@ -87,6 +87,11 @@ FULL = (
     "rewards.terms=[{name: 'benchmarks.bench_engines:MeanBrightness'}]",
 )  # fmt: skip
 
+QUANTILE_80 = 0.8416
+"""Of a normal distribution: between its 20 % and 80 % lie twice as many standard deviations."""
+OF_A_MEDIAN = 1.2533
+"""Its standard error, in those of a mean: sqrt(pi / 2)."""
+
 Calls = Mapping[str, Callable[[], object]]
 Row = dict[str, object]
 
@@ -110,6 +115,16 @@ class Timing:
     @property
     def median_s(self) -> float:
         return statistics.median(self.seconds)
+
+    def speedup_over(self, baseline: Timing) -> tuple[float, float]:
+        """How many times as fast as the baseline, the median of rounds in which both had their turn, and the relative
+        standard error of that; NaN of fewer than three."""
+        ratios = [before / after for before, after in zip(baseline.seconds, self.seconds, strict=True)]
+        median = statistics.median(ratios)
+        if len(ratios) < 3:
+            return median, math.nan
+        low, *_, high = statistics.quantiles(ratios, n=5)
+        return median, OF_A_MEDIAN * (high - low) / (2 * QUANTILE_80) / math.sqrt(len(ratios)) / median
 
     def quantile_ms(self, fifth: int) -> float:
         if len(self.seconds) == 1:
@@ -353,6 +368,7 @@ class Bench:
     ) -> Row:
         seconds = timing.median_s
         is_variant = name != MATMUL
+        speedup, error = timing.speedup_over(baseline) if is_variant and baseline else (None, None)
         return {
             "model": self.config.model.name,
             "variant": name,
@@ -366,7 +382,8 @@ class Bench:
             "tflop": f"{flop / 1e12:.4f}",
             "tflop_per_s": f"{flop / seconds / 1e12:.4f}",
             "share_of_matmul": f"{flop / seconds / peak:.3f}" if peak else NOT_MEASURED,
-            "speedup": f"{baseline.median_s / seconds:.3f}" if is_variant and baseline else "",
+            "speedup": f"{speedup:.3f}" if speedup else "",
+            "speedup_error": f"{error:.4f}" if speedup else "",
             "peak_memory_gb": NOT_MEASURED if is_variant else "",
         }
 

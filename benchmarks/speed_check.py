@@ -1,12 +1,13 @@
 """Whether the engines are as fast as they were: `make bench-check`.
 
-    python -m benchmarks.speed_check [--seconds N] [--from engines.csv] [--record]
+    python -m benchmarks.speed_check [--seconds N] [--from engines.csv] [--record] [--accept]
 
 Runs bench_engines, whose variants take turns in one process, and compares how many times as fast as the published loop
 each is with the newest record of the same device in benchmarks/results/history.csv. The published loop stands in
 benchmarks/published.py and does not change with the package, so that a slower or busier machine moves both alike. Ends
-with status 1 where an engine has lost more than what its rounds scatter by. `--record` adds what was found to the
-history, and draws docs/history.svg anew.
+with status 1 where an engine has lost more than what its rounds scatter by, or had too few to tell. `--record` adds
+what was found to the history, and draws docs/history.svg anew; a loss only with `--accept`, or one after the other
+would be forgotten.
 """
 
 from __future__ import annotations
@@ -31,10 +32,8 @@ ALLOWED = 0.03
 """Of a speedup, beside the noise: builds of torch and neighbours of the machine are not the engine's doing."""
 ERRORS = 3.0
 """How many standard errors are noise."""
-QUANTILE_80 = 0.8416
-"""Of a normal distribution: between its 20 % and 80 % lie twice as many standard deviations."""
-OF_A_MEDIAN = 1.2533
-"""Its standard error, in those of a mean: sqrt(pi / 2)."""
+MIN_ROUNDS = 8
+"""Of fewer, nobody knows what they scatter by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,28 +57,34 @@ class Record:
 
 
 def records(rows: Sequence[Mapping[str, str]]) -> Iterator[Record]:
-    """Those of a table of bench_engines."""
-    published = {row["work"]: row for row in rows if row["variant"] == BASELINE}
+    """Those of a table of bench_engines that are of enough rounds."""
     for row in rows:
-        if row["speedup"] and row["variant"] != BASELINE:
-            both = row, published[row["work"]]
+        if row["speedup"] and row["variant"] != BASELINE and int(row["rounds"]) >= MIN_ROUNDS:
             yield Record(
                 **{key: row[key] for key in ("date", "commit", "device", "torch", "model", "variant", "work")},
                 speedup=float(row["speedup"]),
-                error=math.hypot(*(_relative_error(each) for each in both)),
+                error=float(row["speedup_error"]),
             )
 
 
-def _relative_error(row: Mapping[str, str]) -> float:
-    """Of the median of a variant's rounds."""
-    low, median, high = (float(row[f"{name}_ms"]) for name in ("low", "median", "high"))
-    return OF_A_MEDIAN * (high - low) / (2 * QUANTILE_80) / math.sqrt(float(row["rounds"])) / median
+def too_few(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """A line for each piece of work that had too few rounds."""
+    rounds = {row["work"]: int(row["rounds"]) for row in rows if row["variant"] == BASELINE}
+    return [
+        f"{work}: {number} rounds are too few to tell, of {MIN_ROUNDS}: give a longer --seconds"
+        for work, number in rounds.items()
+        if number < MIN_ROUNDS
+    ]
 
 
-def loss(now: Record, before: Record) -> float:
-    """By which share the speedup has fallen beyond noise; 0 where it has not."""
-    noise = ERRORS * math.hypot(now.error, before.error) + ALLOWED
-    return max(0.0, 1 - now.speedup / before.speedup - noise)
+def noise(now: Record, before: Record) -> float:
+    """By which share the speedup may have fallen and be the same."""
+    return ERRORS * math.hypot(now.error, before.error) + ALLOWED
+
+
+def has_lost(now: Record, before: Record) -> bool:
+    """Whether the speedup has fallen beyond noise."""
+    return 1 - now.speedup / before.speedup > noise(now, before)
 
 
 def compare(found: Sequence[Record], history: Sequence[Record]) -> tuple[list[str], bool]:
@@ -91,10 +96,11 @@ def compare(found: Sequence[Record], history: Sequence[Record]) -> tuple[list[st
         if before is None:
             lines.append(f"{what}, nothing recorded on {now.device}; --record does")
             continue
-        has_lost = loss(now, before) > 0
-        is_fine &= not has_lost
-        verdict = "SLOWER" if has_lost else "as fast"
-        lines.append(f"{what}, {before.speedup:.2f} x on {before.date} ({before.commit}): {verdict}")
+        is_slower = has_lost(now, before)
+        is_fine &= not is_slower
+        verdict = "SLOWER" if is_slower else "as fast"
+        seen = f"a loss of {noise(now, before):.0%} would be seen"
+        lines.append(f"{what}, {before.speedup:.2f} x on {before.date} ({before.commit}): {verdict} ({seen})")
     return lines, is_fine
 
 
@@ -132,9 +138,12 @@ def picture(history: Sequence[Record]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=120.0, help="for the measurement")
+    parser.add_argument("--seconds", type=float, default=300.0, help="for the measurement")
     parser.add_argument("--from", dest="table", type=Path, metavar="engines.csv", help="a table instead of measuring")
     parser.add_argument("--record", action="store_true", help="add what was found to the history")
+    parser.add_argument(
+        "--accept", action="store_true", help="with --record, also what is slower: it is the new measure"
+    )
     options = parser.parse_args()
     status = 0
     with tempfile.TemporaryDirectory() as scratch:
@@ -147,14 +156,16 @@ def main() -> None:
             if not table.exists():
                 sys.exit(f"speed_check: bench_engines measured nothing (status {status})")
         with table.open(encoding="utf-8") as file:
-            found = list(records(list(csv.DictReader(file))))
-    history = read(HISTORY)
+            rows = list(csv.DictReader(file))
+    found, history, short = list(records(rows)), read(HISTORY), too_few(rows)
     lines, is_fine = compare(found, history)
-    print("\n".join(lines))
-    if options.record:
+    print("\n".join([*lines, *short]))
+    if options.record and (is_fine or options.accept):
         write(HISTORY, [*history, *found])
         PICTURE.write_text(picture(read(HISTORY)), encoding="utf-8")
-    sys.exit(status or not is_fine)
+    elif options.record:
+        print("nothing is recorded: --accept records what is slower, too")
+    sys.exit(status or not is_fine or bool(short))
 
 
 if __name__ == "__main__":

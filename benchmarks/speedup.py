@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -29,7 +29,7 @@ from pathlib import Path
 
 from benchmarks.speedup_costs import add_costs, against_known, calibrate, flops_of, kind_of, read_costs
 from benchmarks.speedup_results import Point, Result, queue, read, results_here, write
-from benchmarks.speedup_runs import COMPARED, HORIZON_S, METHODS, SWEEP_S, Run, every_kind
+from benchmarks.speedup_runs import HORIZON_S, METHODS, SWEEP_S, Run, every_kind
 
 EVALUATIONS = ((180.0, 30.0), (SWEEP_S, 60.0))
 FINAL_EVALUATIONS = ((120.0, 15.0), (300.0, 30.0), (HORIZON_S, 60.0), (float("inf"), 120.0))
@@ -90,6 +90,8 @@ def train(run: Run, cost_s: float) -> Iterator[Point]:
                     wall_s += time.perf_counter() - passed
                     rewards.append(reports[-1].reward_mean)
             except UserError as error:
+                if trainer.learner.skipped_in_a_row <= config.optimizer.max_skipped:
+                    raise
                 print(f"{run.name} ends after {trainer.iteration} iterations: {error}", flush=True)
                 return
             yield point()
@@ -102,12 +104,6 @@ def evaluation_times(run: Run) -> Iterator[float]:
         every = next(every for until, every in grid if now < until)
         now = min(now + every, run.budget_s)
         yield now
-
-
-def is_enough(run: Run, points: Sequence[Point]) -> bool:
-    """Whether a final run has shown what it is for: how long the score takes, and what is kept of it."""
-    arrival = Result(run=run, points=points).arrival(COMPARED)
-    return run.is_final and arrival.is_reached and points[-1].seconds >= HORIZON_S
 
 
 def origin() -> dict[str, str]:
@@ -138,7 +134,7 @@ def measure(run: Run, results: Path) -> None:
         points.append(point)
         write(partial, points, about)
         print(f"{run.name}: {point.seconds:.0f} s, step {point.step}, strict {point.strict:.3f}", flush=True)
-        if is_enough(run, points):
+        if Result(run=run, points=points).is_enough:
             break
     partial.rename(results / f"{run.name}.csv")
 

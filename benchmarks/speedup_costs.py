@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import csv
 import gc
-import math
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.speedup_runs import METHODS, Run
@@ -104,18 +103,19 @@ def add_costs(results: Path, costs: Iterable[Cost], origin: dict[str, str]) -> N
 def against_known(known: Mapping[Kind, Cost], runs: Sequence[Run]) -> list[Cost]:
     """The costs of the kinds that are not known, on the clock of those that are.
 
-    The fastest of these is measured again beside them, by turns: by as much as it takes longer or shorter now than what
-    is known of it, so do they.
+    What is known of the same methods, or of all where that is nothing, is measured again beside them, by turns: by as
+    much as these take longer or shorter now, on the geometric mean, so do they.
     """
-    yardstick, *others = sorted(
-        {kind_of(run): run for run in reversed(runs)}.items(),
-        key=lambda item: known[item[0]].seconds if item[0] in known else math.inf,
-    )
-    measured = {
-        cost.kind: cost for cost in calibrate([yardstick[1], *(run for kind, run in others if kind not in known)])
-    }
-    factor = known[yardstick[0]].seconds / measured.pop(yardstick[0]).seconds
-    return [replace(cost, seconds=factor * cost.seconds, median=factor * cost.median) for cost in measured.values()]
+    of_kind = {kind_of(run): run for run in reversed(runs)}
+    added = [kind for kind in of_kind if kind not in known]
+    of_methods = [kind for kind in of_kind if kind in known and kind.method in {new.method for new in added}]
+    yardsticks = of_methods or [kind for kind in of_kind if kind in known]
+    measured = {cost.kind: cost for cost in calibrate([of_kind[kind] for kind in (*yardsticks, *added)])}
+    factor = geometric_mean(known[kind].seconds / measured[kind].seconds for kind in yardsticks)
+    return [
+        replace(cost, seconds=factor * cost.seconds, median=factor * cost.median)
+        for cost in (measured[kind] for kind in added)
+    ]
 
 
 def calibrate(runs: Sequence[Run]) -> Iterator[Cost]:

@@ -43,7 +43,7 @@ def arrivals(of_seeds: Sequence[Result], target: float) -> list[Arrival]:
 
 
 def typical(of_seeds: Sequence[Result], target: float) -> Arrival | None:
-    """The median, or the lower of the two; None of nobody."""
+    """The median, of two the lower; None of nobody."""
     found = arrivals(of_seeds, target)
     return found[(len(found) - 1) // 2] if found else None
 
@@ -127,12 +127,16 @@ def table_of_factors(chosen: Mapping[str, Sequence[Result]], target: float) -> s
 
 
 def table_of_quality(chosen: Mapping[str, Sequence[Result]], target: float) -> str:
-    """What else has changed where the target is reached: of the seeds that do, their mean and range."""
-    lines = ["| | soft | distance to rendered images | diversity of a group |", "|---|---|---|---|"]
-    found = {"base": [result.points[0] for of_seeds in chosen.values() for result in of_seeds][:1]}
+    """What else has changed where the target is reached: of the seeds that do, their mean and range.
+
+    Without those that were above it when they were first evaluated: at the target nothing of them is known.
+    """
+    lines = ["| | runs | soft | distance to rendered images | diversity of a group |", "|---|---|---|---|---|"]
+    found = {"base": ("", [result.points[0] for of_seeds in chosen.values() for result in of_seeds][:1])}
     for name, of_seeds in chosen.items():
-        found[METHODS[name].title] = [arrival.point for arrival in arrivals(of_seeds, target) if arrival.is_reached]
-    for title, points in found.items():
+        points = [arrival.point for arrival in arrivals(of_seeds, target) if not arrival.bound]
+        found[METHODS[name].title] = (f"{len(points)} of {len(of_seeds)}", points)
+    for title, (runs, points) in found.items():
         if points:
             columns = (
                 ([point.soft for point in points], "{:.3f}"),
@@ -140,7 +144,7 @@ def table_of_quality(chosen: Mapping[str, Sequence[Result]], target: float) -> s
                 ([point.diversity for point in points], "{:.4f}"),
             )
             cells = " | ".join(_mean_and_range(values, form) for values, form in columns)
-            lines.append(f"| {title} | {cells} |")
+            lines.append(f"| {title} | {runs} | {cells} |")
     return "\n".join(lines)
 
 
@@ -243,7 +247,7 @@ def shown(directory: Path) -> Shown:
     """Of each method those of the setting that is soonest, and those of the steadiest."""
     runs = queue(directory)
     swept = {name: found for name, found in _alike(results(runs.sweep, directory)).items() if found}
-    soon, steady = (_alike(results(of_setting, directory)) for of_setting in (runs.finals, runs.steady))
+    soon, steady = (_seeds(results(of_setting, directory)) for of_setting in (runs.finals, runs.steady))
     return Shown(
         soon={name: soon[name] or [soonest(found)] for name, found in swept.items()},
         steady={name: steady[name] or [steadiest(found)] for name, found in swept.items()},
@@ -254,6 +258,11 @@ def _alike(found: Mapping[str, Sequence[Result]]) -> dict[str, list[Result]]:
     """As many runs of each method as of the one that has fewest: while some are to come, nobody has had more tries."""
     fewest = min(len(of_method) for of_method in found.values())
     return {name: [*of_method[:fewest]] for name, of_method in found.items()}
+
+
+def _seeds(found: Mapping[str, Sequence[Result]]) -> dict[str, list[Result]]:
+    """As many of each method, and an odd number, which has a median."""
+    return {name: of_method[: len(of_method) - 1 + len(of_method) % 2] for name, of_method in _alike(found).items()}
 
 
 AXES = {"seconds": "seconds of training, one core", "images": "images", "flops": "FLOPs"}

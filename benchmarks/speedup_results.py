@@ -13,6 +13,7 @@ from typing import Literal
 from benchmarks.speedup_runs import (
     ABLATIONS,
     COMPARED,
+    HORIZON_S,
     LEARNING_RATES,
     METHODS,
     OURS,
@@ -119,18 +120,36 @@ class Result:
 
     @property
     def mean_strict(self) -> float:
-        """Over the seconds of the budget, by trapezoids. A run that ended before, since its gradients were no numbers
-        any longer, stays as it was."""
-        points = [*self.points, replace(self.points[-1], seconds=max(self.run.budget_s, self.points[-1].seconds))]
+        """Over the seconds of the run, by trapezoids."""
         area = sum(
-            (after.seconds - before.seconds) * (after.strict + before.strict) / 2 for before, after in pairwise(points)
+            (after.seconds - before.seconds) * (after.strict + before.strict) / 2
+            for before, after in pairwise(self.points)
         )
-        return area / points[-1].seconds
+        return area / self.points[-1].seconds
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether a final run has shown what it is for: how long the score takes, and what is kept of it."""
+        return self.run.is_final and self.arrival(COMPARED).is_reached and self.points[-1].seconds >= HORIZON_S
 
     def until(self, seconds: float) -> Result:
         """Its beginning: what a run of that budget would have been."""
+        budget_s = min(seconds, self.run.budget_s)
         begun = tuple(point for point in self.points if point.seconds <= seconds * MARGIN)
-        return Result(run=replace(self.run, budget_s=min(seconds, self.run.budget_s)), points=begun)
+        return Result(run=replace(self.run, budget_s=budget_s), points=_carried_on(begun, budget_s))
+
+
+def finished(run: Run, points: Sequence[Point]) -> Result:
+    """A run that is over. Where its gradients were no numbers any longer before its budget was spent, the model stays
+    what it was: the last evaluation is that of the budget's end, too, and confirms itself.
+    """
+    measured = Result(run=run, points=points)
+    return measured if measured.is_enough else Result(run=run, points=_carried_on(points, run.budget_s))
+
+
+def _carried_on(points: Sequence[Point], budget_s: float) -> Sequence[Point]:
+    last = points[-1]
+    return points if last.seconds >= budget_s else (*points, *2 * [replace(last, seconds=budget_s)])
 
 
 def between(before: Point, after: Point, strict: float) -> Point:
@@ -145,7 +164,7 @@ def results(runs: Sequence[Run], directory: Path) -> dict[str, list[Result]]:
     found: dict[str, list[Result]] = {name: [] for name in METHODS}
     for run in runs:
         if (path := directory / f"{run.name}.csv").exists():
-            found[run.method].append(Result(run=run, points=read(path)))
+            found[run.method].append(finished(run, read(path)))
     return found
 
 
@@ -154,7 +173,7 @@ def ablated(runs: Sequence[Run], directory: Path) -> dict[str, list[Result]]:
     found: dict[str, list[Result]] = {name: [] for name in ABLATIONS}
     for run in runs:
         if run.ablation is not None and (path := directory / f"{run.name}.csv").exists():
-            found[run.ablation].append(Result(run=run, points=read(path)))
+            found[run.ablation].append(finished(run, read(path)))
     return found
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
 
 import pytest
 
@@ -12,7 +15,18 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import speed_check  # noqa: E402
-from benchmarks.speed_check import HISTORY, Record, compare, loss, picture, read, records, write  # noqa: E402
+from benchmarks.bench_engines import Timing  # noqa: E402
+from benchmarks.speed_check import (  # noqa: E402
+    HISTORY,
+    Record,
+    compare,
+    has_lost,
+    picture,
+    read,
+    records,
+    too_few,
+    write,
+)
 
 NOW = Record(
     date="2026-12-01", commit="abc1234", device="a CPU, 2 threads", torch="2.13.0", model="embedded", variant="fused",
@@ -20,27 +34,43 @@ NOW = Record(
 )  # fmt: skip
 
 
-def row(variant: str, speedup: str, *, low: str = "90", median: str = "100", high: str = "110") -> dict[str, str]:
+def row(variant: str, speedup: str, *, rounds: int = 16) -> dict[str, str]:
     return {
-        "model": "embedded", "variant": variant, "work": "iteration", "rounds": "16", "median_ms": median,
-        "low_ms": low, "high_ms": high, "speedup": speedup, "device": "a CPU", "torch": "2.13.0", "commit": "abc",
-        "date": "2026-12-01",
+        "model": "embedded", "variant": variant, "work": "iteration", "rounds": str(rounds), "speedup": speedup,
+        "speedup_error": "0.0100", "device": "a CPU", "torch": "2.13.0", "commit": "abc", "date": "2026-12-01",
     }  # fmt: skip
 
 
 def test_a_table_gives_a_record_for_each_engine() -> None:
-    matmul = row("matmul", "") | {"work": "768^3"}
-    found = list(records([row("published", "1.000"), row("fused", "2.000", low="45", median="50", high="55"), matmul]))
-    assert [(each.variant, each.speedup) for each in found] == [("fused", 2.0)]
-    # 20 % and 80 % lie 0.1 of the median on either side: a deviation of 0.1 / 0.8416, of 16 rounds' median a
-    # 1.2533 / 4th of it, and twice that variance for the two.
-    assert found[0].error == pytest.approx(2**0.5 * 1.2533 / 4 * 0.1 / 0.8416, rel=1e-3)
+    matmul = row("matmul", "") | {"work": "768^3", "speedup_error": ""}
+    rows = [row("published", "1.000"), row("fused", "2.000"), matmul]
+    assert [(each.variant, each.speedup, each.error) for each in records(rows)] == [("fused", 2.0, 0.01)]
+    assert too_few(rows) == []
+
+
+def test_too_few_rounds_give_none() -> None:
+    rows = [row("published", "1.000", rounds=7), row("fused", "2.000", rounds=7)]
+    assert list(records(rows)) == []
+    assert too_few(rows) == ["iteration: 7 rounds are too few to tell, of 8: give a longer --seconds"]
+
+
+def test_what_moves_both_of_a_round_is_no_error() -> None:
+    """Rounds that take from once to twice as long, of which a ratio scatters by a hundredth: of a normal one of that
+    deviation, from its quantiles, and of the median of nine rounds 1.2533 / 3 of it."""
+    pace = [1.0 + number / 8 for number in range(9)]
+    ratios = [2 + 0.02 * NormalDist().inv_cdf((number + 1) / 10) for number in range(9)]
+    published = Timing(seconds=[ratio * each for ratio, each in zip(ratios, pace, strict=True)])
+    speedup, error = Timing(seconds=pace).speedup_over(published)
+    assert speedup == pytest.approx(2, rel=1e-12)
+    assert error == pytest.approx(1.2533 / 3 * 0.01, rel=1e-3)
+    few = Timing(seconds=[1.0, 1.0])
+    assert math.isnan(few.speedup_over(few)[1])
 
 
 @pytest.mark.parametrize(("speedup", "is_loss"), [(1.5, False), (1.9, False), (1.36, False), (1.2, True)])
 def test_a_loss_is_more_than_noise(speedup: float, is_loss: bool) -> None:
     """Three standard errors of two measurements, 3 x 2.83 %, and 3 %: 11.5 % of 1.5 is 1.33."""
-    assert (loss(replace(NOW, speedup=speedup), NOW) > 0) is is_loss
+    assert has_lost(replace(NOW, speedup=speedup), NOW) is is_loss
 
 
 def test_the_newest_record_of_the_same_device_counts() -> None:
@@ -54,6 +84,32 @@ def test_the_newest_record_of_the_same_device_counts() -> None:
     lines, is_fine = compare([replace(NOW, device="a third CPU")], [older, NOW, other])
     assert is_fine
     assert "nothing recorded on a third CPU" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "speedup", "status", "recorded"),
+    [
+        ((), 1.5, 0, 0), (("--record",), 1.5, 0, 1), (("--record",), 1.0, 1, 0), (("--record", "--accept"), 1.0, 1, 1),
+    ],
+)  # fmt: skip
+def test_a_loss_is_not_recorded_unseen(
+    given: tuple[str, ...], speedup: float, status: int, recorded: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next loss would be compared with it."""
+    history, table = tmp_path / "history.csv", tmp_path / "engines.csv"
+    write(history, [replace(NOW, device="a CPU")])
+    rows = [row("published", "1.000"), row("fused", f"{speedup:.3f}")]
+    with table.open("w", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=[*rows[0]])
+        writer.writeheader()
+        writer.writerows(rows)
+    monkeypatch.setattr(speed_check, "HISTORY", history)
+    monkeypatch.setattr(speed_check, "PICTURE", tmp_path / "history.svg")
+    monkeypatch.setattr(sys, "argv", ["speed_check", "--from", str(table), *given])
+    with pytest.raises(SystemExit) as exited:
+        speed_check.main()
+    assert int(exited.value.code or 0) == status
+    assert len(read(history)) == 1 + recorded
 
 
 def test_a_history_is_written_and_read(tmp_path: Path) -> None:

@@ -60,8 +60,9 @@ def result(method: str, *points: Point) -> Result:
 
 
 def pretend(directory: Path, run: Run, *strict: float) -> None:
-    """Writes a result of these scores, a minute apart."""
-    points = [point(60.0 * minute, score) for minute, score in enumerate(strict)]
+    """Writes a result of these scores, evenly over its budget."""
+    between_s = run.budget_s / (len(strict) - 1)
+    points = [point(number * between_s, score) for number, score in enumerate(strict)]
     write(directory / f"{run.name}.csv", points, {"commit": "abc"})
 
 
@@ -336,22 +337,29 @@ def test_a_kind_of_run_is_what_decides_its_cost(tmp_path: Path) -> None:
 
 
 def test_what_is_added_is_measured_on_the_clock_of_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine of half the speed others take twice as long, as the cheapest that is known does."""
+    """Where what is known of its method takes twice as long now, or twice and eight times, it would take half, or a
+    quarter, of what it does; by other methods it is measured where nothing is known of its own."""
     kinds = {kind_of(run): run for run in reversed(every_kind())}.values()
-    plain, added, *_ = (run for run in reversed(kinds) if run.method == "dgpo")
-    dear = next(run for run in kinds if run.method == "flow-grpo")
-    known = {kind_of(run): Cost(kind=kind_of(run), seconds=2.0, median=2.5) for run in (plain, dear)}
-    known[kind_of(dear)] = Cost(kind=kind_of(dear), seconds=3.0, median=3.5)
+    plain, added, another, *_ = (run for run in reversed(kinds) if run.method == "dgpo")
+    other = next(run for run in kinds if run.method == "flow-grpo")
+    now = {kind_of(run): seconds for run, seconds in ((plain, 4.0), (another, 16.0), (other, 6.0), (added, 10.0))}
     asked = list[Any]()
 
-    def twice_as_long(runs: list[Run]) -> list[Cost]:
-        asked.extend(runs)
-        return [Cost(kind=kind_of(run), seconds=4.0 + 6 * (run is not plain), median=5.0) for run in runs]
+    def measured(runs: list[Run]) -> list[Cost]:
+        asked[:] = runs
+        return [Cost(kind=kind_of(run), seconds=now[kind_of(run)], median=5.0) for run in runs]
 
-    monkeypatch.setattr(speedup_costs, "calibrate", twice_as_long)
-    (cost,) = against_known(known, [plain, dear, added])
-    assert asked == [plain, added]
-    assert (cost.kind, cost.seconds, cost.median) == (kind_of(added), 5.0, 2.5)
+    def cost_of(added: Run, *known: Run) -> tuple[float, float]:
+        costs = {kind_of(run): Cost(kind=kind_of(run), seconds=2.0, median=2.5) for run in known}
+        (cost,) = against_known(costs, [*known, added])
+        assert cost.kind == kind_of(added)
+        return pytest.approx(cost.seconds), pytest.approx(cost.median)
+
+    monkeypatch.setattr(speedup_costs, "calibrate", measured)
+    assert cost_of(added, plain, other) == (5.0, 2.5)
+    assert {run.name for run in asked} == {plain.name, added.name}
+    assert cost_of(added, plain, another, other) == (2.5, 1.25)
+    assert cost_of(added, other) == (10.0 / 3, 5.0 / 3)
 
 
 def test_evaluations_are_dense_where_methods_are_fast() -> None:
@@ -381,6 +389,7 @@ def test_a_run_that_diverges_has_the_points_that_it_had(monkeypatch: pytest.Monk
 
     def diverges(trainer: Trainer) -> Any:
         if len(iterations) == 2:
+            trainer.learner.skipped_in_a_row = num_skipped
             raise UserError("three gradients were no numbers")
         iterations.append(trainer.step)
         return run_iteration(trainer)
@@ -388,7 +397,12 @@ def test_a_run_that_diverges_has_the_points_that_it_had(monkeypatch: pytest.Monk
     run_iteration = Trainer.run_iteration
     monkeypatch.setattr(Trainer, "run_iteration", diverges)
     run = Run(method="dgpo", setting=("optimizer.lr=1e-3",), seed=0, budget_s=600.0)
+    num_skipped = 3
     assert [found.iteration for found in speedup.train(run, 30.0)] == [0, 1, 2]
+    iterations.clear()
+    num_skipped = 0
+    with pytest.raises(UserError):
+        list(speedup.train(run, 30.0))
 
 
 # What tables make of results
@@ -399,9 +413,27 @@ def test_the_steadiest_setting_has_the_highest_mean_over_time() -> None:
     late = result("dgpo", point(0, 0.5), point(50, 0.5), point(100, 1.0))
     assert early.mean_strict == pytest.approx((0.7 + 0.9) / 2)
     assert late.mean_strict == pytest.approx((0.5 + 0.75) / 2)
-    diverged = result("dgpo", point(0, 0.5), point(50, 0.7))
-    assert diverged.mean_strict == pytest.approx((0.6 + 0.7) / 2), "of 100 seconds"
     assert speedup_results.steadiest([late, early]) is early
+
+
+def test_a_run_that_ended_stays_what_it_was() -> None:
+    """Until its budget is spent: it never arrives, or it has, and its mean is over that time. One that was stopped once
+    it had shown enough would have gone on: of what it had not reached nothing more is known."""
+    run = Run(method="dgpo", setting=("optimizer.lr=1e-3",), seed=1, budget_s=2400.0)
+
+    def over(*points: Point) -> Result:
+        return speedup_results.finished(run, points)
+
+    below, above = (over(point(0, 0.5), point(60, strict)) for strict in (0.7, 0.9))
+    assert (below.arrival(0.8).bound, below.arrival(0.8).point.seconds) == (">", 2400.0)
+    assert (above.arrival(0.8).bound, above.arrival(0.8).point.seconds) == ("<", 60.0)
+    assert below.mean_strict == pytest.approx((60 * 0.6 + 2340 * 0.7) / 2400)
+    begun = below.until(120.0)
+    assert begun.points[-1].seconds == 120 and begun.mean_strict == pytest.approx((0.6 + 0.7) / 2)
+    assert over(point(0, 0.5)).arrival(0.8).point.seconds == 2400.0
+    enough = over(point(0, 0.5), point(60, 0.7), point(120, 0.82), point(840, 0.82), point(900, 0.82))
+    assert (enough.arrival(0.85).bound, enough.arrival(0.85).point.seconds) == (">", 840.0)
+    assert enough.points[-1].seconds == 900
 
 
 def test_the_soonest_setting_is_first_at_the_target() -> None:
@@ -544,6 +576,21 @@ def test_methods_are_compared_by_as_many_runs_of_each(tmp_path: Path) -> None:
     for run in of_rate["3e-3"][1:]:
         pretend(tmp_path, run, 0.5, 0.7)
     assert "90.0%" in speedup_report.tables(tmp_path)["kept"]
+
+
+def test_as_many_runs_are_shown_as_have_a_median() -> None:
+    seeds = [result("dgpo", point(0, 0.5))] * 3
+    for there, shown in ((0, 0), (1, 1), (2, 1), (3, 3)):
+        alike = speedup_report._seeds({"dgpo": seeds[:there], "awm": seeds})
+        assert {name: len(found) for name, found in alike.items()} == {"dgpo": shown, "awm": shown}
+
+
+def test_quality_is_shown_of_those_that_are_known_at_the_target() -> None:
+    reached = result("awm", point(0, 0.5), point(10, 0.5), point(90, 0.8, soft=0.75), point(100, 0.8))
+    at_once = result("awm", point(0, 0.5), point(10, 0.8), point(40, 0.8))
+    never = result("awm", point(0, 0.5), point(100, 0.7), point(120, 0.7))
+    table = speedup_report.table_of_quality({"awm": [reached, at_once, never]}, 0.8)
+    assert table.splitlines()[3:] == ["| AWM | 1 of 3 | 0.750 | 0.01000 | 0.2000 |"]
 
 
 def test_the_readme_says_how_many_times_longer_others_take() -> None:
