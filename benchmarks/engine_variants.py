@@ -18,6 +18,7 @@ from benchmarks.published import MicroBatch, PublishedLoop
 from dgpo_fast import rng
 from dgpo_fast.algorithms.dgpo import DGPO
 from dgpo_fast.config import Config, load_recipe
+from dgpo_fast.parallel.engine import ReplicatedEngine
 from dgpo_fast.profiling import StageClock
 from dgpo_fast.records import Conditioning, PromptBatch, Rollout, ScoredGroups
 from dgpo_fast.trainer import Trainer
@@ -130,7 +131,9 @@ class Engine:
             yield from _tensors(module)
         for view in self.policy.views.values():
             yield from (view.master, view.compute)
-        yield from _trained([self.policy.trainable], self.trainer.optimizer)
+        engine = self.trainer.learner.engine
+        assert isinstance(engine, ReplicatedEngine)
+        yield from _trained([self.policy.trainable], engine.optimizer)
 
     def _repeated(self, num: int) -> Conditioning:
         return self._prompt[torch.zeros(num, dtype=torch.int64, device=self._device)]

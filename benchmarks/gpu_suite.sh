@@ -76,7 +76,7 @@ far() { pytest_ops -m far --junitxml="$out/far.xml"; }
 
 # The package itself: models, rollouts and training runs on the device.
 trains() {
-  mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
+  mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | sort)
   "$PYTHON" -m pytest -q -p no:cacheprovider "${files[@]}" -m gpu --junitxml="$out/trains.xml"
 }
 
@@ -204,12 +204,12 @@ part machine 30 machine
 part build 300 build
 part launches 120 launches
 part tests 200 tests
+part check 250 check
+for script in $scripts; do part "$script" 60 bench "$script"; done
+if command -v ncu >/dev/null; then part ncu 120 counters; else echo 'ncu: not found, left out'; fi
 part trains 150 trains
 part memcheck 120 sanitizer memcheck
-part check 150 check
-for script in $scripts; do part "$script" 60 bench "$script"; done
 part racecheck 120 sanitizer racecheck
-if command -v ncu >/dev/null; then part ncu 120 counters; else echo 'ncu: not found, left out'; fi
 if [[ $only != '.*' ]]; then # minutes of their own: where they are asked for
   part far 300 far
   part engines 480 engines

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import math
 import tempfile
 import time
@@ -17,6 +18,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
+
+import torch
 
 from benchmarks.operator_table import commit
 from benchmarks.speedup_runs import METHODS
@@ -70,6 +73,10 @@ def measure(method: str, recipe: str, overrides: Sequence[str], *, iterations: i
     config = shortened(recipe, overrides)
     work = plan(config, num_ranks=1).cost
     assert work is not None
+    if torch.cuda.is_available():  # the peak is this method's
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as out:
         trainer = Trainer(config, Path(out))
         trainer.run_iteration()

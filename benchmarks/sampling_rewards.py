@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.operator_table import commit
 from dgpo_fast import rng
-from dgpo_fast.checkpoint import State, list_checkpoints, load_checkpoint
+from dgpo_fast.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from dgpo_fast.config import load_recipe
 from dgpo_fast.environment import package_versions
 from dgpo_fast.flow.rollout import Sampler, sample_latents
@@ -60,13 +60,14 @@ def main() -> None:
 
 
 def compare(
-    dtype: str, sampling: str, checkpoint: State | None, num_prompts: int, images_per_prompt: int
+    dtype: str, sampling: str, checkpoint: Checkpoint | None, num_prompts: int, images_per_prompt: int
 ) -> list[dict[str, object]]:
     """A row for each metric of the reward."""
     config = load_recipe("tiny-dgpo", [f"model.dtype={dtype}", f"model.sampling={sampling}", "rollout.guidance=2"])
     policy = AdapterPolicy(load_model(config.model, device="cpu"), config.adapter, seed=0)
     if checkpoint is not None:
-        policy.restore(checkpoint.tensors, layout=checkpoint.values.get("layout"))
+        weights = checkpoint.tensors("policy")
+        policy.set_weights("policy", torch.cat([weights[name].flatten() for name in policy.trained.shapes]))
     prompts = load_prompts(config.prompts.test, key="prompts.test")[:num_prompts]
     names = [
         rng.stream(0, stage="benchmark", group=group, sample=sample)

@@ -121,6 +121,24 @@ def test_the_published_loop_learns_the_same(changes: tuple[str, ...]) -> None:
     assert all(torch.equal(*pair) for pair in zip(before, loop.parameters, strict=True)), "old weights stayed behind"
 
 
+@pytest.mark.parametrize("name", ["published", "fused"])
+def test_what_is_resident_is_what_learns_and_what_it_learns_from(name: str, tmp_path: Path) -> None:
+    """The transformer, and what Adam keeps of each value that it steps."""
+    from benchmarks.engine_variants import SPECS, Engine, Published
+
+    variant = SPECS[name].build("tiny-dgpo", [*SMALL, *FIXED], torch.device("cpu"), tmp_path)
+    variant.iteration()
+    found = {tensor.data_ptr() for tensor in variant.resident()}
+    assert {parameter.data_ptr() for parameter in variant.transformer.parameters()} <= found
+    if isinstance(variant, Engine):
+        kept = [held for of_kind in variant.trainer.learner.engine.moments().values() for held in of_kind.pieces[:1]]
+        assert {piece.values.data_ptr() for piece in kept} <= found and len(kept) == 2
+    else:
+        assert isinstance(variant, Published)
+        states = variant.loop.optimizer.state.values()
+        assert {state[moment].data_ptr() for state in states for moment in ("exp_avg", "exp_avg_sq")} <= found
+
+
 def test_a_small_run_fills_its_tables(bench: Callable[..., Any], tmp_path: Path) -> None:
     assert bench().run() == 0
     out = tmp_path / "out"

@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
-from diffusers.models.normalization import RMSNorm
 from torch import Tensor
 from torch.nn import functional
 
@@ -177,22 +175,23 @@ def test_backward_equals_the_closed_form(
 
 
 @pytest.fixture(scope="module")
-def attention() -> Attention:
+def attention() -> Any:
     """diffusers' attention of an SD3.5 block, small, with weights of the normalisation that are not 1."""
+    processors = pytest.importorskip("diffusers.models.attention_processor")
     torch.manual_seed(2)
-    module = Attention(
+    module = processors.Attention(
         query_dim=48, added_kv_proj_dim=48, dim_head=16, heads=3, out_dim=48, context_pre_only=False, bias=True,
-        qk_norm="rms_norm", eps=EPS, processor=JointAttnProcessor2_0(),
+        qk_norm="rms_norm", eps=EPS, processor=processors.JointAttnProcessor2_0(),
     )  # fmt: skip
     for norm in (module.norm_q, module.norm_k, module.norm_added_q, module.norm_added_k):
-        assert isinstance(norm, RMSNorm)
+        assert type(norm).__name__ == "RMSNorm"
         torch.nn.init.normal_(norm.weight, mean=1.0, std=0.3)
     return module
 
 
 @pytest.mark.parametrize("with_text", [True, False], ids=["joint", "image only"])
 def test_attention_on_it_is_that_of_diffusers(
-    name: str, implementation: Implementation, attention: Attention, with_text: bool
+    name: str, implementation: Implementation, attention: Any, with_text: bool
 ) -> None:
     generator = torch.Generator().manual_seed(4)
     image, text = (torch.randn(2, n, 48, generator=generator) for n in (9, 5))

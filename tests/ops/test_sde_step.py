@@ -406,9 +406,14 @@ MISTAKES: dict[str, tuple[str, Callable[[Arguments], Arguments]]] = {
 }
 
 
+VALUES = ("negative std", "std that is no number", "words of 33 bits", "group after the last")
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_bad_argument_is_named(name: str, implementation: Implementation, mistake: str) -> None:
+def test_a_bad_argument_is_named(name: str, implementation: Implementation, mistake: str, device: str) -> None:
     culprit, spoil = MISTAKES[mistake]
+    if device == "cuda" and mistake in VALUES:
+        pytest.skip("to look would wait for the device")
     with pytest.raises(ValueError, match=f"^{culprit}: "):
         implementation(name)(*spoil(arguments()))
 
