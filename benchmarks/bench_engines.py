@@ -44,7 +44,7 @@ from typing import Any, TextIO
 import torch
 from rich.table import Table
 from torch import Tensor
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity
 
 from benchmarks.console import people
@@ -60,6 +60,7 @@ from benchmarks.engine_variants import (
     share_weights,
 )
 from benchmarks.operator_table import provenance
+from dgpo_fast.algorithm_config import DGPOConfig
 from dgpo_fast.config import load_recipe
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.fused.attention import ATTENTIONS, Attention
@@ -344,6 +345,7 @@ class Bench:
         of = {stage.name: stage.flops for stage in whole.stages}
         trained = sum(of.get(name, 0.0) for name in ("reference", "old policy", "group weights", "policy"))
         num, micro = num_sampled(config), config.optimizer.images_per_micro_batch
+        assert isinstance(config.algorithm, DGPOConfig)
         return {
             "rollout": (num, of["rollout"] / images * num),
             "micro_step": (micro, trained / images / config.algorithm.train_timesteps * micro),

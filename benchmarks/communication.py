@@ -172,9 +172,10 @@ class Run:
     def step(self, stage: int) -> Step:
         is_low = self.config.model.dtype == "bfloat16"
         is_short = is_low and self.config.parallel.gradients == "bfloat16"
+        has_old = getattr(self.config.algorithm, "clip", None) is not None
         return Step(
             stage=stage, is_full=self.config.adapter is None, trained=self.trained, micro_batches=self.micro_batches,
-            value=2 if is_low else 4, gradient=2 if is_short else 4, has_old=self.config.algorithm.clip is not None,
+            value=2 if is_low else 4, gradient=2 if is_short else 4, has_old=has_old,
         )  # fmt: skip
 
     def small(self) -> int:

@@ -108,7 +108,7 @@ class KernelCounter(TorchDispatchMode):
     """Collects in `kernels` what runs within it, forward and backward."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kernels: list[Kernel] = []
         self._modules: list[str] = []
         self._module_of_node: dict[int, str] = {}
@@ -117,12 +117,12 @@ class KernelCounter(TorchDispatchMode):
     def __enter__(self) -> KernelCounter:
         self._hooks.enter_context(register_module_forward_pre_hook(self._enter_module))
         self._hooks.enter_context(register_module_forward_hook(self._leave_module))
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._hooks.close()
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, operator: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

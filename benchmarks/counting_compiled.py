@@ -79,8 +79,9 @@ def count_blocks(
     with torch.device("meta"):
         transformer = make(_one_of_each_kind(shape, kinds))
     transformer.to_empty(device="cpu")
-    kernels = []
-    for block, (kind, num_blocks) in zip(transformer.transformer_blocks, kinds.items(), strict=True):
+    kernels, blocks = list[Kernel](), transformer.transformer_blocks
+    assert isinstance(blocks, nn.ModuleList)
+    for block, (kind, num_blocks) in zip(blocks, kinds.items(), strict=True):
         kernels += num_blocks * _count_block(block, kind, shape.width, samples, tokens, learns=learns)
     return kernels
 
@@ -123,9 +124,11 @@ def _count_block(
 def _counting_backend(module: str, kernels: list[Kernel]) -> Callable[[GraphModule, Sequence[Tensor]], Any]:
     """A backend for torch.compile that adds to `kernels`, and computes nothing."""
 
-    def count(graph: GraphModule, inputs: Sequence[Tensor], **options: Any) -> Callable[[list[Any]], list[Any]]:
+    def count(graph: GraphModule, inputs: Sequence[Tensor], **options: Any) -> Any:
         is_backward = bool(options.get("is_backward"))
-        outputs = [node.meta["val"] if isinstance(node, Node) else node for node in graph.graph.output_node().args[0]]
+        given_back = graph.graph.output_node().args[0]
+        assert isinstance(given_back, Sequence)
+        outputs = [node.meta["val"] if isinstance(node, Node) else node for node in given_back]
         kernels.extend(_products(graph, module, is_backward=is_backward))
         generated: list[Kernel] = []
 

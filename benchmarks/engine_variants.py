@@ -18,6 +18,7 @@ from benchmarks.published import MicroBatch, PublishedLoop
 from dgpo_fast import rng
 from dgpo_fast.algorithms.dgpo import DGPO
 from dgpo_fast.config import Config, load_recipe
+from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.parallel.engine import ReplicatedEngine
 from dgpo_fast.profiling import StageClock
 from dgpo_fast.records import Conditioning, PromptBatch, Rollout, ScoredGroups
@@ -82,12 +83,12 @@ class Engine:
     def __init__(self, config: Config, out: Path) -> None:
         # One step: a trainer that sees no later prompts encodes those of an iteration when it comes to them.
         self.trainer = Trainer(config, out)
-        self.clock, self.policy = self.trainer.clock, self.trainer.policy
+        self.clock, policy, algorithm = self.trainer.clock, self.trainer.policy, self.trainer.algorithm
+        assert isinstance(policy, AdapterPolicy) and isinstance(algorithm, DGPO)
+        self.policy, self._algorithm = policy, algorithm
         self.transformer: nn.Module = self.policy.model.transformer
         self._config, self._device = config, self.policy.model.device
         self._prompt = self.policy.model.encode([""])
-        self._algorithm = self.trainer.algorithm
-        assert isinstance(self._algorithm, DGPO)
 
     def answer(self, probe: Probe) -> Answer:
         policy, dtype = self.policy, self.policy.model.dtype
@@ -118,7 +119,7 @@ class Engine:
         batches = next(iter(self._algorithm.batches(self._scored())))
         (weights,) = self._algorithm.group_weights(self.policy, batches) or (None,)
         loss = self._algorithm.loss(self.policy, batches[0], weights).loss
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.policy.collect_gradient()
         return loss.detach()
 

@@ -34,6 +34,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from dgpo_fast import rng
+from dgpo_fast.algorithm_config import DGPOConfig
 from dgpo_fast.config import Config
 from dgpo_fast.models.projections import adapter_order
 from dgpo_fast.models.sd3 import load_pipeline
@@ -91,8 +92,10 @@ class PublishedLoop:
     def __init__(self, config: Config, *, device: torch.device) -> None:
         rollout, optimizer = config.rollout, config.optimizer
         assert (rollout.solver, rollout.schedule, rollout.guidance_interval) == ("dpm++2m", "dpm", None)
+        adapter, algorithm = config.adapter, config.algorithm
         assert optimizer.images_per_micro_batch % config.groups.size == 0
-        self.config, self.device = config, device
+        assert adapter is not None and isinstance(algorithm, DGPOConfig)
+        self.config, self.algorithm, self.device = config, algorithm, device
         self._on_gpu = device.type == "cuda"
         self.pipeline = load_pipeline(config.model.model_copy(update={"dtype": "float32"}), device=device)
         self.pipeline.scheduler = DPMSolverMultistepScheduler(
@@ -102,7 +105,6 @@ class PublishedLoop:
             torch.backends.cuda.matmul.allow_tf32 = True
             for encoder in (self.pipeline.text_encoder, self.pipeline.text_encoder_2, self.pipeline.text_encoder_3):
                 encoder.to(torch.bfloat16)
-        adapter = config.adapter
         torch.manual_seed(config.seed)
         self.transformer: PeftModel = get_peft_model(
             self.pipeline.transformer,
@@ -168,7 +170,7 @@ class PublishedLoop:
 
     def micro_step(self, batch: MicroBatch) -> Tensor:
         """The loss of a micro-batch, whose gradient is added to that of the parameters."""
-        algorithm, sigma = self.config.algorithm, batch.timestep / 1000
+        algorithm, sigma = self.algorithm, batch.timestep / 1000
         x_t = (1 - sigma) * batch.x0_MCHW + sigma * batch.noise_MCHW
         target = batch.noise_MCHW - batch.x0_MCHW
         timestep = torch.tensor(batch.timestep, device=self.device)
@@ -196,7 +198,7 @@ class PublishedLoop:
         loss = (weight_G[batch.group_M] * batch.advantage_M * error_M).mean()
         loss = loss + algorithm.kl_coef * _mean_square(policy - reference).mean()
         with stage("backward"):
-            (loss / self._micro_steps).backward()  # type: ignore[no-untyped-call]
+            (loss / self._micro_steps).backward()
         return loss.detach()
 
     def averages(self) -> Iterator[Tensor]:
@@ -208,7 +210,7 @@ class PublishedLoop:
     def _micro_steps(self) -> int:
         """Of an iteration: what accelerate divides each loss by."""
         config = self.config
-        return config.images_per_iteration // config.optimizer.images_per_micro_batch * config.algorithm.train_timesteps
+        return config.images_per_iteration // config.optimizer.images_per_micro_batch * self.algorithm.train_timesteps
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Embeddings of `prompts`, each by itself although many are the same."""
@@ -250,7 +252,7 @@ class PublishedLoop:
 
     def _learn(self, x0_BCHW: Tensor, conditioning: Conditioning, advantage_B: Tensor) -> None:
         config, size = self.config, self.config.groups.size
-        micro, algorithm = config.optimizer.images_per_micro_batch, config.algorithm
+        micro, algorithm = config.optimizer.images_per_micro_batch, self.algorithm
         name = rng.stream(config.seed, stage="timesteps", iteration=self.step)
         timesteps = self.pipeline.scheduler.timesteps.tolist()
         chosen = rng.choice(name, algorithm.trunc + 1, k=algorithm.train_timesteps)

@@ -15,7 +15,7 @@ go through one by one: for the former two, one image at a time is what a loop wo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -42,6 +42,7 @@ from dgpo_fast.models.tiny.tokenizers import train_clip_tokenizer
 from dgpo_fast.records import Prompt
 from dgpo_fast.reward_config import RewardConfig, RewardsConfig
 from dgpo_fast.rewards import Reward, aesthetic, hpsv2, imagereward, load_reward
+from dgpo_fast.rewards.base import Values
 from dgpo_fast.rewards.clip import Clip
 from dgpo_fast.rewards.imagereward import ImageReward
 from dgpo_fast.rewards.pickscore import PickScore
@@ -253,7 +254,7 @@ def _text_of_one(clip: Any, prompt: str, *, padding: bool | str) -> Tensor:
 
 def _head(width: int, prefix: str) -> dict[str, Tensor]:
     """The linear layers by their published numbers."""
-    state = {}
+    state = dict[str, Tensor]()
     for number, (wide, narrow) in zip((0, 2, 4, 6, 7), pairwise((width, *HEAD)), strict=True):
         layer = nn.Linear(wide, narrow)
         state |= {f"{prefix}{number}.{kind}": weight for kind, weight in layer.state_dict().items()}
@@ -341,7 +342,7 @@ def _ours(reward: Reward) -> One:
     return lambda image_CHW, prompt: float(first_metric(reward(image_CHW[None], [prompt]))[0])
 
 
-def first_metric(scores: Sequence[float] | Mapping[str, Sequence[float]]) -> Sequence[float]:
+def first_metric(scores: Values | Mapping[str, Values]) -> Values:
     """What is trained on where a recipe names no metric."""
     return next(iter(scores.values())) if isinstance(scores, Mapping) else scores
 

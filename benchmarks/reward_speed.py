@@ -34,6 +34,7 @@ from benchmarks.reward_models import SUBJECTS, Subject, first_metric, images_and
 from benchmarks.reward_waiting import Waiting, measure_waiting, table_of_waiting
 from benchmarks.timing import num_threads
 from dgpo_fast.environment import num_cores, package_versions, processor_name
+from dgpo_fast.rewards.base import Values
 
 RESULTS = Path(__file__).parent / "results" / "reward-speed-cpu"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "rewards.md"
@@ -80,14 +81,14 @@ def measure(name: str, found: Subject, *, images: int, seconds: float) -> list[S
     batch_BCHW, prompts = images_and_prompts(images)
     few = [(batch_BCHW[place], prompts[place]) for place in range(0, images, -(-images // ONE_BY_ONE))]
 
-    def batched() -> Sequence[float]:
+    def batched() -> Values:
         return first_metric(found.reward(batch_BCHW, prompts))
 
     def one_by_one() -> Sequence[float]:
         return [found.one(image_CHW, prompt) for image_CHW, prompt in few]
 
     check(name, found)
-    ways: dict[Way, tuple[Callable[[], Sequence[float]], int, int]] = {
+    ways: dict[Way, tuple[Callable[[], Values], int, int]] = {
         "batched": (batched, images, num_cores()), "one by one": (one_by_one, len(few), 1),
     }  # fmt: skip
     turns: dict[Way, list[Turn]] = {way: [] for way in ways}

@@ -64,6 +64,7 @@ def compare(
 ) -> list[dict[str, object]]:
     """A row for each metric of the reward."""
     config = load_recipe("tiny-dgpo", [f"model.dtype={dtype}", f"model.sampling={sampling}", "rollout.guidance=2"])
+    assert config.adapter is not None
     policy = AdapterPolicy(load_model(config.model, device="cpu"), config.adapter, seed=0)
     if checkpoint is not None:
         weights = checkpoint.tensors("policy")

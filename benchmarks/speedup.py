@@ -53,6 +53,7 @@ def train(run: Run, cost_s: float) -> Iterator[Point]:
     from dgpo_fast import Trainer, load_recipe
     from dgpo_fast.errors import UserError
     from dgpo_fast.evaluate import draw_images
+    from dgpo_fast.models.engines import View
     from dgpo_fast.prompts import load_prompts
 
     torch.set_num_threads(1)
@@ -68,7 +69,7 @@ def train(run: Run, cost_s: float) -> Iterator[Point]:
         ablate(trainer, run)
 
         def point() -> Point:
-            view = "ema" if trainer.step else "ref"
+            view: View = "ema" if trainer.step else "ref"
             with torch.no_grad():
                 images = draw_images(trainer.policy, view, prompts, judge, images_per_prompt=per_prompt)
             return Point(

@@ -71,7 +71,8 @@ def read(trace: dict[str, Any]) -> list[Range]:
             of_threads[event["tid"]].append(event)
     if not of_threads:
         raise SystemExit("trace_chart: the trace has no ranges; was it written by dgpo-fast profile?")
-    events = sorted(max(of_threads.values(), key=len), key=lambda event: (event["ts"], -event["dur"]))
+    most = max(of_threads.values(), key=lambda events: len(events))
+    events = sorted(most, key=lambda event: (event["ts"], -event["dur"]))
     ranges: list[Range] = []
     open_ends: list[float] = []
     for event in events:
@@ -119,7 +120,10 @@ def find(ranges: Sequence[Range], zoom: str) -> Panel:
 
 def _panel(panel: Panel, ranges: Sequence[Range], *, top: float, marked: Sequence[Panel]) -> Iterator[Markup]:
     scale = (WIDTH - 2 * MARGIN) / (panel.end - panel.start)
-    place = lambda ms: MARGIN + scale * (min(max(ms, panel.start), panel.end) - panel.start)  # noqa: E731
+
+    def place(ms: float) -> float:
+        return MARGIN + scale * (min(max(ms, panel.start), panel.end) - panel.start)
+
     yield Markup('<text x="{x}" y="{y:.1f}" font-size="13" font-weight="bold">{title}</text>').format(
         x=MARGIN, y=top + 14, title=panel.title
     )

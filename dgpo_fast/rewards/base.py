@@ -13,12 +13,15 @@ from dgpo_fast.errors import UserError, suggest
 from dgpo_fast.reward_config import RewardConfig, RewardsConfig
 from dgpo_fast.rewards.pretrained import Pretrained
 
+Values = Sequence[float] | Tensor
+"""A number for each image."""
+
 
 @runtime_checkable
 class Reward(Protocol):
     """One method: scores for images. A class of your own needs no base class, and no arguments to be made."""
 
-    def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Sequence[float] | Mapping[str, Sequence[float]]:
+    def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Values | Mapping[str, Values]:
         """A score per image, higher is better; or several metrics by name, the first being the reward by default.
 
         Args:
