@@ -126,7 +126,7 @@ def train(
 
     from dgpo_fast.trainer import Trainer
 
-    with _out_of_memory_said():
+    with _out_of_memory_said(config, is_training=True):
         trainer = Trainer(config, out, resume=resume)
         trainer.train()
     trainer.world.leave()
@@ -174,7 +174,10 @@ def evaluate(
     from dgpo_fast.checkpoint import parse_step
     from dgpo_fast.evaluate import evaluate_run
 
-    found = evaluate_run(run_dir, config=config, split=split, step=parse_step(step), picture=picture, gallery=gallery)
+    with _out_of_memory_said(config, is_training=False):
+        found = evaluate_run(
+            run_dir, config=config, split=split, step=parse_step(step), picture=picture, gallery=gallery
+        )
     if not launcher.is_first():
         return
     if csv is not None:
@@ -392,7 +395,7 @@ def _check_file(option: str, file: Path | None, *, example: str) -> None:
 
 
 @contextmanager
-def _out_of_memory_said() -> Iterator[None]:
+def _out_of_memory_said(config: Config, *, is_training: bool) -> Iterator[None]:
     """Says what needs less of a GPU's memory, where it does not suffice."""
     import torch
 
@@ -400,11 +403,19 @@ def _out_of_memory_said() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         reason = ". ".join(str(error).split(". ")[:3]).rstrip(".")  # later ones advise on PyTorch's allocator
-        raise UserError(
-            f"{reason}. Less is needed with model.checkpointing=full, or a smaller optimizer.images_per_micro_batch, "
-            "rollout.images_per_forward or rollout.images_per_decode, with which --resume goes on; --dry-run says what "
-            "each phase of training needs"
-        ) from error
+        rewards = "rewards elsewhere (rewards.running.NAME.device=cpu, or url)"
+        raise UserError(f"{reason}. Less is needed with {_remedies(config, is_training)}, or {rewards}") from error
+
+
+def _remedies(config: Config, is_training: bool) -> str:
+    if not is_training:
+        return "a smaller rollout.images_per_forward or rollout.images_per_decode in the run's config.yaml"
+    batches = "a smaller optimizer.images_per_micro_batch or rollout.images_per_forward"
+    if config.algorithm.depends_on_batches:
+        goes_on = f"with which --resume goes on, or, in a new run, {batches}"
+        return f"model.checkpointing=full or a smaller rollout.images_per_decode, {goes_on} (--dry-run foresees it)"
+    goes_on = "with which --resume goes on (--dry-run foresees it)"
+    return f"model.checkpointing=full, {batches}, or a smaller rollout.images_per_decode, {goes_on}"
 
 
 def _print_outcome(out: Path) -> None:

@@ -445,6 +445,8 @@ def _nearest_divisor(number: int, wanted: int) -> int:
 BATCHES = ("rollout.images_per_forward", "optimizer.images_per_micro_batch")
 """How many samples are computed at once: a matter of memory and of ranks, unless `depends_on_batches`."""
 MAY_CHANGE_ON_RESUME = (
+    "name",
+    "description",
     "steps",
     "device_memory_gb",
     "model.prompt_cache",
@@ -458,6 +460,7 @@ MAY_CHANGE_ON_RESUME = (
     "logging.",
     "guard.",
     "parallel.",
+    "prompts.",  # where they come from: the run refuses others
     "rewards.running.",
     "rewards.retries",
     "rewards.timeout_s",
@@ -574,8 +577,12 @@ def resume_conflicts(saved: Config, wanted: Config) -> list[str]:
     return [
         f"{key}: {before!r} -> {after!r}"
         for key, (before, after) in differences(saved, wanted).items()
-        if key in batches or not key.startswith(MAY_CHANGE_ON_RESUME)
+        if key in batches or not _may_change(key)
     ]
+
+
+def _may_change(key: str) -> bool:
+    return any(key == each or (each.endswith(".") and key.startswith(each)) for each in MAY_CHANGE_ON_RESUME)
 
 
 def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
@@ -667,8 +674,8 @@ REMOVED = {
 
 def _path(key: str) -> list[str]:
     """The parts of a key. The name of a reward of one's own has dots, and a colon, which no key has."""
-    running = re.fullmatch(r"(rewards)\.(running)\.(.+?)(?:\.([^.:]*))?", key)
-    return [part for part in running.groups() if part is not None] if running else key.split(".")
+    of_reward = re.fullmatch(r"(rewards)\.(running|arguments)\.(.+?)(?:\.([^.:]*))?", key)
+    return [part for part in of_reward.groups() if part is not None] if of_reward else key.split(".")
 
 
 def _explain(error: ValidationError) -> str:

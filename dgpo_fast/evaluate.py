@@ -86,6 +86,7 @@ def evaluate_view(
     world: World,
     *,
     check: Callable[[], None] = lambda: None,
+    is_over: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Metrics:
     """Mean of every metric over the images of `prompts`, which the ranks share out among themselves.
@@ -93,13 +94,15 @@ def evaluate_view(
     Args:
         check: called before each forward's worth of prompts and at the end, on every rank as often; may raise, to end
             the evaluation.
+        is_over: whether it will, so that this rank need not wait for its scores.
         say: told, on every rank, in a line which images have no score and are left out of the means.
 
     Raises:
         UserError: fewer prompts than ranks, or more images have no score than the recipe allows.
     """
     with stage("evaluate"):
-        metrics = _score_share(policy, view, prompts, config, scorer, world, check=check, say=say).metrics
+        scores = _score_share(policy, view, prompts, config, scorer, world, check=check, is_over=is_over, say=say)
+        metrics = scores.metrics
         scored = [values[values.isfinite()] for values in metrics.values()]
         sums = [[values.double().sum().item() for values in scored], [float(len(values)) for values in scored]]
         totals = world.sum(torch.tensor(sums, dtype=torch.float64).to(world.device))
@@ -122,7 +125,7 @@ def score_view(
         UserError: as `evaluate_view`.
     """
     with stage("evaluate"):
-        metrics = _score_share(policy, view, prompts, config, scorer, world, check=lambda: None, say=say).metrics
+        metrics = _score_share(policy, view, prompts, config, scorer, world, say=say).metrics
         of_ranks = world.gather_objects({name: values.double().numpy() for name, values in metrics.items()})
     # A rank's prompts are consecutive, and ranks come in their order.
     whole = {name: np.concatenate([of[name] for of in of_ranks]) for name in metrics}
@@ -139,7 +142,8 @@ def _score_share(
     scorer: Scorer,
     world: World,
     *,
-    check: Callable[[], None],
+    check: Callable[[], None] = lambda: None,
+    is_over: Callable[[], bool] = lambda: False,
     say: Callable[[str], None],
 ) -> Scores:
     """Of this rank's images, prompt after prompt."""
@@ -154,7 +158,7 @@ def _score_share(
     along = prompts[mine.start : mine.start + 1]  # of its own: another would bring the text encoders to the device
     scoring = OverlappedScoring(
         scorer, policy.model, images_per_decode=config.rollout.decoded_at_once, max_waiting=MAX_WAITING,
-        num_images=len(prompts) * images_per_prompt,
+        num_images=len(prompts) * images_per_prompt, is_over=is_over,
     )  # fmt: skip
     with scoring:
         policy.model.encode(prompts[mine.start : mine.stop])  # at once: the encoders come to the device for it
@@ -167,11 +171,11 @@ def _score_share(
             )
             if chunk:
                 scoring.add(x0_BCHW, [prompt for prompt in chunk for _ in range(images_per_prompt)])
+    check()
     # In the order that the first rank has seen them, that all choose alike; it has none where a reward failed for all.
     of_ranks = world.gather_objects(scorer.metric_names)
     scorer.metric_names.update(ChainMap(*of_ranks))
     scores = scoring.scores()
-    check()
     _check_failures(scores, len(prompts) * images_per_prompt, config, world, say)
     return scores
 

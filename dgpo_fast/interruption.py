@@ -39,6 +39,11 @@ class Interruption:
         for number, handler in self._usual.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    @property
+    def is_requested(self) -> bool:
+        """Whether this rank has received a signal, of which the others may not know yet."""
+        return self.received is not None
+
     def check(self) -> None:
         """Raises `Interrupted` on every rank once any has received a signal; all must call it at the same places."""
         with stage("signals"):

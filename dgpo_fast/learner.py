@@ -66,9 +66,13 @@ class Learner:
         self.skipped += not is_made
         self.skipped_in_a_row = 0 if is_made else self.skipped_in_a_row + 1
         if self.skipped_in_a_row > settings.max_skipped:
+            is_lora = self.config.adapter is not None
+            begins = "adapter.path=RUN_DIR/checkpoints/best/lora" if is_lora else "--model, of dgpo-fast export's"
             raise UserError(
                 f"the gradients of {self.skipped_in_a_row} steps in a row, the last of step {number + 1}, were not "
-                "finite (optimizer.max_skipped): no such step was made, checkpoints are intact"
+                "finite (optimizer.max_skipped): no such step was made, checkpoints are intact. --resume makes the "
+                "same steps again; a new run with a lower optimizer.lr may begin with what this one learnt, by "
+                f"{begins}"
             )
         return {"grad_norm": grad_norm, "lr": lr, "skipped_steps": self.skipped}
 

@@ -248,7 +248,7 @@ def _describe_model(source: ModelSource, config: Config) -> tuple[str, list[str]
 
 
 def _missing_rewards(config: Config) -> Iterator[str]:
-    from dgpo_fast.rewards.base import absent_weights, check_metric, has_weights, load_reward
+    from dgpo_fast.rewards.base import absent_weights, check_metric, check_reward, has_weights
 
     for term in config.rewards.terms:
         check_metric(term)
@@ -257,7 +257,7 @@ def _missing_rewards(config: Config) -> Iterator[str]:
         if has_weights(term.name):
             yield from (f"reward {term.name!r}: {line}" for _, line in absent_weights(term.name, config.rewards))
         else:
-            load_reward(term.name, config.rewards)
+            check_reward(term.name, config.rewards)
 
 
 def _missing_prompts(config: Config) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -157,6 +157,8 @@ class RewardsConfig(Section):
     terms: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
     running: dict[str, RunningConfig] = Field(default_factory=dict)
     """Where rewards run, by name; those that are not here run in this process, on the policy's device."""
+    arguments: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """What a reward of your own takes, by its name: the arguments of its class, or keywords of its function."""
     retries: Index = 1
     """How often a reward is asked again for images that it raised for, before it is asked for each alone; with 0 it is
     not asked again at all."""
@@ -201,12 +203,14 @@ class RewardsConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _only_rewards_run(self) -> RewardsConfig:
+    def _names_are_rewards(self) -> RewardsConfig:
         names = list(dict.fromkeys(term.name for term in self.terms))
-        for name in self.running:
-            if name not in names:
-                nearest = suggest(name, names) or ";"
-                raise ValueError(f"rewards.running: no term has the reward {name!r}{nearest} terms: {', '.join(names)}")
+        for key in ("running", "arguments"):
+            for name in getattr(self, key):
+                if name not in names:
+                    nearest = suggest(name, names) or ";"
+                    known = ", ".join(names)
+                    raise ValueError(f"rewards.{key}: no term has the reward {name!r}{nearest} terms: {known}")
         return self
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -100,18 +101,25 @@ class RunDirectory:
     def log_step(self, report: StepReport) -> None:
         """A line of metrics.jsonl, the progress display, and what the guard says to it."""
         if self.is_first:
-            with stage("logging"):
+            with stage("logging"), self._written():
                 self._log.write(report)
                 self.progress.update(report)
+            if report.grad_norm is not None and not math.isfinite(report.grad_norm):
+                self.say(
+                    f"step {report.step} was not made: its gradient is not finite; with more than "
+                    f"{self.config.optimizer.max_skipped} such in a row (optimizer.max_skipped) the run ends"
+                )
         self._warn(self.guard.observe(report))
 
     def log_evaluation(self, step: int, *, num_prompts: int, base: dict[str, float], tuned: dict[str, float]) -> None:
         """A line of evaluations.jsonl, and what the guard says to it."""
         images_per_prompt = self.config.evaluation.images_per_prompt
         if self.is_first:
-            self._log.write_evaluation(
-                step, split="test", num_prompts=num_prompts, images_per_prompt=images_per_prompt, base=base, tuned=tuned
-            )
+            with self._written():
+                self._log.write_evaluation(
+                    step, split="test", num_prompts=num_prompts, images_per_prompt=images_per_prompt,
+                    base=base, tuned=tuned,
+                )  # fmt: skip
             self.progress.evaluated({"strict": tuned["strict"]} if "strict" in tuned else tuned)
         num_images = num_prompts * images_per_prompt
         self._warn(self.guard.observe_evaluation(step, num_images=num_images, base=base, tuned=tuned))
@@ -119,7 +127,7 @@ class RunDirectory:
     def save_samples(self, step: int, images_BCHW: Tensor, prompts: list[str]) -> None:
         """samples/step-NNNNNN.png."""
         if self.is_first:
-            with stage("logging"):
+            with stage("logging"), self._written():
                 path = self.out / "samples" / f"step-{step:06d}.png"
                 save_grid(images_BCHW, prompts, path)
                 self._log.write_samples(step, grid=path)
@@ -140,7 +148,19 @@ class RunDirectory:
         for finding in findings:
             self.say(finding.line)
             if self.is_first:
-                self._log.write_finding(finding)
+                with self._written():
+                    self._log.write_finding(finding)
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """What cannot be written, as on a full disk, ends the run with a line that says how it goes on."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the run directory {self.out}: {error.strerror or error}; checkpoints are intact, and "
+                "--resume goes on from the last of them"
+            ) from error
 
 
 def refuse_conflicts(out: Path, wanted: Config) -> None:

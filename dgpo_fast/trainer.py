@@ -23,6 +23,7 @@ from dgpo_fast.guard import STOPPED, Guard
 from dgpo_fast.interruption import Interrupted, Interruption
 from dgpo_fast.learner import Learner
 from dgpo_fast.metrics import read_evaluations
+from dgpo_fast.models.engines import View
 from dgpo_fast.models.lora import read_lora
 from dgpo_fast.ops.registry import describe_serving
 from dgpo_fast.parallel.placement import placement_of
@@ -37,6 +38,10 @@ from dgpo_fast.run_directory import RunDirectory, refuse_conflicts
 from dgpo_fast.signals import step_metrics
 
 TIMES = ("rollout", "reward", "train")
+
+
+class Unscored(UserError):
+    """The samples of an iteration have no scores, on every rank alike, and nothing was learnt from them."""
 
 
 class Trainer:
@@ -75,7 +80,10 @@ class Trainer:
             self.policy = self.learner.policy
             self.unconditional = self.policy.model.encode([""])
         self.guard = Guard(config)
-        self.step, self.wall_s = 0, 0.0
+        self.step, self.saved_step, self.wall_s = 0, 0, 0.0
+        parallel, is_full = config.parallel, config.adapter is None
+        is_gathered = parallel.rollout == "gathered" or parallel.frozen == "sharded"
+        self.exchanges_while_drawing = is_full and parallel.zero_stage == 3 and is_gathered
         self.base_metrics: Metrics | None = None
         if saved is not None:
             self._restore(saved)
@@ -106,6 +114,11 @@ class Trainer:
                     if self.warning is not None:
                         run.say(self.warning)
                     self._look_up_from_work(run)
+            except Unscored:
+                if self.step != self.saved_step:
+                    self._save_checkpoint()
+                    run.say(f"saved after step {self.step}, from which --resume goes on")
+                raise
             except Interrupted as interrupted:
                 status = interrupted.status
                 self._save_checkpoint()
@@ -120,21 +133,7 @@ class Trainer:
         A report for each of these; what they have in common, such as the time of the rollout, they share alike.
         """
         start, before = time.perf_counter(), dict(self.clock.seconds)
-        view = self.algorithm.sampling_view(self.step)
-        self.policy.make_ready(view)
-        # Several ranks agree on a signal by a collective, which would make each forward wait for the slowest.
-        check = self.interruption.check if self.world.size == 1 else lambda: None
-        at_once = self.config.rollout.decoded_at_once
-        with OverlappedScoring(
-            self.scorer, self.policy.model, images_per_decode=at_once, num_images=self.config.images_per_iteration
-        ) as scoring:
-            with stage("rollout"):
-                rollout = self.algorithm.rollout(
-                    self.policy, view, self._next_prompts(), deliver=scoring.add, check=check
-                )  # fmt: skip
-            self.interruption.check()
-        with stage("reward"):
-            scored, reward_metrics = self._score(rollout, scoring.scores())
+        scored, reward_metrics = self._sample()
         with stage("train"):
             of_steps = [self._learn(scored, update) for update in range(self.updates)]
         elapsed, updates = time.perf_counter() - start, self.updates
@@ -155,6 +154,45 @@ class Trainer:
     @property
     def iteration(self) -> int:
         return self.step // self.updates
+
+    def _sample(self) -> tuple[ScoredGroups, dict[str, Any]]:
+        """Groups of samples with their scores, and what of them is reported.
+
+        Raises:
+            Unscored: they have none.
+            UserError: on this rank alone, where others cannot be told before their next collective.
+        """
+        view, error = self.algorithm.sampling_view(self.step), None
+        self.policy.make_ready(view)
+        try:
+            rollout, scores = self._draw(view)
+        except UserError as raised:
+            if self.exchanges_while_drawing:
+                raise
+            error = raised
+        self.interruption.check()  # before scores are looked at, some of which a signal leaves out
+        of_ranks = self.world.gather_objects(None if error is None else str(error))
+        if (message := next((each for each in of_ranks if each is not None), None)) is not None:
+            raise Unscored(message) from error
+        try:
+            with stage("reward"):
+                return self._score(rollout, scores)
+        except UserError as error:  # what ranks find together
+            raise Unscored(str(error)) from error
+
+    def _draw(self, view: View) -> tuple[Rollout, Scores]:
+        """This rank's samples, and their scores; fewer of these once a signal came."""
+        # Several ranks agree on a signal by a collective, which would make each forward wait for the slowest.
+        check = self.interruption.check if self.world.size == 1 else lambda: None
+        at_once = self.config.rollout.decoded_at_once
+        with OverlappedScoring(
+            self.scorer, self.policy.model, images_per_decode=at_once, num_images=self.config.images_per_iteration,
+            is_over=lambda: self.interruption.is_requested,
+        ) as scoring, stage("rollout"):  # fmt: skip
+            rollout = self.algorithm.rollout(
+                self.policy, view, self._next_prompts(), deliver=scoring.add, check=check
+            )  # fmt: skip
+        return rollout, scoring.scores()
 
     def _next_prompts(self) -> PromptBatch:
         """This rank's share of the iteration."""
@@ -220,7 +258,7 @@ class Trainer:
         """Held-out metrics of the evaluation EMA; before the first step it is the base, or the LoRA it began with."""
         measure = partial(
             evaluate_view, prompts=self.test_prompts, config=self.config, scorer=self.scorer, world=self.world,
-            check=self.interruption.check, say=run.say,
+            check=self.interruption.check, is_over=lambda: self.interruption.is_requested, say=run.say,
         )  # fmt: skip
         self.base_metrics = self.base_metrics or measure(self.policy, "ref")
         is_base = self.step == 0 and self.config.begins_with_base
@@ -243,6 +281,7 @@ class Trainer:
                 "base": self.base_metrics, "prompts": self.prompt_digests,
             }  # fmt: skip
             self.learner.save(self.out, self.step, values)
+            self.saved_step = self.step
             if self.world.is_first:
                 rotate(self.out, self.scores, keep_last=self.config.checkpoints.keep_last)
             self.world.wait()
@@ -252,7 +291,7 @@ class Trainer:
         self.base_metrics = saved.values.get("base")
         self.clock.add(saved.values["stages"])
         self.guard.restore(saved.values.get("guard"))
-        self.step, self.wall_s = saved.step, saved.values["wall_s"]
+        self.step, self.saved_step, self.wall_s = saved.step, saved.step, saved.values["wall_s"]
 
 
 def _refuse_other_prompts(saved: Checkpoint, digests: Mapping[str, str]) -> None:

@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from dgpo_fast import Trainer, cli
 from dgpo_fast.cli import main
 from dgpo_fast.comparison import Evaluation
-from dgpo_fast.config import load_recipe, recipe_names
+from dgpo_fast.config import load_recipe, recipe_names, resume_conflicts
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation_config import evaluation_recipe_names
 from dgpo_fast.samples import read_grid
@@ -316,6 +316,17 @@ def test_a_gpu_without_enough_memory_is_one_line_with_advice(
     assert status == 2 and stderr.count("\n") == 1
     said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB. Less is needed with model.checkpointing"
     assert stderr.startswith(f"error: {said}")
+
+
+@pytest.mark.parametrize("recipe", ["tiny-dgpo", "tiny-flow-grpo"])
+def test_what_is_advised_where_memory_lacks_may_change_on_resume(recipe: str) -> None:
+    saved = load_recipe(recipe)
+    advised = cli._remedies(saved, True).partition("with which --resume goes on")[0]
+    changes = {"model.checkpointing": "full", "optimizer.images_per_micro_batch": 2, "rollout.images_per_forward": 2,
+               "rollout.images_per_decode": 2}  # fmt: skip
+    named = [f"{key}={value}" for key, value in changes.items() if key in advised]
+    assert len(named) == (2 if recipe == "tiny-flow-grpo" else 4)
+    assert resume_conflicts(saved, load_recipe(recipe, named)) == []
 
 
 def test_eval_says_where_its_files_are(dgpo_fast: CommandLine, straight_run: Path, tmp_path: Path) -> None:

@@ -329,9 +329,16 @@ def test_the_name_of_a_reward_of_ones_own_may_stand_in_a_key(override: str) -> N
     assert {name: running.processes for name, running in recipe.rewards.running.items()} == {OWN: 3}
 
 
+@pytest.mark.parametrize("override", [f"rewards.arguments.{OWN}.side=left", f"rewards.arguments.{OWN}={{side: left}}"])
+def test_a_reward_of_ones_own_has_arguments(override: str) -> None:
+    recipe = load_recipe("tiny-dgpo", [f"rewards.terms=[{{name: '{OWN}'}}]", override])
+    assert recipe.rewards.arguments == {OWN: {"side": "left"}}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("rewards.arguments.my_package.rewards:Mime.side=left", f"; did you mean '{OWN}'?"),
         (f"rewards.running.{OWN}.proceses=3", f"unknown key 'rewards.running.{OWN}.proceses'; did you mean 'processes"),
         (f"rewards.running.{OWN}.=3", "--set takes key=value"),
         ("rewards.running.=3", "--set takes key=value"),
@@ -369,14 +376,13 @@ def test_a_resumed_run_may_differ_in(change: str) -> None:
     ("change", "conflict"),
     [
         ("seed=1", "seed: 0 -> 1"),
-        ("name=other", "name: 'tiny-dgpo' -> 'other'"),
         ("device=cpu", "device: 'auto' -> 'cpu'"),
         ("optimizer.lr=1.0", "optimizer.lr: 0.0003 -> 1.0"),
         ("algorithm.clip=null", "algorithm.clip: 0.01 -> None"),
         ("model.name=other", "model.name: 'embedded' -> 'other'"),
         ("evaluation.steps=3", "evaluation.steps: 14 -> 3"),
         ("rollout.steps=9", "rollout.steps: 10 -> 9"),
-        ("prompts.test=null", "prompts.test: 'shapes:test' -> None"),
+        ("rewards.arguments.shapes.side=left", "rewards.arguments.shapes.side: None -> 'left'"),
         ("rewards.judge.template=deqa", "rewards.judge.template: 'unifiedreward' -> 'deqa'"),
     ],
 )
@@ -396,7 +402,7 @@ def test_batches_may_change_on_resume_where_nothing_else_depends_on_them(key: st
 def test_every_conflict_is_named() -> None:
     saved, wanted = load_recipe("sd35m-ocr"), load_recipe("sd35m-ocr-cfgfree")
     assert [conflict.partition(":")[0] for conflict in resume_conflicts(saved, wanted)] == [
-        "algorithm.clip", "algorithm.kl_cfg", "description", "evaluation.steps", "name", "rollout.guidance",
+        "algorithm.clip", "algorithm.kl_cfg", "evaluation.steps", "rollout.guidance",
     ]  # fmt: skip
 
 

@@ -264,7 +264,8 @@ def test_a_run_of_which_ranks_were_killed_and_failed_ends_like_one_of_which_none
     assert_ends_alike: Callable[[Path, Path], None],
     tmp_path: Path,
 ) -> None:
-    """The first in the middle of a checkpoint, under torchrun, which then terminates the other."""
+    """The first in the middle of a checkpoint, under torchrun, which then terminates the other. The second by a reward
+    that failed on one rank: what both had learnt by then is saved."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     killed = subprocess.run(
         [*torchrun, "-m", "dgpo_fast", *train, "--out", tmp_path],
@@ -284,9 +285,10 @@ def test_a_run_of_which_ranks_were_killed_and_failed_ends_like_one_of_which_none
         "rewards: 'misbehaving:Brightness' failed for 4 of 8 images, last: RuntimeError: the reward's server is gone; "
         "50.0% of the images have no reward, more than rewards.max_failed_share=0.1"
     )
-    assert (first.status, own_lines(first.stderr)) == (1, [line_of(0, 2, f"rank 1 failed: {reason}")])
-    assert second == (2, "", f"error: {reason}\n")
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000003"]
+    assert "saved after step 4, from which --resume goes on\n" in own_lines(first.stderr)
+    for rank in (first, second):  # the first of them to end says why, and the other too, or that it heard so
+        assert rank.status in (1, 2) and reason in rank.stderr
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000003", "step-000004"]
 
     assert [rank.status for rank in two_ranks.run(*go_on)] == [0, 0]
     assert_ends_alike(tmp_path, straight_two_ranks)

@@ -16,15 +16,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from dgpo_fast import checkpoint, load_recipe, run_directory
+from dgpo_fast import Trainer, checkpoint, load_recipe, run_directory
 from dgpo_fast.checkpoint import list_checkpoints
 from dgpo_fast.cli import main
 from dgpo_fast.config import Config, refuse_used
 from dgpo_fast.errors import UserError
 from dgpo_fast.guard import Guard
 from dgpo_fast.metrics import MetricsLog, read_evaluations, read_metrics
+from dgpo_fast.models.engines import View
 from dgpo_fast.models.sources import EMBEDDED
 from dgpo_fast.profiling import StageClock
+from dgpo_fast.records import Rollout
+from dgpo_fast.rewards import Scores
 from dgpo_fast.run_directory import RunDirectory
 
 Refusal = Callable[..., str]
@@ -264,6 +267,39 @@ def test_a_reward_that_fails(
     assert (run / "report.html").exists(), "how it went so far"
 
 
+def test_what_was_learnt_before_a_reward_failed_is_saved(
+    tmp_path: Path,
+    straight_run: Path,
+    assert_ends_alike: Callable[[Path, Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its fifth step is the second after a checkpoint; of a run that has learnt nothing there is nothing to save."""
+    config = load_recipe(straight_run / "config.yaml")
+    trainer = Trainer(config, tmp_path / "run")
+    monkeypatch.setattr(trainer, "_draw", failing_from(trainer, step=4))
+    with pytest.raises(UserError, match="gone"):
+        trainer.train()
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-000003", "step-000004"]
+    Trainer(config, tmp_path / "run", resume=True).train()
+    assert_ends_alike(tmp_path / "run", straight_run)
+    trainer = Trainer(config, tmp_path / "new")
+    monkeypatch.setattr(trainer, "_draw", failing_from(trainer, step=0))
+    with pytest.raises(UserError, match="gone"):
+        trainer.train()
+    assert list_checkpoints(tmp_path / "new") == []
+
+
+def failing_from(trainer: Trainer, *, step: int) -> Callable[[View], tuple[Rollout, Scores]]:
+    draw = trainer._draw
+
+    def failing(view: View) -> tuple[Rollout, Scores]:
+        if trainer.step >= step:
+            raise UserError("the reward's server is gone")
+        return draw(view)
+
+    return failing
+
+
 def test_a_report_that_fails_too_does_not_hide_why(
     refusal: Refusal, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,7 +327,8 @@ def test_a_disk_that_is_full_while_logging(
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
 
     monkeypatch.setattr(MetricsLog, "write", full)
-    assert refusal("--out", run, "--resume", "--steps=7") == "metrics.jsonl: No space left on device"
+    message = refusal("--out", run, "--resume", "--steps=7")
+    assert message.startswith(f"cannot write to the run directory {run}: No space left on device; checkpoints are int")
     assert_nothing_lost(run, straight_run)
 
 

@@ -180,7 +180,7 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path, straight_run: Pat
      "logging.num_samples=1", "logging.tensorboard=false", "parallel.backend=gloo",
      "parallel.zero_stage=1", "optimizer.max_skipped=9", "guard.action=stop", "guard.window=5",
      "model.checkpointing=full", "rollout.images_per_forward=8", "rollout.images_per_decode=2",
-     "optimizer.images_per_micro_batch=8"],
+     "optimizer.images_per_micro_batch=8", "name=other", "description=other", "prompts.train=shapes:test"],
 )  # fmt: skip
 def test_resume_allows(change: str, straight_run: Path, quick: tuple[str, ...]) -> None:
     refuse_conflicts(straight_run, load_recipe("tiny-dgpo", [*quick, change]))
@@ -188,14 +188,14 @@ def test_resume_allows(change: str, straight_run: Path, quick: tuple[str, ...]) 
 
 @pytest.mark.parametrize(
     "change",
-    ["name=other", "description=other", "device=auto", "seed=1",
+    ["device=auto", "seed=1",
      "model.name=random:sd35-medium", "model.dtype=bfloat16", "model.resolution=32", "model.text_length=8",
      "adapter.rank=8", "adapter.alpha=4", "adapter.init=kaiming", "adapter.targets=[attn.to_q]",
      "rollout.solver=euler", "rollout.guidance=2", "rollout.switch_step=1",
      "groups.size=8", "groups.per_iteration=4", "advantages.std=global", "algorithm.beta=1", "algorithm.clip=null",
      "old_policy.rate=0.5", "evaluation_ema.every=1", "optimizer.lr=1.0", "optimizer.warmup_steps=0",
      "rewards.terms=[{name: shapes}]", "rewards.min_group_size=3",
-     "prompts.train=shapes:test", "prompts.test=shapes:train", "evaluation.steps=4", "evaluation.num_prompts=1",
+     "evaluation.steps=4", "evaluation.num_prompts=1",
      "evaluation.images_per_prompt=2"],
 )  # fmt: skip
 def test_resume_refuses_and_names_the_key(change: str, straight_run: Path, quick: tuple[str, ...]) -> None:

@@ -112,7 +112,8 @@ def test_what_others_read_of_a_checkpoint_is_the_evaluation_average(straight_run
     lora = load_file(saved.directory / "lora" / "pytorch_lora_weights.safetensors")
     average, policy = saved.tensors("ema"), saved.tensors("policy")
     assert lora.keys() == {f"transformer.{name}" for name in average}
-    assert all(torch.equal(lora[f"transformer.{name}"], value) for name, value in average.items())
+    for name, value in average.items():  # alpha / rank is 8 / 4
+        assert torch.equal(lora[f"transformer.{name}"], 2 * value if ".lora_B." in name else value)
     assert any(not torch.equal(policy[name], value) for name, value in average.items())
 
 

@@ -105,15 +105,23 @@ class AdapterPolicy(Policy):
         self.save_lora(directory / "lora")
 
     def save_lora(self, directory: Path, *, view: View = "ema") -> None:
-        """Writes the float32 adapters of `view` in diffusers' LoRA format, rank and alpha in the file's metadata."""
+        """Writes the float32 adapters of `view` in diffusers' LoRA format.
+
+        B has the scale, alpha / rank, in it, and the file's alpha is its rank: what reads no metadata, as ComfyUI,
+        takes the two to be equal.
+        """
         slices = self.views[view].slices(self.views[view].master)
         mark = re.compile(r"\.lora_([AB])\.")
-        weights = {mark.sub(rf".lora_\1.{view}.", name): piece.contiguous() for name, piece in slices.items()}
+        weights = {
+            mark.sub(rf".lora_\1.{view}.", name): piece.contiguous() if ".lora_A." in name else self.scale * piece
+            for name, piece in slices.items()
+        }
         transformer = self.model.transformer
+        config = transformer.peft_config[view].to_dict()
         StableDiffusion3Pipeline.save_lora_weights(
             save_directory=directory,
             transformer_lora_layers=get_peft_model_state_dict(transformer, state_dict=weights, adapter_name=view),
-            transformer_lora_adapter_metadata=transformer.peft_config[view].to_dict(),
+            transformer_lora_adapter_metadata={**config, "lora_alpha": config["r"]},
         )
 
     def check_trained(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
@@ -19,7 +21,7 @@ Values = Sequence[float] | Tensor
 
 @runtime_checkable
 class Reward(Protocol):
-    """One method: scores for images. A class of your own needs no base class, and no arguments to be made."""
+    """One method: scores for images. A class of your own needs no base class; it is made with `rewards.arguments`."""
 
     def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> Values | Mapping[str, Values]:
         """A score per image, higher is better; or several metrics by name, the first being the reward by default.
@@ -31,7 +33,7 @@ class Reward(Protocol):
         ...
 
 
-R = TypeVar("R", bound=Callable[[], Any])
+R = TypeVar("R", bound=Callable[..., Any])
 
 
 class BuiltIn(NamedTuple):
@@ -47,7 +49,7 @@ class BuiltIn(NamedTuple):
     """Of pyproject.toml: installs what it imports beyond the package's own requirements."""
 
 
-_FACTORIES: dict[str, Callable[[], Reward]] = {}
+_FACTORIES: dict[str, Callable[..., Reward]] = {}
 BUILT_IN = {
     "aesthetic": BuiltIn("dgpo_fast.rewards.aesthetic:Aesthetic", "how pleasing people would find it, from 1 to 10"),
     "clipscore": BuiltIn("dgpo_fast.rewards.clipscore:CLIPScore", "how near CLIP finds image and prompt, 100 x cosine"),
@@ -103,6 +105,26 @@ def known_rewards() -> list[str]:
     return sorted(_FACTORIES.keys() | BUILT_IN.keys())
 
 
+def check_reward(name: str, settings: RewardsConfig) -> None:
+    """Makes sure that there is a reward of that name, which takes what `settings` have for it. One that is not the
+    package's own is imported, and not made: its model may be large, or want a GPU.
+
+    Raises:
+        UserError: as `load_reward`.
+    """
+    if name in BUILT_IN and name not in _FACTORIES:
+        load_reward(name, settings)
+        return
+    found = _FACTORIES[name] if name in _FACTORIES else _checked(name, partial(_find, name))
+    asked = () if isinstance(found, type) else ("images", "prompts")
+    try:
+        inspect.signature(found).bind(*asked, **settings.arguments.get(name, {}))
+    except TypeError as error:
+        raise UserError(f"rewards: {name!r} cannot be made: TypeError: {error} (rewards.arguments)") from None
+    except ValueError:  # of what is not written in Python, nobody knows
+        pass
+
+
 def load_reward(name: str, settings: RewardsConfig | None = None, *, device: torch.device | str = "cpu") -> Reward:
     """A new reward: a registered name, `package.module:Class`, or `package.module:function`.
 
@@ -113,6 +135,16 @@ def load_reward(name: str, settings: RewardsConfig | None = None, *, device: tor
     Raises:
         UserError: nothing of that name, it cannot be imported or made, or it is not callable.
     """
+    settings = settings or RewardsConfig(terms=(RewardConfig(name=name),))
+    return cast(Reward, _checked(name, partial(_make, name, settings, torch.device(device))))
+
+
+def _checked(name: str, get: Callable[[], Any]) -> Any:
+    """What `get` gives for a reward of that name.
+
+    Raises:
+        UserError: as `load_reward`.
+    """
     if ":" not in name and name not in known_rewards():
         known = ", ".join(known_rewards())
         raise UserError(
@@ -120,14 +152,14 @@ def load_reward(name: str, settings: RewardsConfig | None = None, *, device: tor
             "package.module:Class"
         )
     try:
-        reward = _make(name, settings or RewardsConfig(terms=(RewardConfig(name=name),)), torch.device(device))
+        reward = get()
     except UserError:
         raise
     except Exception as error:  # whatever a user's module raises while it is imported, or a user's class
         raise UserError(f"rewards: {name!r} cannot be made: {type(error).__name__}: {error}") from error
     if not callable(reward):
         raise UserError(f"rewards: {name!r} is not callable: a reward is called with images and prompts")
-    return cast(Reward, reward)
+    return reward
 
 
 def check_metric(term: RewardConfig) -> None:
@@ -159,12 +191,17 @@ def has_weights(name: str) -> bool:
 
 
 def _make(name: str, settings: RewardsConfig, device: torch.device) -> Any:
+    arguments = settings.arguments.get(name, {})
     if name in _FACTORIES:
-        return _FACTORIES[name]()
+        return _FACTORIES[name](**arguments)
     found = _find(name)
+    if name in BUILT_IN and arguments:
+        raise UserError(f"rewards.arguments: {name!r} comes with the package, whose settings are rewards.{name}")
     if name in BUILT_IN and name in RewardsConfig.model_fields:
         return found(getattr(settings, name), device=device)
-    return found() if isinstance(found, type) else found
+    if isinstance(found, type):
+        return found(**arguments)
+    return partial(found, **arguments) if arguments else found
 
 
 def _find(name: str) -> Any:

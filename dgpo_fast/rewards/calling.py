@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from random import SystemRandom
 from threading import Event, Thread
@@ -27,6 +28,8 @@ BACKOFF_S = 0.5
 """Before the second attempt; doubled for each that follows, and made up to half longer or shorter by chance."""
 START_S = 600.0
 """For a process to make its reward, whose model may have to be downloaded; and for all such starts of a batch."""
+LATE_S = 60.0
+"""After which an answer from elsewhere is late, where none has taken a third of that."""
 POLL_S = 0.2
 """How often who waits looks whether it still should."""
 MAX_REASON = 500
@@ -126,6 +129,28 @@ class Patience:
         """Raises `Abandoned` once nobody waits."""
         if self._stop.is_set():
             raise Abandoned
+
+
+@dataclass(slots=True)
+class Pace:
+    """How a reward that runs elsewhere answers."""
+
+    longest_s: float = 0.0
+    """That an answer has taken."""
+    has_hung: bool = False
+    """Whether nothing came the last time that it was asked."""
+    is_said: bool = False
+    """Whether somebody was told of it since."""
+
+    @property
+    def late_s(self) -> float:
+        return max(LATE_S, 3 * self.longest_s)
+
+    def answered(self, answers: Sequence[Answer], seconds: float) -> None:
+        """Takes what came for a batch, after so many seconds."""
+        self.has_hung = all(answer.failure is not None and answer.failure.is_hang for answer in answers)
+        if not self.has_hung:
+            self.longest_s, self.is_said = max(self.longest_s, seconds), False
 
 
 class Place(Protocol):

@@ -12,7 +12,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.ops.group_advantages import group_advantages
 from dgpo_fast.parallel.world import World
 from dgpo_fast.records import Rollout, ScoredGroups
-from dgpo_fast.rewards.scoring import Scores, describe_failures, refuse_failures, total_failures
+from dgpo_fast.rewards.scoring import Scores, describe_failures, describe_retries, refuse_failures, total_failures
 
 
 class Grouped(NamedTuple):
@@ -21,7 +21,7 @@ class Grouped(NamedTuple):
     scored: ScoredGroups
     metrics: dict[str, Any]
     warning: str | None
-    """A line for the person who watches, where samples failed."""
+    """A line for the person who watches, where samples failed, or did at first."""
 
 
 def group_scores(
@@ -51,6 +51,8 @@ def group_scores(
         refuse_failures(failed, num_failed, total=len(reward_B), config=config.rewards)
         warning = describe_failures(failed, total=len(reward_B))
         warning += f"; {num_dropped} of {len(counts_G)} groups were left out" if num_dropped else ""
+    elif scores.retried:  # of this rank: others need not agree on what only takes time
+        warning = describe_retries(scores.retried)
     if not counts_G.any():
         raise UserError(f"{warning}: none has rewards.min_group_size={config.rewards.min_group_size} samples left")
     valid_B, rule = (has_reward_GS & counts_G[:, None]).flatten(), config.advantages

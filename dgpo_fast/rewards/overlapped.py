@@ -59,6 +59,7 @@ class OverlappedScoring:
         max_waiting: batches that may wait for the thread before `add` waits too; 0 for any number. None: any number of
             latents, which an iteration keeps anyway, and `MAX_IMAGES_WAITING` of images.
         thread_decodes: whether the thread decodes too; None: unless the model is on a CPU.
+        is_over: whether nobody wants the scores any more: what waits for them then ends, as if left by an exception.
     """
 
     def __init__(
@@ -70,7 +71,9 @@ class OverlappedScoring:
         num_images: int,
         max_waiting: int | None = None,
         thread_decodes: bool | None = None,
+        is_over: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._is_over = is_over
         self._scorer, self._model, self._images_per_decode = scorer, model, images_per_decode
         self._thread_decodes = model.device.type != "cpu" if thread_decodes is None else thread_decodes
         self._runtime = torch.get_device_module(model.device)  # torch.cuda, or torch.cpu, where all is done at once
@@ -91,15 +94,11 @@ class OverlappedScoring:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            with stage("reward"):
-                self._put(None)
-                while not self._done.wait(POLL_S):
-                    self._scorer.check_hang()
+        if kind is None and self._finish():
             return
         self._abandoned = True
         self._scorer.stop.set()
-        if issubclass(kind, Exception):
+        if kind is None or issubclass(kind, Exception):
             with stage("reward"):
                 self._leave()
 
@@ -129,9 +128,19 @@ class OverlappedScoring:
         if self._error is not None:
             raise self._error
 
+    def _finish(self) -> bool:
+        """Waits for the thread to score all; whether it has, or somebody still wants it to."""
+        with stage("reward"):
+            self._put(None)
+            while not self._done.wait(POLL_S):
+                self._scorer.check_hang()
+                if self._is_over():
+                    return False
+        return True
+
     def _put(self, batch: _Batch | None) -> None:
         """Hands a batch to the thread, or tells it that there are no more, as soon as fewer wait."""
-        while True:
+        while not self._is_over():
             try:
                 return self._queue.put(batch, timeout=POLL_S)
             except Full:

@@ -5,31 +5,38 @@ One that did not answer at all is not asked for each: that would take as long ea
 asked for once more, alone. What then has no score is a failed image: NaN, and no error until they are too many.
 
 All of that together takes no more than `rewards.timeout_s`, which a reward elsewhere has in equal shares for each time
-that it is asked for the batch: one that hangs is given up in time for the next. What runs in this process cannot be
-given up, so it is asked again only as long as there is time for a call such as the longest so far.
+that it is asked for the batch: one that hangs is given up in time for the next. Before that somebody is told, and until
+it answers again it is asked once for each of the next batches, and waited for no longer than before somebody is told.
+What runs in this process cannot be given up, so it is asked again only as long as there is time for a call such as the
+longest so far.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
-from threading import Event, Thread
+from threading import Event, Thread, Timer
 from types import TracebackType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dgpo_fast import launcher
 from dgpo_fast.errors import UserError, suggest
 from dgpo_fast.reward_config import RewardConfig, RewardsConfig
 from dgpo_fast.rewards.base import check_metric
-from dgpo_fast.rewards.calling import MAX_REASON, START_S, Here, Metrics, Patience, Place, backoff
+from dgpo_fast.rewards.calling import MAX_REASON, START_S, Here, Metrics, Pace, Patience, Place, backoff
 from dgpo_fast.rewards.places import place_of
 
 
 class Failed(NamedTuple):
-    """What of a reward failed."""
+    """What of a reward failed, or did at first."""
 
     num_images: int
     reason: str  # of the last
@@ -43,6 +50,7 @@ class Scores:
     term_BT: Tensor  # float32, likewise; what is summed, without its weight, in the recipe's order
     metrics: Mapping[str, Tensor]  # float32 [B] each
     failed: Mapping[str, Failed]  # by reward, those that failed
+    retried: Mapping[str, Failed]  # by reward, those that scored only when they were asked for again
 
 
 class Measured(NamedTuple):
@@ -50,6 +58,7 @@ class Measured(NamedTuple):
 
     metrics: Mapping[str, Sequence[Metrics | None]]  # by reward, of each image; None where it failed
     failed: Mapping[str, Failed]
+    retried: Mapping[str, Failed]
     num_failed: int  # images that some reward failed for
 
 
@@ -72,6 +81,8 @@ class Scorer:
         without a metric is of, whatever order later ones come in."""
         self._is_closed = False
         self.places: dict[str, Place] = {}
+        self.paces: defaultdict[str, Pace] = defaultdict(Pace)
+        """Of those of them that run elsewhere."""
         try:
             for term in config.terms:
                 check_metric(term)
@@ -147,6 +158,7 @@ class Scorer:
         return Measured(
             metrics={name: inquiry.found for name, inquiry in inquiries.items()},
             failed={name: Failed(len(rows), inquiries[name].reason) for name, rows in lacking.items() if rows},
+            retried={name: inquiry.retried for name, inquiry in inquiries.items() if inquiry.retried.num_images},
             num_failed=len({row for rows in lacking.values() for row in rows}),
         )
 
@@ -171,6 +183,7 @@ class Scorer:
             term_BT=torch.stack(chosen, dim=1),
             metrics=metrics,
             failed=total_failures([batch.failed for batch in measured]),
+            retried=total_failures([batch.retried for batch in measured]),
         )
 
     def check_hang(self) -> None:
@@ -223,6 +236,8 @@ class _Inquiry:
         self._place, self._config, self._stop = scorer.places[name], scorer.config, scorer.stop
         self._terms = [term for term in scorer.config.terms if term.name == name]
         self._metric_names = scorer.metric_names
+        self._pace = scorer.paces[name]
+        self._at_first = Failed(0, "")
 
     def carry_out(self) -> None:
         """Asks; what goes wrong beyond a failure is for `check` to raise, perhaps in another thread."""
@@ -239,11 +254,18 @@ class _Inquiry:
         """Images without a score that can be trained on."""
         return [row for row in range(len(self.found)) if not self._is_finite(row)]
 
+    @property
+    def retried(self) -> Failed:
+        """Those that have a score and had none when they were first asked for, and why they had none."""
+        return self._at_first._replace(num_images=self._at_first.num_images - len(self.lacking()))
+
     def _ask_for_all(self) -> None:
-        whole = Patience(self._config.timeout_s, self._stop, start_s=START_S)
+        whole, had_hung = Patience(self._config.timeout_s, self._stop, start_s=START_S), self._pace.has_hung
         self._ask(range(len(self._prompts)), self._share(whole))
+        self._at_first = Failed(len(self.lacking()), self.reason)
         for attempt in range(self._config.retries):
-            if (unanswered := self._unanswered()) and whole.has_time_for_a_call:
+            is_gone = had_hung and self._pace.has_hung
+            if (unanswered := self._unanswered()) and whole.has_time_for_a_call and not is_gone:
                 share = self._share(whole)
                 share.sleep(backoff(attempt))
                 self._ask(unanswered, share)
@@ -263,13 +285,21 @@ class _Inquiry:
         """For one time that the reward is asked."""
         if not self._place.is_elsewhere:
             return whole
-        return whole.part(self._config.timeout_s / (1 + self._config.retries))
+        share_s = self._config.timeout_s / (1 + self._config.retries)
+        return whole.part(min(share_s, self._pace.late_s) if self._pace.has_hung else share_s)
 
     def _ask(self, rows: Sequence[int], patience: Patience) -> None:
         patience.check()
         is_whole = len(rows) == len(self._prompts)
         images_BCHW = self._images_BCHW if is_whole else self._images_BCHW[list(rows)]
-        answers = self._place.ask(images_BCHW, [self._prompts[row] for row in rows], patience)
+        prompts = [self._prompts[row] for row in rows]
+        if self._place.is_elsewhere:
+            began = time.monotonic()
+            with self._said_where_late(patience):
+                answers = self._place.ask(images_BCHW, prompts, patience)
+            self._pace.answered(answers, time.monotonic() - began)
+        else:
+            answers = self._place.ask(images_BCHW, prompts, patience)
         remaining = iter(rows)
         for answer in answers:
             mine = [next(remaining) for _ in range(answer.num_images)]
@@ -278,6 +308,24 @@ class _Inquiry:
                 self._hung.update(mine if answer.failure.is_hang else [])
             for row, metrics in zip(mine, answer.metrics or [], strict=False):
                 self._take(row, metrics)
+
+    @contextmanager
+    def _said_where_late(self, patience: Patience) -> Iterator[None]:
+        """Tells who watches that an answer is late, once until one comes."""
+        timer = Timer(self._pace.late_s, self._say_that_it_is_late, [patience])
+        timer.daemon = True
+        if not self._pace.is_said:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _say_that_it_is_late(self, patience: Patience) -> None:
+        self._pace.is_said = True
+        of_rank = f" (rank {launcher.rank()})" if launcher.world_size() > 1 else ""
+        late = f"rewards: {self._name!r} has not answered for {self._pace.late_s:.0f} s{of_rank}"
+        print(f"{late}; it is given up after {patience.left:.0f} s more", file=sys.stderr, flush=True)
 
     def _take(self, row: int, metrics: Metrics) -> None:
         self.found[row] = metrics
@@ -316,6 +364,20 @@ def describe_failures(failed: Mapping[str, Failed], *, total: int) -> str:
         f"{name!r} failed for {part.num_images} of {total} images, last: {part.reason}" for name, part in failed.items()
     ]
     return f"rewards: {'; '.join(parts) or 'weighted sums are not finite'}"
+
+
+def describe_retries(retried: Mapping[str, Failed]) -> str:
+    """Which rewards had to be asked again for some images, and why last, in one line."""
+    parts = [
+        f"{name!r} for {part.num_images} images, {part.reason}{_fewer_at_once(name, part.reason)}"
+        for name, part in retried.items()
+    ]
+    return f"rewards were asked again, which takes longer: {'; '.join(parts)}"
+
+
+def _fewer_at_once(name: str, reason: str) -> str:
+    fewer = f" (rewards.running.{name}.images_per_call=N gives it fewer images at once)"
+    return fewer if reason.startswith("OutOfMemoryError") else ""
 
 
 def refuse_failures(failed: Mapping[str, Failed], num_failed: int, *, total: int, config: RewardsConfig) -> None:

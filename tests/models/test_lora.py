@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dgpo_fast import Trainer, load_recipe
-from dgpo_fast.checkpoint import last_checkpoint
+from dgpo_fast.checkpoint import last_checkpoint, load_checkpoint
 from dgpo_fast.config import AdapterConfig, Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.metrics import read_evaluations
@@ -130,10 +130,10 @@ def test_a_run_begins_with_it_and_goes_on_without_it(
     begun = Path(shutil.copytree(lora, tmp_path / "lora"))
     config = recipe(quick, f"adapter.path={begun}")
     trainer = Trainer(config, tmp_path / "straight")
-    written = load_file(begun / LORA_FILE)
+    learnt = load_checkpoint(lora.parent).tensors("ema")
     for view in TRAINED:
         weights = trainer.policy.views[view].slices(trainer.policy.views[view].master)  # type: ignore[attr-defined]
-        assert all(torch.equal(weight, written[f"transformer.{name}"]) for name, weight in weights.items()), view
+        assert all(torch.equal(weight, learnt[name]) for name, weight in weights.items()), view
     trainer.train()
     first, *_, last = read_evaluations(tmp_path / "straight")
     before = read_evaluations(straight_run)[-1]
@@ -144,6 +144,17 @@ def test_a_run_begins_with_it_and_goes_on_without_it(
     shutil.rmtree(begun)
     Trainer(config, tmp_path / "resumed", resume=True).train()
     assert_ends_alike(tmp_path / "resumed", tmp_path / "straight")
+
+
+def test_what_a_run_saves_needs_no_metadata(
+    lora: Path, config: Config, make_policy: MakePolicy, tmp_path: Path
+) -> None:
+    """Its alpha is its rank, as others take it to be where they read of no alpha."""
+    assert config.adapter is not None
+    save_file(load_file(lora / LORA_FILE), tmp_path / LORA_FILE)
+    shapes = make_policy(config).trained.shapes
+    bare, written = (read_lora(directory, shapes, config.adapter) for directory in (tmp_path, lora))
+    assert all(torch.equal(bare[name], written[name]) for name in shapes)
 
 
 def test_a_plan_knows_whether_it_is_there(lora: Path, quick: tuple[str, ...]) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.records import Prompt
-from dgpo_fast.reward_config import RewardConfig
+from dgpo_fast.reward_config import RewardConfig, RewardsConfig
 from dgpo_fast.rewards import Reward, base, known_rewards, load_reward, register_reward
-from dgpo_fast.rewards.base import check_metric
+from dgpo_fast.rewards.base import check_metric, check_reward
 from dgpo_fast.rewards.shapes import ShapesReward
 
 
@@ -48,6 +48,54 @@ def test_the_built_in_reward() -> None:
 
 def test_a_class_of_ones_own_is_named_by_its_module() -> None:
     assert type(load_reward("misbehaving:Brightness")).__name__ == "Brightness"
+
+
+class Thresholded:
+    """A class and, below, a function that take an argument."""
+
+    made = 0
+
+    def __init__(self, *, threshold: float) -> None:
+        self.threshold, Thresholded.made = threshold, Thresholded.made + 1
+
+    def __call__(self, images_BCHW: Tensor, prompts: Sequence[str]) -> list[float]:
+        return [self.threshold] * len(prompts)
+
+
+def thresholded(images_BCHW: Tensor, prompts: Sequence[str], *, threshold: float = 0.0) -> list[float]:
+    return [threshold] * len(prompts)
+
+
+def with_arguments(name: str, **arguments: object) -> RewardsConfig:
+    return RewardsConfig(terms=(RewardConfig(name=name),), arguments={name: arguments})
+
+
+@pytest.mark.parametrize("target", ["Thresholded", "thresholded"])
+def test_a_reward_takes_what_the_recipe_says(target: str) -> None:
+    name = f"{__name__}:{target}"
+    reward = load_reward(name, with_arguments(name, threshold=0.7))
+    assert reward(torch.rand(2, 3, 4, 4), ["a", "b"]) == [0.7, 0.7]
+    with pytest.raises(UserError, match=rf"'{name}' cannot be made: TypeError: .*'thresold'"):
+        check_reward(name, with_arguments(name, threshold=0.7, thresold=0.7))
+
+
+def test_a_registered_reward_takes_what_the_recipe_says() -> None:
+    register_reward("thresholded")(Thresholded)
+    reward = load_reward("thresholded", with_arguments("thresholded", threshold=0.7))
+    assert isinstance(reward, Thresholded) and reward.threshold == 0.7
+
+
+def test_the_packages_own_have_sections() -> None:
+    with pytest.raises(UserError, match=r"rewards\.arguments: 'ocr' comes with the package.* rewards\.ocr"):
+        load_reward("ocr", with_arguments("ocr", threads=2))
+
+
+def test_what_is_checked_is_not_made() -> None:
+    name, before = f"{__name__}:Thresholded", Thresholded.made
+    check_reward(name, with_arguments(name, threshold=0.7))
+    assert Thresholded.made == before
+    with pytest.raises(UserError, match="no reward 'shape'; did you mean 'shapes'"):
+        check_reward("shape", with_arguments("shape"))
 
 
 @pytest.mark.parametrize(

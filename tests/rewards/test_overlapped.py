@@ -330,6 +330,24 @@ def test_the_wait_for_a_reward_that_hangs_can_be_interrupted(
     reward.let_go.set()
 
 
+@pytest.mark.parametrize("max_waiting", [0, 1])
+def test_nobody_waits_for_scores_that_are_not_wanted_any_more(
+    max_waiting: int, model: StableDiffusion3, batches: list[tuple[Tensor, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a run that is asked to stop, which may soon be killed; no exception comes of it."""
+    monkeypatch.setattr(overlapped, "LEAVE_S", 0.1)
+    reward, is_over = Hanging(), threading.Event()
+    judge = scorer(reward, monkeypatch)
+    with overlapping(judge, model, max_waiting=max_waiting, is_over=is_over.is_set) as scoring:
+        scoring.add(*batches[0])
+        assert reward.started.wait(TIMEOUT_S)
+        scoring.add(*batches[1])
+        threading.Timer(0.05, is_over.set).start()
+        scoring.add(*batches[2])  # waits, where one batch alone may
+    assert judge.stop.is_set() and not reward.finished.is_set()
+    reward.let_go.set()
+
+
 def test_the_run_ends_where_a_reward_hangs(
     model: StableDiffusion3, batches: list[tuple[Tensor, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.ops.group_advantages import group_advantages
 from dgpo_fast.reward_config import RewardConfig, RewardsConfig, RunningConfig
 from dgpo_fast.rewards import Scorer, Scores, base, calling
+from dgpo_fast.rewards.scoring import describe_retries
 from dgpo_fast.rewards.shapes import ShapesReward
 from dgpo_fast.shapes.captions import parse_caption
 from dgpo_fast.shapes.render import render
@@ -278,15 +279,18 @@ def test_all_retries_share_the_time_of_a_batch(monkeypatch: pytest.MonkeyPatch) 
 
 
 class Away:
-    """A place of a reward that hangs as long as it may."""
+    """A place of a reward that hangs as long as it may, unless it `answers`."""
 
     is_elsewhere = True
 
     def __init__(self) -> None:
         self.given_s: list[float] = []
+        self.answers = False
 
     def ask(self, images_BCHW: Tensor, prompts: Sequence[str], patience: calling.Patience) -> list[calling.Answer]:
         self.given_s.append(patience.left)
+        if self.answers:
+            return [calling.Answer(len(prompts), [{"score": 1.0}] * len(prompts))]
         patience.sleep(patience.left)
         return [calling.Answer(len(prompts), None, calling.Failure("no answer", is_hang=True))]
 
@@ -299,6 +303,58 @@ def test_a_reward_elsewhere_has_an_equal_share_each_time() -> None:
     away = scorer.places["shapes"] = Away()
     assert scorer.measure(IMAGES, PROMPTS).failed == {"shapes": (3, "no answer")}
     assert len(away.given_s) == 3 and all(0 < given <= 0.5 for given in away.given_s)
+
+
+def test_a_reward_that_hung_is_waited_for_less_until_it_answers(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And asked once for a batch. Who watches is told, once for as long as it hangs."""
+    monkeypatch.setattr(calling, "LATE_S", 0.1)
+    scorer = Scorer(RewardsConfig(terms=(RewardConfig(name="shapes"),), retries=1, timeout_s=0.8))
+    away = scorer.places["shapes"] = Away()
+    for _ in range(2):
+        assert scorer.measure(IMAGES, PROMPTS).failed == {"shapes": (3, "no answer")}
+    away.answers = True
+    assert scorer.measure(IMAGES, PROMPTS).failed == {}
+    away.answers = False
+    scorer.measure(IMAGES, PROMPTS)
+    first, again, hung, back, *anew = away.given_s
+    assert 0.3 < first <= 0.4 and max(again, hung, back) <= 0.1, "the second batch was asked for once"
+    assert len(anew) == 2 and 0.3 < anew[0] <= 0.4
+    said = "rewards: 'shapes' has not answered for 0 s; it is given up after 0 s more\n"
+    assert capfd.readouterr().err == 2 * said
+
+
+def test_an_answer_is_late_after_thrice_the_longest_so_far() -> None:
+    pace = calling.Pace()
+    assert pace.late_s == 60
+    answer, hang = calling.Answer(1, [{"score": 1.0}]), calling.Answer(1, None, calling.Failure("no", is_hang=True))
+    pace.answered([answer], 50.0)
+    assert (pace.late_s, pace.has_hung) == (150.0, False)
+    pace.answered([answer, hang], 300.0)
+    assert not pace.has_hung and pace.late_s == 900
+    pace.answered([hang, hang], 300.0)
+    assert pace.has_hung and pace.late_s == 900
+
+
+def test_what_scores_only_when_it_is_asked_again_is_told(score: Score) -> None:
+    """With what helps where it was too much at once."""
+    calls: list[int] = []
+
+    def reward(images_BCHW: Tensor, prompts: Sequence[str]) -> list[float]:
+        calls.append(len(prompts))
+        if len(prompts) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [float("nan")] if len(calls) < 4 else [1.0]  # the first of them, which is asked for once more
+
+    scores = score(reward, max_failed_share=0.5)
+    assert scores.failed == {} and scores.reward_B.isfinite().all()
+    assert scores.retried == {"a": (3, "OutOfMemoryError: CUDA out of memory")}
+    assert describe_retries(scores.retried) == (
+        "rewards were asked again, which takes longer: 'a' for 3 images, OutOfMemoryError: CUDA out of memory "
+        "(rewards.running.a.images_per_call=N gives it fewer images at once)"
+    )
+    assert score(constant(1, 2, 3)).retried == {}
 
 
 def test_starting_a_process_does_not_count_unless_it_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
