@@ -21,7 +21,7 @@ from dgpo_fast.config import Config, load_run_config
 from dgpo_fast.errors import UserError
 from dgpo_fast.flow.rollout import Sampler, sample_latents
 from dgpo_fast.gallery import picture_keeper, write_gallery
-from dgpo_fast.guard.held_out import held_out_reward
+from dgpo_fast.guard.held_out import held_out_reward, untold_terms
 from dgpo_fast.models.engines import View
 from dgpo_fast.models.policy import Policy
 from dgpo_fast.models.training import load_policy
@@ -195,7 +195,7 @@ def headline(metrics: Metrics, config: Config) -> float:
     rewards = config.rewards
     if "strict" in metrics and len({term.name for term in rewards.terms}) == 1:
         return metrics["strict"]
-    if held_out_reward(dict.fromkeys(metrics, 0.0), rewards) is None:
+    if untold_terms(metrics, rewards):
         first = rewards.terms[0]
         return first.weight * metrics.get(first.metric or next(iter(metrics)), math.nan)
     total = held_out_reward(metrics, rewards)

@@ -20,6 +20,7 @@ from dgpo_fast.environment import peak_memory_gb
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluate import Metrics, draw_images, evaluate_view, headline
 from dgpo_fast.guard import STOPPED, Guard
+from dgpo_fast.guard.held_out import untold_terms
 from dgpo_fast.interruption import Interrupted, Interruption
 from dgpo_fast.learner import Learner
 from dgpo_fast.metrics import read_evaluations
@@ -260,7 +261,14 @@ class Trainer:
             evaluate_view, prompts=self.test_prompts, config=self.config, scorer=self.scorer, world=self.world,
             check=self.interruption.check, is_over=lambda: self.interruption.is_requested, say=run.say,
         )  # fmt: skip
-        self.base_metrics = self.base_metrics or measure(self.policy, "ref")
+        if self.base_metrics is None:
+            self.base_metrics = measure(self.policy, "ref")
+            if (untold := untold_terms(self.base_metrics, self.config.rewards)) and not self.resumed:
+                run.say(
+                    f"rewards.terms: which of the metrics {', '.join(self.base_metrics)} are those of "
+                    f"{', '.join(untold)} cannot be told: name each by `metric`, or checkpoints/best goes by the first "
+                    "reward alone, and the guard does not look at held-out rewards"
+                )
         is_base = self.step == 0 and self.config.begins_with_base
         tuned = self.base_metrics if is_base else measure(self.policy, "ema")
         run.log_evaluation(self.step, num_prompts=len(self.test_prompts), base=self.base_metrics, tuned=tuned)

@@ -97,6 +97,17 @@ def test_evaluations_compare_with_the_base(straight_run: Path) -> None:
     assert {(line["split"], line["num_prompts"], line["images_per_prompt"]) for line in lines} == {("test", 2, 4)}
 
 
+def test_a_metric_that_cannot_be_told_is_said_once(
+    tmp_path: Path, quick: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One reward has two, and which of them is trained on its name does not tell."""
+    said = "brightness, contrast, soft, strict are those of misbehaving:Brightness cannot be told: name each by `metric`"
+    told = "rewards.terms=[{name: 'misbehaving:Brightness', metric: contrast}, {name: shapes, metric: soft}]"
+    for number, changes in enumerate(([], [told])):
+        Trainer(load_recipe("tiny-dgpo", [*quick, *changes, "steps=1"]), tmp_path / str(number)).train()
+        assert capfd.readouterr().err.count(said) == 1 - number
+
+
 def test_the_three_views_are_three(straight_run: Path) -> None:
     checkpoint = load_checkpoint(list_checkpoints(straight_run)[-1])
     policy, old, ema = (checkpoint.tensors(view) for view in ("policy", "old", "ema"))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from dgpo_fast.guard.findings import Breach
-from dgpo_fast.guard.held_out import Evaluated, below_base, held_out_reward, overfit
+from dgpo_fast.guard.held_out import Evaluated, below_base, held_out_reward, overfit, untold_terms
 from dgpo_fast.guard.rules import (
     RULES,
     Changes,
@@ -261,6 +261,7 @@ def test_the_held_out_reward_is_the_recipes(terms: list[tuple[str, str | None, f
     metrics = {"soft": 0.8, "strict": 0.5, "clip": 0.3, "other.score": 7.0}
     assert held_out_reward(metrics, rewards) == (None if expected is None else pytest.approx(expected))
     assert held_out_reward({name: math.nan for name in metrics}, rewards) is None
+    assert bool(untold_terms(metrics, rewards)) == (expected is None)
 
 
 @pytest.mark.parametrize(("std", "drop", "is_found"), [(0.1, 0.15, False), (0.8, 0.3, False), (0.8, 0.41, True)])
