@@ -187,6 +187,10 @@ def _check_failures(scores: Scores, total: int, config: Config, world: World, sa
         failed = total_failures(world.gather_objects(scores.failed))
         refuse_failures(failed, num_failed, total=total, config=config.rewards)
         say(f"{describe_failures(failed, total=total)}; they are left out of the evaluation")
+    monitors = [name for name in config.rewards.monitors if name in scores.failed]
+    if monitors:  # of this rank: others need not agree on what nothing depends on
+        failed = {name: scores.failed[name] for name in monitors}
+        say(f"monitors: {describe_failures(failed, total=total)}; their metrics are of the others")
 
 
 def headline(metrics: Metrics, config: Config) -> float:
@@ -242,7 +246,7 @@ def evaluate_run(
     prompts = load_prompts(source, key=f"prompts.{split}")[: config.evaluation.num_prompts]
     world = World.from_environment(config)
     checkpoint = load_chosen(run_dir, step, world)
-    scorer = _KeepingScorer(config.rewards, device=world.device)
+    scorer = _KeepingScorer(config.rewards, device=world.device).with_monitors
     policy = load_policy(config, world)
     policy.take_ema(partial(checkpoint.read, "ema"))
     policy.check_trained()

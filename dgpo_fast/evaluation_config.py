@@ -80,7 +80,7 @@ def evaluation_config(
     """
     for override in overrides:
         _refuse_unsettable(override)
-    given = {
+    given: dict[str, Any] = {
         "rewards.terms": [{"name": name} for name in rewards] or None,
         f"prompts.{split}": prompts,
         "evaluation.num_prompts": num_prompts,
@@ -99,11 +99,15 @@ def evaluation_config(
 
 
 def _without_idle_rewards(config: Config, names: Sequence[str]) -> Config:
-    """The run's configuration without the places of rewards that `names`, if any replace its own, have no more."""
+    """The run's configuration without what it says of rewards that `names`, if any replace its own, have no more."""
     if not names:
         return config
-    running = {name: place for name, place in config.rewards.running.items() if name in names}
-    return config.model_copy(update={"rewards": config.rewards.model_copy(update={"running": running})})
+    kept = {
+        key: {name: value for name, value in getattr(config.rewards, key).items() if name in names}
+        for key in ("running", "arguments")
+    }
+    rewards = config.rewards.model_copy(update={**kept, "monitors": ()})
+    return config.model_copy(update={"rewards": rewards})
 
 
 def _refuse_unsettable(override: str) -> None:

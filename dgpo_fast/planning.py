@@ -252,12 +252,13 @@ def _missing_rewards(config: Config) -> Iterator[str]:
 
     for term in config.rewards.terms:
         check_metric(term)
-        if config.rewards.running.get(term.name, RunningConfig()).url is not None:
+    for name in config.rewards.names:
+        if config.rewards.running.get(name, RunningConfig()).url is not None:
             continue  # what it needs is where it runs
-        if has_weights(term.name):
-            yield from (f"reward {term.name!r}: {line}" for _, line in absent_weights(term.name, config.rewards))
+        if has_weights(name):
+            yield from (f"reward {name!r}: {line}" for _, line in absent_weights(name, config.rewards))
         else:
-            check_reward(term.name, config.rewards)
+            check_reward(name, config.rewards)
 
 
 def _missing_prompts(config: Config) -> Iterator[str]:

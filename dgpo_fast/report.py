@@ -409,17 +409,17 @@ def _numbers(values: Iterable[float | None]) -> Floats:
 
 
 def _held_out_series(run: Run) -> list[Series]:
-    """The held-out metrics over steps; the base model is what they are at step 0."""
+    """The held-out metrics over steps; at step 0 the base's, unless the run began with something else."""
     if not run.evaluations:
         return []
     base = run.evaluations[-1]["base"]
-    tuned = [(line["step"], line["tuned"]) for line in run.evaluations if line["step"] > 0]
-    steps = np.array([0.0, *(step for step, _ in tuned)])
+    tuned = {0: base} | {line["step"]: line["tuned"] for line in run.evaluations}
+    steps = np.array([*tuned], dtype=np.float64)
     return [
         Series(
             label=f"held-out {name}",
             x=steps,
-            y=np.array([base[name], *(values[name] for _, values in tuned)], dtype=np.float64),
+            y=np.array([values[name] for values in tuned.values()], dtype=np.float64),
             color=_metric_color(index),
             mark="points",
         )

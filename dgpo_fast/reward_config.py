@@ -155,6 +155,9 @@ class RewardsConfig(Section):
     """What the images are scored by: a weighted sum."""
 
     terms: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
+    monitors: tuple[str, ...] = ()
+    """Rewards that evaluations measure besides: nothing is trained on them, and no checkpoint is chosen by them. What
+    falls among them while the trained ones rise is what training costs."""
     running: dict[str, RunningConfig] = Field(default_factory=dict)
     """Where rewards run, by name; those that are not here run in this process, on the policy's device."""
     arguments: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -204,7 +207,12 @@ class RewardsConfig(Section):
 
     @model_validator(mode="after")
     def _names_are_rewards(self) -> RewardsConfig:
-        names = list(dict.fromkeys(term.name for term in self.terms))
+        names = self.names
+        for name in self.monitors:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"rewards.monitors: {name!r} is there twice, or a term, which evaluations measure anyway"
+                )
         for key in ("running", "arguments"):
             for name in getattr(self, key):
                 if name not in names:
@@ -212,6 +220,16 @@ class RewardsConfig(Section):
                     known = ", ".join(names)
                     raise ValueError(f"rewards.{key}: no term has the reward {name!r}{nearest} terms: {known}")
         return self
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the rewards of the terms."""
+        return list(dict.fromkeys(term.name for term in self.terms))
+
+    @property
+    def names(self) -> list[str]:
+        """Of all rewards: those of the terms, and the monitors."""
+        return [*self.trained, *self.monitors]
 
 
 def is_url(text: str) -> bool:

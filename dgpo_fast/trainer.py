@@ -6,6 +6,7 @@ run that resumes from a checkpoint ends where an uninterrupted one ends, to the 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -258,7 +259,8 @@ class Trainer:
     def _evaluate(self, run: RunDirectory) -> None:
         """Held-out metrics of the evaluation EMA; before the first step it is the base, or the LoRA it began with."""
         measure = partial(
-            evaluate_view, prompts=self.test_prompts, config=self.config, scorer=self.scorer, world=self.world,
+            evaluate_view, prompts=self.test_prompts, config=self.config, scorer=self.scorer.with_monitors,
+            world=self.world,
             check=self.interruption.check, is_over=lambda: self.interruption.is_requested, say=run.say,
         )  # fmt: skip
         if self.base_metrics is None:
@@ -271,6 +273,7 @@ class Trainer:
                 )
         is_base = self.step == 0 and self.config.begins_with_base
         tuned = self.base_metrics if is_base else measure(self.policy, "ema")
+        tuned = dict.fromkeys(self.base_metrics, math.nan) | tuned  # a monitor may have failed for all
         run.log_evaluation(self.step, num_prompts=len(self.test_prompts), base=self.base_metrics, tuned=tuned)
         self.scores[self.step] = headline(tuned, self.config)
         if self.world.is_first:

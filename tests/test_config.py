@@ -329,6 +329,14 @@ def test_the_name_of_a_reward_of_ones_own_may_stand_in_a_key(override: str) -> N
     assert {name: running.processes for name, running in recipe.rewards.running.items()} == {OWN: 3}
 
 
+def test_monitors_are_rewards_besides() -> None:
+    recipe = load_recipe("tiny-dgpo", ["rewards.monitors=[aesthetic]", "rewards.running.aesthetic.device=cpu"])
+    assert (recipe.rewards.trained, recipe.rewards.names) == (["shapes"], ["shapes", "aesthetic"])
+    for twice in ("[shapes]", "[aesthetic, aesthetic]"):
+        with pytest.raises(UserError, match=r"rewards\.monitors: '\w+' is there twice, or a term"):
+            load_recipe("tiny-dgpo", [f"rewards.monitors={twice}"])
+
+
 @pytest.mark.parametrize("override", [f"rewards.arguments.{OWN}.side=left", f"rewards.arguments.{OWN}={{side: left}}"])
 def test_a_reward_of_ones_own_has_arguments(override: str) -> None:
     recipe = load_recipe("tiny-dgpo", [f"rewards.terms=[{{name: '{OWN}'}}]", override])

@@ -89,11 +89,14 @@ def test_what_the_checkpoint_is_of_is_not_changed(setting: str, run: Path) -> No
 def test_places_of_rewards_that_are_not_asked_are_forgotten(run: Path) -> None:
     """Those of the run; what an evaluation itself says of a reward that it has not is refused."""
     places = {"shapes": {"processes": 2}, "jpeg_compressibility": {"images_per_call": 4}}
-    change = {"rewards": {"terms": [{"name": "shapes"}, {"name": "jpeg_compressibility"}], "running": places}}
+    terms = [{"name": "shapes"}, {"name": "jpeg_compressibility"}]
+    change = {"rewards": {"terms": terms, "running": places, "monitors": ["ocr"], "arguments": {"ocr": {"a": 1}}}}
     config = change_config(load_run_config(run), change, source="test")
     (run / "config.yaml").write_text(dump_config(config))
     assert [*evaluation_config(run, rewards=["shapes"]).rewards.running] == ["shapes"]
     assert evaluation_config(run, recipe="drawbench").rewards.running == {}
+    alone, own = evaluation_config(run, rewards=["shapes"]).rewards, evaluation_config(run).rewards
+    assert (alone.monitors, alone.arguments, own.monitors) == ((), {}, ("ocr",))
     assert [*evaluation_config(run).rewards.running] == ["shapes", "jpeg_compressibility"]
     with pytest.raises(UserError, match=r"no term has the reward 'shapes'; terms: pickscore"):
         evaluation_config(run, rewards=["pickscore"], overrides=["rewards.running.shapes.processes=1"])

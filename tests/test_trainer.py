@@ -97,11 +97,33 @@ def test_evaluations_compare_with_the_base(straight_run: Path) -> None:
     assert {(line["split"], line["num_prompts"], line["images_per_prompt"]) for line in lines} == {("test", 2, 4)}
 
 
+def test_evaluations_have_what_monitors_measure(
+    tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The steps have not. One that fails for all images ends nothing."""
+    terms = "rewards.terms=[{name: shapes, metric: soft}]"
+    watched = "rewards.monitors=[jpeg_compressibility, 'misbehaving:Brightness']"
+    monkeypatch.setenv("MISBEHAVE", "3-99:raise")  # twice it is asked for the base's images
+    Trainer(load_recipe("tiny-dgpo", [*quick, terms, watched, "steps=3"]), tmp_path).train()
+    first, last = read_evaluations(tmp_path)
+    names = ["soft", "strict", "jpeg_compressibility"] + [
+        f"misbehaving:Brightness.{metric}" for metric in ("brightness", "contrast")
+    ]
+    assert list(first["base"]) == list(last["tuned"]) == names
+    assert math.isfinite(first["tuned"][names[-1]]) and math.isnan(last["tuned"][names[-1]])
+    assert "monitors: rewards: 'misbehaving:Brightness' failed for 8 of 8 images" in capfd.readouterr().err
+    assert not any("jpeg" in key or "Brightness" in key for line in read_metrics(tmp_path) for key in line)
+    assert load_checkpoint(tmp_path / "checkpoints" / "best").step == 3
+    assert "jpeg_compressibility" in (tmp_path / "report.html").read_text()
+
+
 def test_a_metric_that_cannot_be_told_is_said_once(
     tmp_path: Path, quick: tuple[str, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """One reward has two, and which of them is trained on its name does not tell."""
-    said = "brightness, contrast, soft, strict are those of misbehaving:Brightness cannot be told: name each by `metric`"
+    said = (
+        "brightness, contrast, soft, strict are those of misbehaving:Brightness cannot be told: name each by `metric`"
+    )
     told = "rewards.terms=[{name: 'misbehaving:Brightness', metric: contrast}, {name: shapes, metric: soft}]"
     for number, changes in enumerate(([], [told])):
         Trainer(load_recipe("tiny-dgpo", [*quick, *changes, "steps=1"]), tmp_path / str(number)).train()

@@ -15,12 +15,13 @@ CHECKS: Mapping[str, Callable[[str], object]] = {"geneval": asked_of, "ocr": tar
 
 
 def check_prompts(prompts: Iterable[str], rewards: RewardsConfig, *, key: str) -> None:
-    """Makes sure that every reward can judge by each of the prompts.
+    """Makes sure that every reward can judge by each of the prompts; monitors by those of evaluations.
 
     Raises:
         UserError: naming the recipe's `key`: one cannot.
     """
-    checks = [CHECKS[name] for name in {term.name for term in rewards.terms} if name in CHECKS]
+    names = rewards.names if key == "prompts.test" else rewards.trained
+    checks = [CHECKS[name] for name in names if name in CHECKS]
     for prompt in prompts:
         for check in checks:
             try:

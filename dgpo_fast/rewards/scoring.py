@@ -18,11 +18,12 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from math import isfinite
 from threading import Event, Thread, Timer
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class Measured(NamedTuple):
     metrics: Mapping[str, Sequence[Metrics | None]]  # by reward, of each image; None where it failed
     failed: Mapping[str, Failed]
     retried: Mapping[str, Failed]
-    num_failed: int  # images that some reward failed for
+    num_failed: int  # images that some reward of the terms failed for
 
 
 class Scorer:
@@ -80,14 +81,16 @@ class Scorer:
         """Of each reward that has scored an image, in the order in which they first came: the first is what a term
         without a metric is of, whatever order later ones come in."""
         self._is_closed = False
+        self.asked: Sequence[str] = config.trained
+        """Rewards that images are measured by: those of the terms."""
         self.places: dict[str, Place] = {}
         self.paces: defaultdict[str, Pace] = defaultdict(Pace)
         """Of those of them that run elsewhere."""
         try:
             for term in config.terms:
                 check_metric(term)
-                if term.name not in self.places:
-                    self.places[term.name] = place_of(term.name, config, device=device, stop=self.stop)
+            for name in config.names:
+                self.places[name] = place_of(name, config, device=device, stop=self.stop)
         except BaseException:
             self.close()
             raise
@@ -105,6 +108,13 @@ class Scorer:
         self.stop.set()
         for place in self.places.values():
             place.close()
+
+    @property
+    def with_monitors(self) -> Self:
+        """The same rewards, and the recipe's monitors beside them, whose failures are told and count for nothing."""
+        beside = copy(self)
+        beside.asked = self.config.names
+        return beside
 
     def resume(self) -> None:
         """Has somebody wait for scores again, once nobody did.
@@ -137,10 +147,10 @@ class Scorer:
             RuntimeError: it is closed.
         """
         self._refuse_closed()
-        is_away = {name: place.is_elsewhere for name, place in self.places.items()}
+        is_away = {name: self.places[name].is_elsewhere for name in self.asked}
         on_cpu = images_BCHW.cpu() if any(is_away.values()) else images_BCHW
         inquiries = {
-            name: _Inquiry(self, name, on_cpu if is_away[name] else images_BCHW, prompts) for name in self.places
+            name: _Inquiry(self, name, on_cpu if is_away[name] else images_BCHW, prompts) for name in self.asked
         }
         threads = {
             name: Thread(target=inquiry.carry_out, daemon=True) for name, inquiry in inquiries.items() if is_away[name]
@@ -159,25 +169,26 @@ class Scorer:
             metrics={name: inquiry.found for name, inquiry in inquiries.items()},
             failed={name: Failed(len(rows), inquiries[name].reason) for name, rows in lacking.items() if rows},
             retried={name: inquiry.retried for name, inquiry in inquiries.items() if inquiry.retried.num_images},
-            num_failed=len({row for rows in lacking.values() for row in rows}),
+            num_failed=len({row for name in self.config.trained for row in lacking[name]}),
         )
 
     def combine(self, measured: Sequence[Measured]) -> Scores:
         """Scores of all the images that were measured, in their order.
 
-        The metrics of a reward that has never scored an image are not there.
+        The metrics of a reward that has never scored an image are not there. A name that another reward's metric has
+        already, and that of any metric of a monitor, begins with the reward's.
 
         Raises:
             UserError: a reward's metrics are not always the same.
         """
-        rows = {name: [row for batch in measured for row in batch.metrics[name]] for name in self.places}
-        found = {name: self._join(name, rows[name]) for name in self.places}
+        rows = {name: [row for batch in measured for row in batch.metrics[name]] for name in self.asked}
+        found = {name: self._join(name, rows[name]) for name in self.asked}
         chosen = [_chosen(term, found[term.name], len(rows[term.name])) for term in self.config.terms]
         weighted = [term.weight * score_B for term, score_B in zip(self.config.terms, chosen, strict=True)]
         metrics: dict[str, Tensor] = {}
         for name, scores in found.items():
-            clashing = scores.keys() & metrics.keys()
-            metrics |= {f"{name}.{metric}" if metric in clashing else metric: score for metric, score in scores.items()}
+            own = {name} if name in self.config.monitors else scores.keys() - metrics.keys()
+            metrics |= {metric if metric in own else f"{name}.{metric}": score for metric, score in scores.items()}
         return Scores(
             reward_B=torch.stack(weighted).sum(0),
             term_BT=torch.stack(chosen, dim=1),

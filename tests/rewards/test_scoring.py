@@ -357,6 +357,33 @@ def test_what_scores_only_when_it_is_asked_again_is_told(score: Score) -> None:
     assert score(constant(1, 2, 3)).retried == {}
 
 
+def test_monitors_are_measured_beside_and_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their names begin with the reward's, unless they are the reward's."""
+    failing: list[str] = []
+
+    def monitor(name: str) -> Callable[[Tensor, Sequence[str]], Any]:
+        def reward(images_BCHW: Tensor, prompts: Sequence[str]) -> dict[str, list[float]]:
+            if name in failing:
+                raise RuntimeError("gone")
+            return {name: [1.0] * 3, "strict": [0.0] * 3}
+
+        return reward
+
+    made = {"a": lambda: constant(1, 2, 3), "b": lambda: monitor("b"), "c": lambda: monitor("c")}
+    monkeypatch.setattr(base, "_FACTORIES", made)
+    scorer = Scorer(RewardsConfig(terms=(RewardConfig(name="a"),), monitors=("b", "c"), retries=0))
+    assert list(scorer(IMAGES, PROMPTS).metrics) == ["a"]
+    beside = scorer.with_monitors
+    assert list(beside(IMAGES, PROMPTS).metrics) == ["a", "b", "b.strict", "c", "c.strict"]
+    failing.append("c")
+    scores = beside(IMAGES, PROMPTS)
+    assert scores.reward_B.tolist() == [1, 2, 3] and scores.metrics["c"].isnan().all()
+    assert scores.failed == {"c": (3, "RuntimeError: gone")}
+    assert beside.measure(IMAGES, PROMPTS).num_failed == 0
+    scorer.close()
+    assert list(scorer.places) == ["a", "b", "c"]
+
+
 def test_starting_a_process_does_not_count_unless_it_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(calling, "time", SimpleNamespace(monotonic=lambda: now[0]))
