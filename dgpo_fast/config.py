@@ -141,6 +141,9 @@ class GroupsConfig(Section):
 class AdvantageConfig(Section):
     """How the rewards of a group become advantages."""
 
+    aggregation: Literal["sum", "gdpo"] = "sum"
+    """Of several rewards: `sum` normalises their weighted sum; `gdpo` (arXiv 2601.05242) each by itself, whatever its
+    scale, and then their weighted sum by its deviation over the iteration."""
     std: Literal["group", "global"] = "group"
     """Divide by the standard deviation of the group, or of the whole iteration."""
     clamp: Positive = 5.0
@@ -377,6 +380,15 @@ class Config(Section):
             raise ValueError(
                 "algorithm flow_grpo: rollout.solver must be euler, which its steps are without their noise, got "
                 f"{rollout.solver}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_are_picked_by_the_sum(self) -> Config:
+        if self.algorithm.name == "diffusion_dpo" and self.advantages.aggregation != "sum":
+            raise ValueError(
+                "algorithm diffusion_dpo picks the best and the worst by the sum of rewards: advantages.aggregation "
+                f"sum, got {self.advantages.aggregation}"
             )
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -9,10 +10,13 @@ from torch import Tensor
 
 from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
-from dgpo_fast.ops.group_advantages import group_advantages
+from dgpo_fast.ops.group_advantages import GroupAdvantages, group_advantages
 from dgpo_fast.parallel.world import World
 from dgpo_fast.records import Rollout, ScoredGroups
 from dgpo_fast.rewards.scoring import Scores, describe_failures, describe_retries, refuse_failures, total_failures
+
+UNCLAMPED = 1e9
+"""Advantages of N samples are below the root of N."""
 
 
 class Grouped(NamedTuple):
@@ -55,10 +59,8 @@ def group_scores(
         warning = describe_retries(scores.retried)
     if not counts_G.any():
         raise UserError(f"{warning}: none has rewards.min_group_size={config.rewards.min_group_size} samples left")
-    valid_B, rule = (has_reward_GS & counts_G[:, None]).flatten(), config.advantages
-    advantages = group_advantages(
-        reward_B, valid_B, group_size=size, std=rule.std, epsilon=rule.epsilon, clamp=rule.clamp
-    )
+    valid_B = (has_reward_GS & counts_G[:, None]).flatten()
+    advantages = _advantages(reward_B, term_BT, valid_B, config)
     counted, mine, updates = reward_B[valid_B], place_B[world.rank], config.optimizer.steps_per_iteration
     scored = ScoredGroups(
         rollout=rollout,
@@ -81,6 +83,19 @@ def group_scores(
         },
     }
     return Grouped(scored, metrics, warning)
+
+
+def _advantages(reward_B: Tensor, term_BT: Tensor, valid_B: Tensor, config: Config) -> GroupAdvantages:
+    rule = config.advantages
+    normalised = partial(group_advantages, valid_B=valid_B, group_size=config.groups.size, epsilon=rule.epsilon)
+    if rule.aggregation == "sum":
+        return normalised(reward_B, std=rule.std, clamp=rule.clamp)
+    of_terms = [
+        term.weight * normalised(term_BT[:, number].contiguous(), std=rule.std, clamp=UNCLAMPED).advantage_B
+        for number, term in enumerate(config.rewards.terms)
+    ]
+    # Their means are zero in each group, and so over all: to divide by the deviation of all is to normalise over all.
+    return normalised(torch.stack(of_terms).sum(0), std="global", clamp=rule.clamp)
 
 
 def _of_steps(counted: Tensor, updates: int) -> tuple[int, ...]:
