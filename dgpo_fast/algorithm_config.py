@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Literal, get_args
+from functools import cache
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, create_model
 
+from dgpo_fast.errors import UserError
+from dgpo_fast.plugins import imported
 from dgpo_fast.sections import Count, Index, NonNegative, Positive, Section
 
 
@@ -76,7 +79,7 @@ class Method(Section):
             )
 
 
-class _Noised(Method):
+class Noised(Method):
     """A method that learns in the forward process, at noise levels of the rollout's schedule."""
 
     trunc: Index = 4
@@ -103,7 +106,7 @@ class _Noised(Method):
             )
 
 
-class DGPOConfig(_Noised):
+class DGPOConfig(Noised):
     """Direct Group Preference Optimization (arXiv 2510.08425, eq. 17) with clipping and a KL term."""
 
     name: Literal["dgpo"] = "dgpo"
@@ -197,7 +200,7 @@ class FlowGRPOConfig(Method):
             )
 
 
-class DiffusionNFTConfig(_Noised):
+class DiffusionNFTConfig(Noised):
     """DiffusionNFT (arXiv 2509.16117): a flow-matching loss of an implicit positive and an implicit negative policy."""
 
     name: Literal["diffusion_nft"] = "diffusion_nft"
@@ -211,7 +214,7 @@ class DiffusionNFTConfig(_Noised):
         return {"reference": self.passes * (self.kl_coef > 0), "old policy": self.passes, "policy": self.passes}
 
 
-class AWMConfig(_Noised):
+class AWMConfig(Noised):
     """Advantage Weighted Matching (arXiv 2509.25050): policy gradients of the negative denoising error."""
 
     name: Literal["awm"] = "awm"
@@ -238,7 +241,7 @@ class AWMConfig(_Noised):
         }
 
 
-class DiffusionDPOConfig(_Noised):
+class DiffusionDPOConfig(Noised):
     """Diffusion-DPO (arXiv 2311.12908), online: of every group the best sample against the worst."""
 
     name: Literal["diffusion_dpo"] = "diffusion_dpo"
@@ -265,3 +268,24 @@ class DiffusionDPOConfig(_Noised):
 
 AlgorithmConfig = DGPOConfig | FlowGRPOConfig | DiffusionNFTConfig | AWMConfig | DiffusionDPOConfig
 ALGORITHM_NAMES: tuple[str, ...] = tuple(each.model_fields["name"].default for each in get_args(AlgorithmConfig))
+
+
+@cache
+def own_settings(name: str) -> type[Method]:
+    """The settings of a method of one's own, `package.module:Class`: those of its `settings_type`, under that name.
+
+    Raises:
+        UserError: it cannot be imported, or has no such type.
+    """
+    try:
+        found = imported(name)
+    except Exception as error:  # whatever a user's module raises while it is imported
+        raise UserError(f"algorithm.name: {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+    settings = getattr(found, "settings_type", None)
+    if not isinstance(settings, type) or not issubclass(settings, Method):
+        raise UserError(
+            f"algorithm.name: {name!r} has no settings_type, a subclass of dgpo_fast.algorithm_config.Method, got "
+            f"{settings!r}"
+        )
+    named: Any = {"name": (Literal[name], name)}
+    return create_model(settings.__name__, __base__=settings, __module__=settings.__module__, **named)

@@ -11,13 +11,22 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
-from dgpo_fast.algorithm_config import ALGORITHM_NAMES, AlgorithmConfig, DGPOConfig
+from dgpo_fast.algorithm_config import (
+    ALGORITHM_NAMES,
+    AlgorithmConfig,
+    AWMConfig,
+    DGPOConfig,
+    DiffusionDPOConfig,
+    FlowGRPOConfig,
+    own_settings,
+)
 from dgpo_fast.errors import UserError, suggest
 from dgpo_fast.guard_config import GuardConfig
 from dgpo_fast.reward_config import RewardsConfig
@@ -327,7 +336,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
         self.algorithm.check_points(self.rollout.steps)
-        if self.algorithm.name == "awm" and self.optimizer.steps_per_iteration > 1:
+        if isinstance(self.algorithm, AWMConfig) and self.optimizer.steps_per_iteration > 1:
             raise ValueError(
                 "algorithm awm is on-policy: optimizer.steps_per_iteration must be 1, got "
                 f"{self.optimizer.steps_per_iteration}"
@@ -356,7 +365,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _flow_grpo_knows_what_it_drew(self) -> Config:
-        if self.algorithm.name != "flow_grpo":
+        if not isinstance(self.algorithm, FlowGRPOConfig):
             return self
         rollout, drawn_with = self.rollout, self.model.drawn_with
         if drawn_with != "same":
@@ -385,7 +394,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _pairs_are_picked_by_the_sum(self) -> Config:
-        if self.algorithm.name == "diffusion_dpo" and self.advantages.aggregation != "sum":
+        if isinstance(self.algorithm, DiffusionDPOConfig) and self.advantages.aggregation != "sum":
             raise ValueError(
                 "algorithm diffusion_dpo picks the best and the worst by the sum of rewards: advantages.aggregation "
                 f"sum, got {self.advantages.aggregation}"
@@ -549,13 +558,25 @@ def parse_config(data: Mapping[str, Any], *, source: str) -> Config:
     """The validated configuration of plain data; `source` names it in errors."""
     algorithm = data.get("algorithm", {})
     named = {"algorithm": {"name": DGPOConfig().name, **algorithm}} if isinstance(algorithm, Mapping) else {}
+    model = _config_with(named.get("algorithm", {}).get("name"))
     try:
         # Strict JSON validation: "3" and 1.5 are no int, true is no float; but a list is a tuple and 1 is a float.
-        return Config.model_validate_json(json.dumps({**data, **named}), strict=True)
+        return model.model_validate_json(json.dumps({**data, **named}), strict=True)
     except TypeError as error:  # of a YAML set, say
         raise UserError(f"{source}: {error}") from None
     except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error)}") from None
+        raise UserError(f"{source}: {_explain(error, model)}") from None
+
+
+def _config_with(algorithm: Any) -> type[Config]:
+    """The configuration of runs by a method of that name, which may be of one's own."""
+    return _own_config(algorithm) if isinstance(algorithm, str) and ":" in algorithm else Config
+
+
+@cache
+def _own_config(algorithm: str) -> type[Config]:
+    own: Any = {"algorithm": (own_settings(algorithm), ...)}
+    return create_model(Config.__name__, __base__=Config, __module__=__name__, **own)
 
 
 def read_recipe_file(path: Path) -> dict[str, Any]:
@@ -690,22 +711,21 @@ def _path(key: str) -> list[str]:
     return [part for part in of_reward.groups() if part is not None] if of_reward else key.split(".")
 
 
-def _explain(error: ValidationError) -> str:
-    """The first thing wrong, in one line."""
+def _explain(error: ValidationError, model: type[Config]) -> str:
+    """The first thing wrong with data that is no `model`, in one line."""
     errors = error.errors(include_url=False)
     # A mistyped key comes behind the one that is then missing, and says more.
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     # Of an error in `algorithm` the second part is the method's name, which is no key.
     location = [str(part) for part in first["loc"]]
-    where = [part for place, part in enumerate(location) if (place, location[0]) != (1, "algorithm")]
-    key = ".".join(where)
+    key = ".".join(part for place, part in enumerate(location) if not _is_method(location, place))
     if first["type"] == "union_tag_invalid":
         given = str(first["ctx"]["tag"])
         names = ", ".join(map(repr, ALGORITHM_NAMES))
         return f"algorithm.name: input should be one of {names}, got {given!r}{suggest(given, ALGORITHM_NAMES)}"
     if first["type"] == "extra_forbidden":
         *sections, name = location
-        return f"unknown key {key!r}{REMOVED.get(key) or suggest(name, _keys_of(sections))}"
+        return f"unknown key {key!r}{REMOVED.get(key) or suggest(name, _keys_of(sections, model))}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return message
@@ -714,10 +734,14 @@ def _explain(error: ValidationError) -> str:
     return f"{key}: {message[0].lower()}{message[1:]}, got {first['input']!r}"
 
 
-def _keys_of(sections: Sequence[str]) -> list[str]:
-    model: type[BaseModel] = Config
+def _is_method(location: Sequence[str], place: int) -> bool:
+    """Whether a part of a location is the name of the package's method whose settings the following are of."""
+    return place == 1 and location[0] == "algorithm" and location[1] in ALGORITHM_NAMES
+
+
+def _keys_of(sections: Sequence[str], model: type[BaseModel]) -> list[str]:
     for place, section in enumerate(sections):
-        if (place, sections[0]) == (1, "algorithm"):
+        if _is_method(sections, place):
             model = next(each for each in get_args(AlgorithmConfig) if each.model_fields["name"].default == section)
             continue
         if section not in model.model_fields:  # an item's number, or its name

@@ -88,6 +88,7 @@ class MetricsLog:
         self._metrics.flush()
         shown = {f"{name}/{key}": values[key] for name, keys in SECTIONS.items() for key in keys}
         shown |= {key: values[key] for key in values if key.startswith(SINGLE_REWARD)}
+        shown |= {f"method/{key}": values[key] for key in report.extra}
         self._plot({tag: value for tag, value in shown.items() if value is not None}, report.step)
 
     def write_evaluation(
@@ -148,12 +149,14 @@ class MetricsLog:
 
 
 def as_line(report: StepReport) -> dict[str, Any]:
-    """A step as metrics.jsonl has it: flat, each reward by itself behind the rest, as `reward/NAME`.
+    """A step as metrics.jsonl has it: flat, each reward by itself behind the rest, as `reward/NAME`, and what only a
+    method of the user's own has.
 
     What is not finite, such as the gradient's norm of a skipped step, is None: JSON has no word for it.
     """
     values = dataclasses.asdict(report)
     values |= {f"{SINGLE_REWARD}{title}": mean for title, mean in values.pop("rewards").items()}
+    values |= values.pop("extra")
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
     }

@@ -9,7 +9,7 @@ tokens, D their width. Example: 8 groups of 16 images at 512 px give B = 128 and
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -222,3 +222,11 @@ class StepReport:
     diversity: float | None = None
     adapter_norm: float | None = None
     rewards: Mapping[str, float]  # means of the single rewards, whose weighted sum is reward_mean
+    extra: Mapping[str, float] = field(default_factory=dict)  # what only a method of the user's own has, by its names
+
+    @classmethod
+    def of(cls, **values: Any) -> StepReport:
+        """A report with `values`; those of no field of its own are `extra`."""
+        own = {each.name for each in fields(cls)}
+        extra = {name: value for name, value in values.items() if name not in own}
+        return cls(**{name: value for name, value in values.items() if name in own}, extra=extra)

@@ -143,7 +143,7 @@ class Trainer:
         images, first, wall_s = self.config.images_per_iteration, self.step - updates, self.wall_s
         self.wall_s += elapsed
         return [
-            StepReport(
+            StepReport.of(
                 step=step, iteration=(step - 1) // updates, images_seen=step * images // updates,
                 wall_s=wall_s + elapsed * (step - first) / updates, **reward_metrics, **train_metrics,
                 rollout_s=spent["rollout"] / updates, reward_s=spent["reward"] / updates,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -28,7 +29,7 @@ CONTRACT_KEYS = (
 
 def report(step: int, *, loss: float = 0.1) -> StepReport:
     """A step with a value of its own in every field."""
-    fields = dataclasses.fields(StepReport)
+    fields = [field for field in dataclasses.fields(StepReport) if "Mapping" not in str(field.type)]
     values = {field.name: (index + 1) / 3 + step for index, field in enumerate(fields) if "float" in str(field.type)}
     counts = {field.name: 10 * step + index for index, field in enumerate(fields) if field.type == "int"}
     rewards = {"pickscore": 21.5 + step, "shapes.soft": 0.5}
@@ -68,9 +69,9 @@ def test_a_line_holds_the_step_in_the_order_of_the_record_and_is_on_disk_at_once
     log.write(report(1))
     line = (tmp_path / "metrics.jsonl").read_text()
     single = {"reward/pickscore": 22.5, "reward/shapes.soft": 0.5}
-    rest = {name: value for name, value in dataclasses.asdict(report(1)).items() if name != "rewards"}
+    rest = {name: value for name, value in dataclasses.asdict(report(1)).items() if name not in ("rewards", "extra")}
     assert line == json.dumps(rest | single) + "\n"
-    assert list(rest) == [field.name for field in dataclasses.fields(StepReport) if field.name != "rewards"]
+    assert list(rest) == [field.name for field in dataclasses.fields(StepReport)][:-2]
     assert set(CONTRACT_KEYS) <= set(json.loads(line))
     evaluate(log, 1)
     assert read_evaluations(tmp_path) == [
@@ -99,9 +100,19 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
 
 def test_every_metric_is_plotted_once() -> None:
     plotted = [key for keys in SECTIONS.values() for key in keys]
-    assert sorted([*plotted, "step", "iteration", "rewards"]) == sorted(
+    assert sorted([*plotted, "step", "iteration", "rewards", "extra"]) == sorted(
         field.name for field in dataclasses.fields(StepReport)
     )
+
+
+def test_what_only_ones_own_method_has_is_told_and_plotted(tmp_path: Path) -> None:
+    values = {**dataclasses.asdict(report(1)), "temperature": 0.5}
+    step = StepReport.of(**{name: value for name, value in values.items() if name != "extra"})
+    assert step == dataclasses.replace(report(1), extra={"temperature": 0.5})
+    with contextlib.closing(open_log(tmp_path, tensorboard=True)) as log:
+        log.write(step)
+    assert read_metrics(tmp_path)[0]["temperature"] == 0.5
+    assert scalars(tmp_path, "method/temperature") == [(1, 0.5)]
 
 
 @pytest.mark.parametrize("torn", [0, 1, 20, -1], ids=lambda n: f"torn-{n}")
@@ -236,7 +247,7 @@ def test_wandb_gets_every_metric_and_a_resumed_run_continues_its_own(
     assert first["config"] == {"name": "tiny"} and fake.finished == 4
     (step, values), *_ = fake.logged
     assert step == 1 and values["loss/kl"] == report(1).kl and values["reward/shapes.soft"] == 0.5
-    assert len(values) == len(dataclasses.fields(StepReport)) - 3 + len(report(1).rewards)
+    assert len(values) == len(dataclasses.fields(StepReport)) - 4 + len(report(1).rewards)
 
 
 def test_a_refusing_wandb_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

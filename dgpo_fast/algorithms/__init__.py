@@ -13,6 +13,7 @@ from dgpo_fast.algorithms.diffusion_nft import DiffusionNFT
 from dgpo_fast.algorithms.flow_grpo import FlowGRPO
 from dgpo_fast.config import Config
 from dgpo_fast.parallel.world import World
+from dgpo_fast.plugins import imported
 
 ALGORITHMS: Mapping[str, Callable[[Config, World], Algorithm[Any, Any]]] = {
     "dgpo": DGPO,
@@ -25,5 +26,7 @@ ALGORITHMS: Mapping[str, Callable[[Config, World], Algorithm[Any, Any]]] = {
 
 
 def find_algorithm(config: Config, world: World) -> Algorithm[Any, Any]:
-    """The algorithm that a recipe names."""
-    return ALGORITHMS[config.algorithm.name](config, world)
+    """The algorithm that a recipe names: of the package, or `package.module:Class`."""
+    name = config.algorithm.name
+    found = ALGORITHMS.get(name) or imported(name)
+    return found(config, world)

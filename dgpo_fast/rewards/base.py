@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dgpo_fast.errors import UserError, suggest
+from dgpo_fast.plugins import imported
 from dgpo_fast.reward_config import RewardConfig, RewardsConfig
 from dgpo_fast.rewards.pretrained import Pretrained
 
@@ -207,15 +207,10 @@ def _make(name: str, settings: RewardsConfig, device: torch.device) -> Any:
 def _find(name: str) -> Any:
     built_in = BUILT_IN.get(name)
     try:
-        return _import(built_in.target if built_in else name)
+        return imported(built_in.target if built_in else name)
     except ModuleNotFoundError as error:
         if built_in is None or built_in.extra is None:
             raise
         raise UserError(
             f"rewards: {name!r} needs {error.name}, which is not installed: pip install 'dgpo-fast[{built_in.extra}]'"
         ) from None
-
-
-def _import(target: str) -> Any:
-    module_name, _, attribute = target.partition(":")
-    return getattr(importlib.import_module(module_name), attribute)

@@ -1,0 +1,31 @@
+"""Methods of a user's own, as docs/extending.md has them, and what may be wrong with one."""
+
+from __future__ import annotations
+
+from dgpo_fast.algorithm_config import DGPOConfig
+from dgpo_fast.algorithms.dgpo import DGPO, GroupWeights
+from dgpo_fast.models.policy import Policy
+from dgpo_fast.records import LossOutput, NoisedBatch
+from dgpo_fast.sections import Count
+
+
+class HardResetConfig(DGPOConfig):
+    reset_every: Count = 100
+
+
+class HardReset(DGPO):
+    settings_type = HardResetConfig
+    settings: HardResetConfig
+
+    def after_step(self, policy: Policy, step: int) -> None:
+        if (step + 1) % self.settings.reset_every == 0:
+            policy.average_into("old", decay=0.0)
+
+    def loss(self, policy: Policy, batch: NoisedBatch, weights: GroupWeights | None) -> LossOutput:
+        found = super().loss(policy, batch, weights)
+        positive = batch.sample_share * (batch.advantage_M > 0).sum()
+        return LossOutput(loss=found.loss, metrics={**found.metrics, "positive_share": positive})
+
+
+class Unsettled(DGPO):
+    """It does not say what its settings are."""
