@@ -119,7 +119,7 @@ def table_of_factors(chosen: Mapping[str, Sequence[Result]], target: float) -> s
             continue
         time = ratio(theirs, ours, lambda point: point.seconds)
         iterations = ratio(theirs, ours, lambda point: point.iteration)
-        one, other = of_seeds[0].points[-1], chosen[OURS][0].points[-1]
+        one, other = (found[0].points[1] for found in (of_seeds, chosen[OURS]))
         work = (one.flops / one.iteration) / (other.flops / other.iteration)
         engine = (one.seconds / one.flops) / (other.seconds / other.flops)
         lines.append(f"| {METHODS[name].title} | {time} | {iterations} | {work:.2f} | {engine:.2f} |")

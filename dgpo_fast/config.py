@@ -604,13 +604,17 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
 
 
-def resume_conflicts(saved: Config, wanted: Config) -> list[str]:
-    """Keys in which `wanted` differs from `saved` and a resumed run must not: `key: saved -> wanted`."""
+def resume_conflicts(saved: Config, wanted: Config, *, has_begun: bool = True) -> list[str]:
+    """Keys in which `wanted` differs from `saved` and a resumed run must not: `key: saved -> wanted`.
+
+    Args:
+        has_begun: whether there is a checkpoint, which knows the run's prompts, wherever they come from.
+    """
     batches = BATCHES if saved.algorithm.depends_on_batches else ()
     return [
         f"{key}: {before!r} -> {after!r}"
         for key, (before, after) in differences(saved, wanted).items()
-        if key in batches or not _may_change(key)
+        if key in batches or not _may_change(key) or (key.startswith("prompts.") and not has_begun)
     ]
 
 

@@ -85,7 +85,7 @@ def evaluate_view(
     scorer: Scorer,
     world: World,
     *,
-    check: Callable[[], None] = lambda: None,
+    check: Callable[[], object] = lambda: None,
     is_over: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Metrics:
@@ -142,7 +142,7 @@ def _score_share(
     scorer: Scorer,
     world: World,
     *,
-    check: Callable[[], None] = lambda: None,
+    check: Callable[[], object] = lambda: None,
     is_over: Callable[[], bool] = lambda: False,
     say: Callable[[str], None],
 ) -> Scores:
@@ -184,13 +184,14 @@ def _check_failures(scores: Scores, total: int, config: Config, world: World, sa
     """Says what failed; raises on every rank where it is too much."""
     num_failed = int(world.sum((~scores.reward_B.isfinite()).sum().to(world.device)))
     if num_failed:
-        failed = total_failures(world.gather_objects(scores.failed))
+        of_terms = {name: failed for name, failed in scores.failed.items() if name in config.rewards.trained}
+        failed = total_failures(world.gather_objects(of_terms))
         refuse_failures(failed, num_failed, total=total, config=config.rewards)
         say(f"{describe_failures(failed, total=total)}; they are left out of the evaluation")
     monitors = [name for name in config.rewards.monitors if name in scores.failed]
     if monitors:  # of this rank: others need not agree on what nothing depends on
         failed = {name: scores.failed[name] for name in monitors}
-        say(f"monitors: {describe_failures(failed, total=total)}; their metrics are of the others")
+        say(f"monitors: {describe_failures(failed, total=len(scores.reward_B))}; their metrics are of the others")
 
 
 def headline(metrics: Metrics, config: Config) -> float:
@@ -259,6 +260,8 @@ def evaluate_run(
                     gallery, side, first_image=first_image, images_per_prompt=config.evaluation.images_per_prompt
                 )
             scores[side] = score_view(policy, view, prompts, config, scorer, world, say=_say_on(world))
+    unknown = {name: np.full_like(values, np.nan) for side in scores.values() for name, values in side.items()}
+    scores = {side: unknown | found for side, found in scores.items()}  # a monitor may have failed for all of one
     evaluation = Evaluation(
         run=run_dir.resolve().name, step=checkpoint.step, split=split, source=str(source), prompts=tuple(prompts),
         images_per_prompt=config.evaluation.images_per_prompt, base=scores["base"], tuned=scores["tuned"],

@@ -8,6 +8,9 @@ from types import FrameType, TracebackType
 from dgpo_fast.parallel.world import World
 from dgpo_fast.profiling import stage
 
+FAILED = 1
+"""What a rank that has failed says, below every signal that is remembered."""
+
 
 class Interrupted(Exception):
     """Every rank was asked to stop; `status` is the exit status that tells why, of a signal 128 + its number."""
@@ -44,12 +47,17 @@ class Interruption:
         """Whether this rank has received a signal, of which the others may not know yet."""
         return self.received is not None
 
-    def check(self) -> None:
-        """Raises `Interrupted` on every rank once any has received a signal; all must call it at the same places."""
+    def check(self, *, failed: bool = False) -> bool:
+        """Whether any rank has `failed`; all must call it at the same places.
+
+        Raises:
+            Interrupted: on every rank, once any has received a signal, whoever has failed.
+        """
         with stage("signals"):
-            code = self.world.highest(self.received or 0)
-        if code:
+            code = self.world.highest(self.received or (FAILED if failed else 0))
+        if code > FAILED:
             raise Interrupted(128 + code)
+        return code == FAILED
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number

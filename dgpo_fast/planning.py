@@ -255,10 +255,9 @@ def _missing_rewards(config: Config) -> Iterator[str]:
     for name in config.rewards.names:
         if config.rewards.running.get(name, RunningConfig()).url is not None:
             continue  # what it needs is where it runs
+        check_reward(name, config.rewards)
         if has_weights(name):
             yield from (f"reward {name!r}: {line}" for _, line in absent_weights(name, config.rewards))
-        else:
-            check_reward(name, config.rewards)
 
 
 def _missing_prompts(config: Config) -> Iterator[str]:

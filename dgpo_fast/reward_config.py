@@ -196,8 +196,8 @@ class RewardsConfig(Section):
 
     @model_validator(mode="after")
     def _judges_end_in_time(self) -> RewardsConfig:
-        for term in self.terms:
-            judge = getattr(self, term.name, None) if term.name in type(self).model_fields else None
+        for name in self.names:
+            judge = getattr(self, name, None) if name in type(self).model_fields else None
             if isinstance(judge, JudgeConfig) and judge.deadline_s > self.timeout_s / 2:
                 raise ValueError(
                     f"{judge.key}.deadline_s must be at most half of rewards.timeout_s, {self.timeout_s / 2:g}, got "

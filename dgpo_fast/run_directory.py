@@ -101,8 +101,9 @@ class RunDirectory:
     def log_step(self, report: StepReport) -> None:
         """A line of metrics.jsonl, the progress display, and what the guard says to it."""
         if self.is_first:
-            with stage("logging"), self._written():
-                self._log.write(report)
+            with stage("logging"):
+                with self._written():
+                    self._log.write(report)
                 self.progress.update(report)
             if report.grad_norm is not None and not math.isfinite(report.grad_norm):
                 self.say(
@@ -171,7 +172,8 @@ def refuse_conflicts(out: Path, wanted: Config) -> None:
     """
     if not (out / "config.yaml").is_file():
         raise UserError(f"nothing to resume in {out}: it has no config.yaml")
-    conflicts = resume_conflicts(load_recipe(out / "config.yaml"), wanted)
+    has_begun = any((out / "checkpoints").glob("step-*"))
+    conflicts = resume_conflicts(load_recipe(out / "config.yaml"), wanted, has_begun=has_begun)
     if conflicts:
         raise UserError(
             f"--resume cannot change {'; '.join(conflicts)}. Start a new run with another --out, or go on as it was: "

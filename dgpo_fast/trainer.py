@@ -118,8 +118,7 @@ class Trainer:
                     self._look_up_from_work(run)
             except Unscored:
                 if self.step != self.saved_step:
-                    self._save_checkpoint()
-                    run.say(f"saved after step {self.step}, from which --resume goes on")
+                    self._save_what_was_learnt(run)
                 raise
             except Interrupted as interrupted:
                 status = interrupted.status
@@ -172,20 +171,24 @@ class Trainer:
             if self.exchanges_while_drawing:
                 raise
             error = raised
-        self.interruption.check()  # before scores are looked at, some of which a signal leaves out
-        of_ranks = self.world.gather_objects(None if error is None else str(error))
-        if (message := next((each for each in of_ranks if each is not None), None)) is not None:
-            raise Unscored(message) from error
+        if self.interruption.check(failed=error is not None):
+            of_ranks = self.world.gather_objects(None if error is None else str(error))
+            raise Unscored(next(message for message in of_ranks if message is not None)) from error
+        assert scores is not None
         try:
             with stage("reward"):
                 return self._score(rollout, scores)
         except UserError as error:  # what ranks find together
             raise Unscored(str(error)) from error
 
-    def _draw(self, view: View) -> tuple[Rollout, Scores]:
-        """This rank's samples, and their scores; fewer of these once a signal came."""
-        # Several ranks agree on a signal by a collective, which would make each forward wait for the slowest.
-        check = self.interruption.check if self.world.size == 1 else lambda: None
+    def _draw(self, view: View) -> tuple[Rollout, Scores | None]:
+        """This rank's samples, and their scores, unless a signal came: then some may lack."""
+
+        def check() -> None:
+            # Several ranks agree on a signal by a collective, which would make each forward wait for the slowest.
+            if self.world.size == 1:
+                self.interruption.check()
+
         at_once = self.config.rollout.decoded_at_once
         with OverlappedScoring(
             self.scorer, self.policy.model, images_per_decode=at_once, num_images=self.config.images_per_iteration,
@@ -194,7 +197,7 @@ class Trainer:
             rollout = self.algorithm.rollout(
                 self.policy, view, self._next_prompts(), deliver=scoring.add, check=check
             )  # fmt: skip
-        return rollout, scoring.scores()
+        return rollout, None if self.interruption.is_requested else scoring.scores()
 
     def _next_prompts(self) -> PromptBatch:
         """This rank's share of the iteration."""
@@ -273,7 +276,8 @@ class Trainer:
                 )
         is_base = self.step == 0 and self.config.begins_with_base
         tuned = self.base_metrics if is_base else measure(self.policy, "ema")
-        tuned = dict.fromkeys(self.base_metrics, math.nan) | tuned  # a monitor may have failed for all
+        unknown = dict.fromkeys([*self.base_metrics, *tuned], math.nan)  # where a monitor failed for all
+        self.base_metrics, tuned = unknown | self.base_metrics, unknown | tuned
         run.log_evaluation(self.step, num_prompts=len(self.test_prompts), base=self.base_metrics, tuned=tuned)
         self.scores[self.step] = headline(tuned, self.config)
         if self.world.is_first:
@@ -284,6 +288,15 @@ class Trainer:
         with stage("evaluate"):
             images = draw_images(self.policy, "ema", prompts, self.config, images_per_prompt=1)
         run.save_samples(self.step, images, prompts)
+
+    def _save_what_was_learnt(self, run: RunDirectory) -> None:
+        """What then goes wrong is said: why it is saved is more to the point, and comes behind."""
+        try:
+            self._save_checkpoint()
+        except UserError as error:
+            run.say(str(error))
+        else:
+            run.say(f"saved after step {self.step}, from which --resume goes on")
 
     def _save_checkpoint(self) -> None:
         with stage("checkpoint"):

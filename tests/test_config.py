@@ -332,6 +332,8 @@ def test_the_name_of_a_reward_of_ones_own_may_stand_in_a_key(override: str) -> N
 def test_monitors_are_rewards_besides() -> None:
     recipe = load_recipe("tiny-dgpo", ["rewards.monitors=[aesthetic]", "rewards.running.aesthetic.device=cpu"])
     assert (recipe.rewards.trained, recipe.rewards.names) == (["shapes"], ["shapes", "aesthetic"])
+    with pytest.raises(UserError, match=r"rewards\.deqa\.deadline_s must be at most half of rewards\.timeout_s"):
+        load_recipe("tiny-dgpo", ["rewards.monitors=[deqa]", "rewards.timeout_s=100"])
     for twice in ("[shapes]", "[aesthetic, aesthetic]"):
         with pytest.raises(UserError, match=r"rewards\.monitors: '\w+' is there twice, or a term"):
             load_recipe("tiny-dgpo", [f"rewards.monitors={twice}"])
@@ -405,6 +407,12 @@ def test_batches_may_change_on_resume_where_nothing_else_depends_on_them(key: st
     for recipe, number in (("sd35m-geneval", 0), ("sd35m-geneval-flow-grpo-fast", 1)):
         conflicts = resume_conflicts(load_recipe(recipe), load_recipe(recipe, [f"{key}=4"]))
         assert [conflict.partition(":")[0] for conflict in conflicts] == [key] * number
+
+
+def test_prompts_may_come_from_elsewhere_once_a_checkpoint_knows_them() -> None:
+    saved, wanted = load_recipe("tiny-dgpo"), load_recipe("tiny-dgpo", ["prompts.test=mine.txt"])
+    assert resume_conflicts(saved, wanted) == []
+    assert resume_conflicts(saved, wanted, has_begun=False) == ["prompts.test: 'shapes:test' -> 'mine.txt'"]
 
 
 def test_every_conflict_is_named() -> None:

@@ -113,10 +113,12 @@ def check_reward(name: str, settings: RewardsConfig) -> None:
         UserError: as `load_reward`.
     """
     if name in BUILT_IN and name not in _FACTORIES:
-        load_reward(name, settings)
+        _refuse_arguments(name, settings)
+        if not has_weights(name):
+            load_reward(name, settings)
         return
     found = _FACTORIES[name] if name in _FACTORIES else _checked(name, partial(_find, name))
-    asked = () if isinstance(found, type) else ("images", "prompts")
+    asked = () if name in _FACTORIES or isinstance(found, type) else ("images", "prompts")
     try:
         inspect.signature(found).bind(*asked, **settings.arguments.get(name, {}))
     except TypeError as error:
@@ -195,13 +197,18 @@ def _make(name: str, settings: RewardsConfig, device: torch.device) -> Any:
     if name in _FACTORIES:
         return _FACTORIES[name](**arguments)
     found = _find(name)
-    if name in BUILT_IN and arguments:
-        raise UserError(f"rewards.arguments: {name!r} comes with the package, whose settings are rewards.{name}")
+    if name in BUILT_IN:
+        _refuse_arguments(name, settings)
     if name in BUILT_IN and name in RewardsConfig.model_fields:
         return found(getattr(settings, name), device=device)
     if isinstance(found, type):
         return found(**arguments)
     return partial(found, **arguments) if arguments else found
+
+
+def _refuse_arguments(name: str, settings: RewardsConfig) -> None:
+    if name in settings.arguments:
+        raise UserError(f"rewards.arguments: {name!r} comes with the package, whose settings are rewards.{name}")
 
 
 def _find(name: str) -> Any:

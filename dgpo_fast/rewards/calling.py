@@ -70,12 +70,19 @@ class Patience:
     def __init__(self, seconds: float, stop: Event, *, start_s: float = 0.0, whole: Patience | None = None) -> None:
         self.seconds, self._stop, self._end = seconds, stop, time.monotonic() + seconds
         self._start_s, self._whole, self._longest_s = start_s, whole, 0.0
+        self.started_s, self.is_starting = 0.0, False
+        """How long starts have taken, and whether one goes on; of the whole, not of its parts."""
         if whole is not None:
             self._end = min(self._end, whole._end)
 
     def part(self, seconds: float) -> Patience:
         """Of that many seconds, from now on, or of all that is left."""
         return Patience(seconds, self._stop, whole=self)
+
+    @property
+    def whole(self) -> Patience:
+        """What it is a part of, or itself."""
+        return self._whole or self
 
     @property
     def all_left_to_start(self) -> Patience:
@@ -86,9 +93,11 @@ class Patience:
     @contextmanager
     def starting(self) -> Iterator[None]:
         """While processes are started, which does not count, unless it takes too long."""
-        began = time.monotonic()
+        whole, began = self._whole or self, time.monotonic()
+        whole.is_starting = True
         yield
-        whole = self._whole or self
+        whole.is_starting = False
+        whole.started_s += time.monotonic() - began
         free_s = min(whole._start_s, time.monotonic() - began)
         whole._start_s -= free_s
         whole._end += free_s
@@ -148,8 +157,9 @@ class Pace:
 
     def answered(self, answers: Sequence[Answer], seconds: float) -> None:
         """Takes what came for a batch, after so many seconds."""
-        self.has_hung = all(answer.failure is not None and answer.failure.is_hang for answer in answers)
-        if not self.has_hung:
+        hung = [answer.failure is not None and answer.failure.is_hang for answer in answers]
+        self.has_hung = all(hung)
+        if not any(hung):
             self.longest_s, self.is_said = max(self.longest_s, seconds), False
 
 

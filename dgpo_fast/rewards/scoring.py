@@ -5,8 +5,9 @@ One that did not answer at all is not asked for each: that would take as long ea
 asked for once more, alone. What then has no score is a failed image: NaN, and no error until they are too many.
 
 All of that together takes no more than `rewards.timeout_s`, which a reward elsewhere has in equal shares for each time
-that it is asked for the batch: one that hangs is given up in time for the next. Before that somebody is told, and until
-it answers again it is asked once for each of the next batches, and waited for no longer than before somebody is told.
+that it is asked for the batch: one that hangs is given up in time for the next. Before that somebody is told. One that
+has answered before is then asked once for each of the next batches, and waited for no longer than until somebody is
+told, until it answers again.
 What runs in this process cannot be given up, so it is asked again only as long as there is time for a call such as the
 longest so far.
 """
@@ -85,7 +86,7 @@ class Scorer:
         """Rewards that images are measured by: those of the terms."""
         self.places: dict[str, Place] = {}
         self.paces: defaultdict[str, Pace] = defaultdict(Pace)
-        """Of those of them that run elsewhere."""
+        """By name; of those that run elsewhere something is known."""
         try:
             for term in config.terms:
                 check_metric(term)
@@ -187,7 +188,7 @@ class Scorer:
         weighted = [term.weight * score_B for term, score_B in zip(self.config.terms, chosen, strict=True)]
         metrics: dict[str, Tensor] = {}
         for name, scores in found.items():
-            own = {name} if name in self.config.monitors else scores.keys() - metrics.keys()
+            own = ({name} if name in self.config.monitors else scores.keys()) - metrics.keys()
             metrics |= {metric if metric in own else f"{name}.{metric}": score for metric, score in scores.items()}
         return Scores(
             reward_B=torch.stack(weighted).sum(0),
@@ -216,8 +217,10 @@ class Scorer:
 
     def _join(self, name: str, rows: Sequence[Metrics | None]) -> dict[str, Tensor]:
         """The metrics of a reward for all images, NaN where it failed; none where it has never scored."""
-        scored = [row for row in rows if row is not None]
         expected = self.metric_names.get(name, [])
+        if name in self.config.monitors:
+            rows = [row if row is not None and row.keys() == set(expected) else None for row in rows]
+        scored = [row for row in rows if row is not None]
         for row in scored:
             if row.keys() != set(expected):
                 raise UserError(
@@ -249,6 +252,8 @@ class _Inquiry:
         self._metric_names = scorer.metric_names
         self._pace = scorer.paces[name]
         self._at_first = Failed(0, "")
+        self._was_gone = False
+        """Whether it answers no more, as far as the batch before has shown."""
 
     def carry_out(self) -> None:
         """Asks; what goes wrong beyond a failure is for `check` to raise, perhaps in another thread."""
@@ -258,7 +263,10 @@ class _Inquiry:
             self._error = error
 
     def check(self) -> None:
-        if self._error is not None:
+        """Raises what went wrong; a mistake in a monitor is one more failure."""
+        if isinstance(self._error, UserError) and not self._terms:
+            self.reason, self.found = str(self._error), [None] * len(self.found)
+        elif self._error is not None:
             raise self._error
 
     def lacking(self) -> list[int]:
@@ -271,11 +279,12 @@ class _Inquiry:
         return self._at_first._replace(num_images=self._at_first.num_images - len(self.lacking()))
 
     def _ask_for_all(self) -> None:
-        whole, had_hung = Patience(self._config.timeout_s, self._stop, start_s=START_S), self._pace.has_hung
+        whole = Patience(self._config.timeout_s, self._stop, start_s=START_S)
+        self._was_gone = self._pace.has_hung and self._pace.longest_s > 0
         self._ask(range(len(self._prompts)), self._share(whole))
         self._at_first = Failed(len(self.lacking()), self.reason)
         for attempt in range(self._config.retries):
-            is_gone = had_hung and self._pace.has_hung
+            is_gone = self._was_gone and self._pace.has_hung
             if (unanswered := self._unanswered()) and whole.has_time_for_a_call and not is_gone:
                 share = self._share(whole)
                 share.sleep(backoff(attempt))
@@ -297,7 +306,7 @@ class _Inquiry:
         if not self._place.is_elsewhere:
             return whole
         share_s = self._config.timeout_s / (1 + self._config.retries)
-        return whole.part(min(share_s, self._pace.late_s) if self._pace.has_hung else share_s)
+        return whole.part(min(share_s, self._pace.late_s) if self._was_gone else share_s)
 
     def _ask(self, rows: Sequence[int], patience: Patience) -> None:
         patience.check()
@@ -305,10 +314,11 @@ class _Inquiry:
         images_BCHW = self._images_BCHW if is_whole else self._images_BCHW[list(rows)]
         prompts = [self._prompts[row] for row in rows]
         if self._place.is_elsewhere:
-            began = time.monotonic()
+            began, started_s = time.monotonic(), patience.whole.started_s
             with self._said_where_late(patience):
                 answers = self._place.ask(images_BCHW, prompts, patience)
-            self._pace.answered(answers, time.monotonic() - began)
+            starts_s = patience.whole.started_s - started_s
+            self._pace.answered(answers, time.monotonic() - began - starts_s)
         else:
             answers = self._place.ask(images_BCHW, prompts, patience)
         remaining = iter(rows)
@@ -333,6 +343,8 @@ class _Inquiry:
             timer.cancel()
 
     def _say_that_it_is_late(self, patience: Patience) -> None:
+        if patience.whole.is_starting:
+            return  # which may take minutes
         self._pace.is_said = True
         of_rank = f" (rank {launcher.rank()})" if launcher.world_size() > 1 else ""
         late = f"rewards: {self._name!r} has not answered for {self._pace.late_s:.0f} s{of_rank}"

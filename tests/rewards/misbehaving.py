@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 HOURS_S = 10_000.0
+SLOWLY_S = 1.0
+"""Longer than who waits for scores goes without a look at whether somebody still wants them."""
 FORK = multiprocessing.get_context("fork")
 
 
@@ -22,10 +24,10 @@ class Brightness:
     """A reward of every pixel and of the prompt: two runs that score the same have drawn the same.
 
     MISBEHAVE=CALL:HOW makes its call number CALL, counted from 1, go wrong, or those of a range FIRST-LAST. HOW: nan or
-    inf (for the first image), short (a score too few), raise, hang, the name of a signal to this process, or
-    SIGKILL-in-fsync, which comes when it next makes sure that a file is on the disk. Of several ranks, MISBEHAVING
-    names the one that does. Of several processes, or of one that is started again, only one does, once, where
-    MISBEHAVED names a file, which is there from then on.
+    inf (for the first image), short (a score too few), raise, hang, the name of a signal to this process,
+    SIGTERM-slowly, after which it takes a second, or SIGKILL-in-fsync, when it next makes sure that a file is on the
+    disk. Of several ranks, MISBEHAVING names the one that does. Of several processes, or of one that is started again,
+    only one does, once, where MISBEHAVED names a file, which is there from then on.
     """
 
     def __init__(self) -> None:
@@ -51,7 +53,9 @@ class Brightness:
         if self.how == "SIGKILL-in-fsync":
             os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
         elif self.how.startswith("SIG"):
-            os.kill(os.getpid(), signal.Signals[self.how])
+            name, _, slowly = self.how.partition("-")
+            os.kill(os.getpid(), signal.Signals[name])
+            time.sleep(SLOWLY_S if slowly else 0)
         elif self.how == "hang":
             time.sleep(HOURS_S)
         elif self.how == "raise":

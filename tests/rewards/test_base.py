@@ -83,11 +83,14 @@ def test_a_registered_reward_takes_what_the_recipe_says() -> None:
     register_reward("thresholded")(Thresholded)
     reward = load_reward("thresholded", with_arguments("thresholded", threshold=0.7))
     assert isinstance(reward, Thresholded) and reward.threshold == 0.7
+    register_reward("made")(lambda: thresholded)
+    check_reward("made", RewardsConfig(terms=(RewardConfig(name="made"),)))
 
 
 def test_the_packages_own_have_sections() -> None:
-    with pytest.raises(UserError, match=r"rewards\.arguments: 'ocr' comes with the package.* rewards\.ocr"):
-        load_reward("ocr", with_arguments("ocr", threads=2))
+    for ask in (load_reward, check_reward):
+        with pytest.raises(UserError, match=r"rewards\.arguments: 'ocr' comes with the package.* rewards\.ocr"):
+            ask("ocr", with_arguments("ocr", threads=2))
 
 
 def test_what_is_checked_is_not_made() -> None:

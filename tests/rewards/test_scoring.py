@@ -312,15 +312,22 @@ def test_a_reward_that_hung_is_waited_for_less_until_it_answers(
     monkeypatch.setattr(calling, "LATE_S", 0.1)
     scorer = Scorer(RewardsConfig(terms=(RewardConfig(name="shapes"),), retries=1, timeout_s=0.8))
     away = scorer.places["shapes"] = Away()
+
+    def given_s(*, answers: bool) -> list[float]:
+        away.answers, away.given_s = answers, []
+        assert scorer.measure(IMAGES, PROMPTS).failed == ({} if answers else {"shapes": (3, "no answer")})
+        return away.given_s
+
+    for hangs in (given_s(answers=False), given_s(answers=False)):
+        assert len(hangs) == 2 and all(0.3 < given <= 0.4 for given in hangs), "it may only begin slowly"
+    assert given_s(answers=True)[0] > 0.3
+    first, again = given_s(answers=False)
+    assert 0.3 < first <= 0.4 and 0.3 < again <= 0.4
     for _ in range(2):
-        assert scorer.measure(IMAGES, PROMPTS).failed == {"shapes": (3, "no answer")}
-    away.answers = True
-    assert scorer.measure(IMAGES, PROMPTS).failed == {}
-    away.answers = False
-    scorer.measure(IMAGES, PROMPTS)
-    first, again, hung, back, *anew = away.given_s
-    assert 0.3 < first <= 0.4 and max(again, hung, back) <= 0.1, "the second batch was asked for once"
-    assert len(anew) == 2 and 0.3 < anew[0] <= 0.4
+        (once,) = given_s(answers=False)
+        assert once <= 0.1
+    (back,) = given_s(answers=True)
+    assert back <= 0.1 and given_s(answers=True)[0] > 0.3
     said = "rewards: 'shapes' has not answered for 0 s; it is given up after 0 s more\n"
     assert capfd.readouterr().err == 2 * said
 
@@ -332,9 +339,9 @@ def test_an_answer_is_late_after_thrice_the_longest_so_far() -> None:
     pace.answered([answer], 50.0)
     assert (pace.late_s, pace.has_hung) == (150.0, False)
     pace.answered([answer, hang], 300.0)
-    assert not pace.has_hung and pace.late_s == 900
+    assert (pace.late_s, pace.has_hung) == (150.0, False)
     pace.answered([hang, hang], 300.0)
-    assert pace.has_hung and pace.late_s == 900
+    assert (pace.late_s, pace.has_hung) == (150.0, True)
 
 
 def test_what_scores_only_when_it_is_asked_again_is_told(score: Score) -> None:
@@ -382,6 +389,20 @@ def test_monitors_are_measured_beside_and_count_for_nothing(monkeypatch: pytest.
     assert beside.measure(IMAGES, PROMPTS).num_failed == 0
     scorer.close()
     assert list(scorer.places) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("mistake", [[1.0], {"other": [1.0] * 3}], ids=["too few", "another metric"])
+def test_a_mistake_in_a_monitor_is_a_failure(mistake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a term it ends the run. A metric has the name of the term's, which stays the term's."""
+    answers = iter([{"b": [1.0] * 3, "a": [5.0] * 3}, mistake])
+    monitor = lambda images_BCHW, prompts: next(answers)  # noqa: E731
+    monkeypatch.setattr(base, "_FACTORIES", {"a": lambda: constant(1, 2, 3), "b": lambda: monitor})
+    config = RewardsConfig(terms=(RewardConfig(name="a"),), monitors=("b",), retries=0)
+    beside = Scorer(config).with_monitors
+    first = beside(IMAGES, PROMPTS)
+    assert first.metrics.keys() == {"a", "b", "b.a"} and first.metrics["a"].tolist() == [1, 2, 3]
+    scores = beside(IMAGES, PROMPTS)
+    assert scores.reward_B.tolist() == [1, 2, 3] and scores.metrics["b"].isnan().all()
 
 
 def test_starting_a_process_does_not_count_unless_it_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
