@@ -14,7 +14,7 @@ PACKAGE = ROOT / "dgpo_fast"
 FLOORS = (
     (
         *("config", "algorithm_config", "evaluation_config", "guard_config", "reward_config", "sections"),
-        *("environment", "errors", "files", "launcher", "records", "rng", "profiling"),
+        *("environment", "errors", "files", "launcher", "plugins", "records", "rng", "profiling"),
     ),
     ("kernels",),
     ("ops",),

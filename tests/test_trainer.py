@@ -241,7 +241,7 @@ def test_advantages_are_those_of_the_recipe(
     trainer = Trainer(load_recipe("tiny-dgpo", [*quick, *rule]), tmp_path)
     learned: list[ScoredGroups] = []
     monkeypatch.setattr(trainer, "_learn", lambda scored, update: learned.append(scored) or {})
-    monkeypatch.setattr("dgpo_fast.trainer.StepReport", dict)
+    monkeypatch.setattr("dgpo_fast.trainer.StepReport", SimpleNamespace(of=dict))
     trainer.run_iteration()
     reward_GS = learned[0].reward_B.double().numpy().reshape(2, 4)
     deviation = reward_GS.std(1, keepdims=True) if std == "group" else reward_GS.std()
