@@ -156,6 +156,9 @@ def evaluate(
     gallery: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write a page with all images and scores into a new directory.")
     ] = None,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="With --gallery: its images as they were drawn, for other programs.")
+    ] = False,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every image's scores.")] = None,
 ) -> None:
     """Compare base and fine-tuned model on held-out prompts, from the same noise."""
@@ -167,6 +170,8 @@ def evaluate(
     )  # fmt: skip
     _check_file("--picture", picture, example="eval.png")
     _check_file("--csv", csv, example="eval.csv")
+    if lossless and gallery is None:
+        raise UserError("--lossless is for the images of --gallery DIR")
     if gallery is not None:
         _check_writable(gallery)
         if any(gallery.iterdir()):
@@ -176,8 +181,9 @@ def evaluate(
 
     with _out_of_memory_said(config, is_training=False):
         found = evaluate_run(
-            run_dir, config=config, split=split, step=parse_step(step), picture=picture, gallery=gallery
-        )
+            run_dir, config=config, split=split, step=parse_step(step), picture=picture, gallery=gallery,
+            lossless=lossless,
+        )  # fmt: skip
     if not launcher.is_first():
         return
     if csv is not None:

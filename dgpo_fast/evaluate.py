@@ -226,6 +226,7 @@ def evaluate_run(
     step: Step | None = None,
     picture: Path | None = None,
     gallery: Path | None = None,
+    lossless: bool = False,
 ) -> Evaluation:
     """Base and tuned model of a run, scored on the same prompts from the same noise: what `dgpo-fast eval` does.
 
@@ -238,6 +239,7 @@ def evaluate_run(
         step: of the checkpoint, or "best"; None for the newest.
         picture: where to save the first images of the base, and below them those of the tuned model.
         gallery: a directory for a page with every image, `write_gallery`.
+        lossless: whether its images are as they were drawn, in eight bits.
 
     Raises:
         UserError: `run_dir` is no run, has no such checkpoint, or has no prompts of that split.
@@ -257,8 +259,9 @@ def evaluate_run(
             if gallery is not None:
                 first_image = world.share(len(prompts)).start * config.evaluation.images_per_prompt
                 scorer.keep = picture_keeper(
-                    gallery, side, first_image=first_image, images_per_prompt=config.evaluation.images_per_prompt
-                )
+                    gallery, side, first_image=first_image, images_per_prompt=config.evaluation.images_per_prompt,
+                    lossless=lossless,
+                )  # fmt: skip
             scores[side] = score_view(policy, view, prompts, config, scorer, world, say=_say_on(world))
     unknown = {name: np.full_like(values, np.nan) for side in scores.values() for name, values in side.items()}
     scores = {side: unknown | found for side, found in scores.items()}  # a monitor may have failed for all of one

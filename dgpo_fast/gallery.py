@@ -2,8 +2,8 @@
 
 index.html and a file for each image: in one file, as a run's report is, a page of 200 prompts with four images of 512
 pixels from both models would have a hundred megabytes, while a browser fetches files only where the reader looks.
-Images are WebP at a quality of 92; scores are of the images before that. The page is assets/gallery/gallery.html;
-without JavaScript it shows all there is.
+Images are WebP at a quality of 92, or lossless; scores are of the images before that. The page is
+assets/gallery/gallery.html; without JavaScript it shows all there is.
 """
 
 from __future__ import annotations
@@ -83,12 +83,15 @@ class Metric:
     """None where no prompt has a change."""
 
 
-def picture_keeper(folder: Path, side: str, *, first_image: int, images_per_prompt: int) -> Callable[[Tensor], None]:
+def picture_keeper(
+    folder: Path, side: str, *, first_image: int, images_per_prompt: int, lossless: bool = False
+) -> Callable[[Tensor], None]:
     """A function that writes images of one model, [B, 3, H, W] in [0, 1], where the gallery in `folder` looks for them.
 
     Args:
         side: base or tuned.
         first_image: number of the first image that it is given, over all prompts; the others follow.
+        lossless: for other programs to measure, at some ten times the size.
 
     Raises:
         OSError: when called: the folder cannot be written, or the disk is full.
@@ -99,7 +102,7 @@ def picture_keeper(folder: Path, side: str, *, first_image: int, images_per_prom
         (folder / IMAGES).mkdir(parents=True, exist_ok=True)
         for picture in to_pictures(images_BCHW):
             name = _image_file(*divmod(next(numbers), images_per_prompt), side)
-            picture.save(folder / name, "WEBP", quality=92, method=4)
+            picture.save(folder / name, "WEBP", quality=92, method=4, lossless=lossless)
 
     return keep
 

@@ -344,6 +344,7 @@ def test_eval_says_where_its_files_are(dgpo_fast: CommandLine, straight_run: Pat
         (["--step", "0"], "--step takes the number of a step, or best; got '0'"),
         (["--step", "last"], "--step takes the number of a step, or best; got 'last'"),
         (["--reward", "shape"], "rewards: no reward 'shape'; did you mean 'shapes'?"),
+        (["--lossless"], "--lossless is for the images of --gallery DIR"),
         (["--prompts", "nowhere.txt"], "prompts.test: no file 'nowhere.txt' (and it is none of shapes:train"),
         (["--recipe", "shape"], "--recipe: no evaluation recipe 'shape'; did you mean 'shapes'?"),
         (["--recipe", "nowhere.yaml"], "--recipe: no evaluation recipe 'nowhere.yaml'"),

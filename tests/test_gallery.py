@@ -21,6 +21,7 @@ from dgpo_fast.comparison import Evaluation
 from dgpo_fast.gallery import picture_keeper, write_gallery
 from dgpo_fast.records import Prompt
 from dgpo_fast.report import format_number, format_signed
+from dgpo_fast.samples import to_pictures
 from dgpo_fast.statistics import Floats
 
 PIXELS = 24
@@ -153,6 +154,14 @@ def test_images_are_those_that_were_given(tmp_path: Path) -> None:
             assert shown.shape == (PIXELS, PIXELS, 3)
             # WebP keeps colours in 8 bits of brightness and two differences: a few of 255 steps.
             np.testing.assert_allclose(shown.mean((0, 1)), 255 * images[2 * number + image, :, 0, 0], atol=5)
+
+
+def test_images_for_other_programs_are_as_they_were_drawn(tmp_path: Path) -> None:
+    images_BCHW = torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    picture_keeper(tmp_path, "tuned", first_image=0, images_per_prompt=2, lossless=True)(images_BCHW)
+    for number, drawn in enumerate(to_pictures(images_BCHW)):
+        with Image.open(tmp_path / "images" / f"0000-{number}-tuned.webp") as picture:
+            assert np.array_equal(np.asarray(picture.convert("RGB")), np.asarray(drawn))
 
 
 def test_ranks_number_their_images_from_their_first(tmp_path: Path) -> None:
