@@ -415,7 +415,7 @@ def _out_of_memory_said(config: Config, *, is_training: bool) -> Iterator[None]:
 
 def _remedies(config: Config, is_training: bool) -> str:
     if not is_training:
-        return "--set rollout.images_per_forward=N, or images_per_decode=N, smaller than the run's"
+        return "--set rollout.images_per_forward=N, or rollout.images_per_decode=N, smaller than the run's"
     batches = "a smaller optimizer.images_per_micro_batch or rollout.images_per_forward"
     if config.algorithm.depends_on_batches:
         goes_on = f"with which --resume goes on, or, in a new run, {batches}"

@@ -91,7 +91,7 @@ def picture_keeper(
     Args:
         side: base or tuned.
         first_image: number of the first image that it is given, over all prompts; the others follow.
-        lossless: for other programs to measure, at some ten times the size.
+        lossless: for other programs to measure, at several times the size.
 
     Raises:
         OSError: when called: the folder cannot be written, or the disk is full.

@@ -420,7 +420,7 @@ def _held_out_series(run: Run) -> list[Series]:
         Series(
             label=f"held-out {name}",
             x=steps,
-            y=np.array([values[name] for values in tuned.values()], dtype=np.float64),
+            y=np.array([values.get(name, math.nan) for values in tuned.values()], dtype=np.float64),
             color=_metric_color(index),
             mark="points",
         )

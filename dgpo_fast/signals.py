@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
+from dgpo_fast.errors import UserError
 from dgpo_fast.models.policy import Policy
 from dgpo_fast.parallel.world import World
 from dgpo_fast.profiling import stage
-from dgpo_fast.records import LossOutput, ScoredGroups
+from dgpo_fast.records import LossOutput, ScoredGroups, StepReport
+
+OF_METHODS = {
+    "loss", "kl", "dgpo_loss", "surrogate_loss", "policy_loss", "clip_fraction", "group_weight_mean",
+    "group_weight_saturation",
+}  # fmt: skip
+RESERVED = {field.name for field in fields(StepReport)} - OF_METHODS
+"""What the trainer, or this file, says of a step itself."""
 
 
 def step_metrics(
@@ -30,10 +39,20 @@ def step_metrics(
     """The metrics of a step that was just made, equal on every rank; what cannot be measured is None, or left out.
 
     Args:
-        outputs: of this rank's micro-batches.
+        outputs: of this rank's micro-batches, each with the same metrics, `loss` among them.
         update: which of the iteration's steps it was.
+
+    Raises:
+        UserError: a metric lacks in some, or has the name of something else in a line of metrics.
     """
-    parts = {name: torch.stack([output.metrics[name] for output in outputs]).sum() for name in outputs[0].metrics}
+    names = sorted(outputs[0].metrics)  # ranks add them up in one order
+    for output in outputs:
+        if sorted(output.metrics) != names or "loss" not in names or RESERVED & {*names}:
+            raise UserError(
+                f"algorithm: a loss has the metrics {', '.join(sorted(output.metrics))}, another {', '.join(names)}; "
+                f"expected the same of all, `loss` among them, and none of {', '.join(sorted(RESERVED))}"
+            )
+    parts = {name: torch.stack([output.metrics[name] for output in outputs]).sum() for name in names}
     parts["diversity"] = variance_part(scored, world, update=update).to(parts["loss"].dtype)
     change_norm = policy.change_norm()
     if change_norm is not None:

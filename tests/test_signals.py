@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dgpo_fast import Trainer, load_recipe
 from dgpo_fast.config import Config
+from dgpo_fast.errors import UserError
 from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.policy import Policy
 from dgpo_fast.models.sd3 import load_model
@@ -120,6 +121,20 @@ def test_diversity_that_nothing_tells_is_none() -> None:
     outputs = [LossOutput(loss=torch.tensor(0.5), metrics={"loss": torch.tensor(0.5)})]
     scored = groups(tuple(range(GROUPS * SIZE)), failed=alone)
     assert step_metrics(outputs, scored, policy, ALONE, update=0) == {"loss": 0.5, "diversity": None}
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [({"loss", "kl"}, {"loss"}), ({"kl"}, {"kl"}), ({"loss", "lr"}, {"loss", "lr"}), ({"loss", "rewards"},) * 2],
+    ids=["not in all", "no loss", "the trainer's", "the rewards'"],
+)
+def test_metrics_that_ranks_could_not_add_up_are_refused(metrics: tuple[set[str], set[str]]) -> None:
+    """Those of a method of one's own, say: a sum of fewer numbers than other ranks' would not come."""
+    outputs = [LossOutput(loss=torch.tensor(0.5), metrics=dict.fromkeys(names, torch.tensor(0.5))) for names in metrics]
+    with pytest.raises(
+        UserError, match=r"algorithm: a loss has the metrics .*; expected the same of all, `loss` among"
+    ):
+        step_metrics(outputs, groups(tuple(range(GROUPS * SIZE))), cast(Policy, None), ALONE, update=0)
 
 
 def test_diversity_of_equal_images_is_nothing_and_of_single_ones_unknown() -> None:

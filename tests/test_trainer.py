@@ -117,6 +117,20 @@ def test_evaluations_have_what_monitors_measure(
     assert "jpeg_compressibility" in (tmp_path / "report.html").read_text()
 
 
+def test_a_monitor_that_came_later_is_shown_from_then_on(
+    tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails for all of the base's images, which are drawn once."""
+    settings = ("rewards.terms=[{name: shapes, metric: soft}]", "rewards.monitors=['misbehaving:Brightness']")
+    monkeypatch.setenv("MISBEHAVE", "1-2:raise")
+    Trainer(load_recipe("tiny-dgpo", [*quick, *settings, "rewards.retries=0", "steps=3"]), tmp_path).train()
+    first, last = read_evaluations(tmp_path)
+    assert (list(first["base"]), list(last["base"])) == (["soft", "strict"], list(last["tuned"]))
+    assert math.isnan(last["base"]["misbehaving:Brightness.contrast"])
+    assert math.isfinite(last["tuned"]["misbehaving:Brightness.contrast"])
+    assert (tmp_path / "report.html").exists()
+
+
 def test_a_metric_that_cannot_be_told_is_said_once(
     tmp_path: Path, quick: tuple[str, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -169,7 +169,7 @@ class Scorer:
         return Measured(
             metrics={name: inquiry.found for name, inquiry in inquiries.items()},
             failed={name: Failed(len(rows), inquiries[name].reason) for name, rows in lacking.items() if rows},
-            retried={name: inquiry.retried for name, inquiry in inquiries.items() if inquiry.retried.num_images},
+            retried={name: inquiry.retried for name, inquiry in inquiries.items() if inquiry.retried.num_images > 0},
             num_failed=len({row for name in self.config.trained for row in lacking[name]}),
         )
 
@@ -218,8 +218,6 @@ class Scorer:
     def _join(self, name: str, rows: Sequence[Metrics | None]) -> dict[str, Tensor]:
         """The metrics of a reward for all images, NaN where it failed; none where it has never scored."""
         expected = self.metric_names.get(name, [])
-        if name in self.config.monitors:
-            rows = [row if row is not None and row.keys() == set(expected) else None for row in rows]
         scored = [row for row in rows if row is not None]
         for row in scored:
             if row.keys() != set(expected):
@@ -343,16 +341,18 @@ class _Inquiry:
             timer.cancel()
 
     def _say_that_it_is_late(self, patience: Patience) -> None:
-        if patience.whole.is_starting:
-            return  # which may take minutes
         self._pace.is_said = True
         of_rank = f" (rank {launcher.rank()})" if launcher.world_size() > 1 else ""
         late = f"rewards: {self._name!r} has not answered for {self._pace.late_s:.0f} s{of_rank}"
-        print(f"{late}; it is given up after {patience.left:.0f} s more", file=sys.stderr, flush=True)
+        what = "its process is starting" if patience.whole.is_starting else f"given up after {patience.left:.0f} s more"
+        print(f"{late}; {what}", file=sys.stderr, flush=True)
 
     def _take(self, row: int, metrics: Metrics) -> None:
+        expected = self._metric_names.setdefault(self._name, list(metrics))
+        if not self._terms and metrics.keys() != set(expected):  # of a monitor; of a term it ends the run
+            self.reason = f"returned metrics {', '.join(metrics)}, expected {', '.join(expected)}"
+            return
         self.found[row] = metrics
-        self._metric_names.setdefault(self._name, list(metrics))
         for term in self._terms:
             metric = self._chosen(term)
             if metric not in metrics:

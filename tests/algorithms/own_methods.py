@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dgpo_fast.algorithm_config import DGPOConfig
+from collections.abc import Mapping
+
+from dgpo_fast.algorithm_config import DGPOConfig, Method
 from dgpo_fast.algorithms.dgpo import DGPO, GroupWeights
 from dgpo_fast.models.policy import Policy
 from dgpo_fast.records import LossOutput, NoisedBatch
@@ -25,6 +27,25 @@ class HardReset(DGPO):
         found = super().loss(policy, batch, weights)
         positive = batch.sample_share * (batch.advantage_M > 0).sum()
         return LossOutput(loss=found.loss, metrics={**found.metrics, "positive_share": positive})
+
+
+class BareConfig(Method):
+    """Nothing but what is asked of every method."""
+
+    @property
+    def trained_points(self) -> range:
+        return range(2)
+
+    @property
+    def passes(self) -> int:
+        return 1
+
+    def forwards(self, *, velocities: int, is_cut: bool, group_size: int) -> Mapping[str, float]:
+        return {"policy": 1}
+
+
+class Bare(DGPO):
+    settings_type = BareConfig
 
 
 class Unsettled(DGPO):

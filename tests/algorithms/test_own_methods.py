@@ -13,6 +13,9 @@ from dgpo_fast import Trainer, load_recipe
 from dgpo_fast.checkpoint import list_checkpoints, load_checkpoint
 from dgpo_fast.config import Config, dump_config, resume_conflicts
 from dgpo_fast.errors import UserError
+from dgpo_fast.guard.advice import advice
+from dgpo_fast.guard.held_out import HELD_OUT_RULES
+from dgpo_fast.guard.rules import RULES
 from dgpo_fast.metrics import read_metrics
 from dgpo_fast.planning import plan
 
@@ -76,6 +79,15 @@ def test_a_mistake_is_one_line(override: str, message: str, quick: tuple[str, ..
     with pytest.raises(UserError, match=message) as error:
         recipe(quick, override)
     assert "\n" not in str(error.value)
+
+
+def test_the_guard_knows_nothing_of_settings_that_it_need_not_have(quick: tuple[str, ...]) -> None:
+    """Nor does the plan."""
+    kept = [item for item in quick if not item.startswith("algorithm.")]
+    config = load_recipe("tiny-dgpo", [*kept, "algorithm={name: 'own_methods:Bare'}"])
+    for name in (*RULES, *HELD_OUT_RULES):
+        assert advice(name, config), name
+    assert plan(config).cost is not None
 
 
 def test_the_documentation_is_right(quick: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -328,7 +328,7 @@ def test_a_reward_that_hung_is_waited_for_less_until_it_answers(
         assert once <= 0.1
     (back,) = given_s(answers=True)
     assert back <= 0.1 and given_s(answers=True)[0] > 0.3
-    said = "rewards: 'shapes' has not answered for 0 s; it is given up after 0 s more\n"
+    said = "rewards: 'shapes' has not answered for 0 s; given up after 0 s more\n"
     assert capfd.readouterr().err == 2 * said
 
 
@@ -403,6 +403,7 @@ def test_a_mistake_in_a_monitor_is_a_failure(mistake: Any, monkeypatch: pytest.M
     assert first.metrics.keys() == {"a", "b", "b.a"} and first.metrics["a"].tolist() == [1, 2, 3]
     scores = beside(IMAGES, PROMPTS)
     assert scores.reward_B.tolist() == [1, 2, 3] and scores.metrics["b"].isnan().all()
+    assert scores.failed["b"].num_images == 3 and "returned" in scores.failed["b"].reason and scores.retried == {}
 
 
 def test_starting_a_process_does_not_count_unless_it_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
