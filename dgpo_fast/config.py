@@ -264,6 +264,11 @@ class ParallelConfig(Section):
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """More of DeepSpeed's configuration, as it documents it; what the recipe decides by another key is refused."""
 
+    @property
+    def gathers_as_it_draws(self) -> bool:
+        """Whether ranks exchange weights while they draw samples."""
+        return self.rollout == "gathered" or self.frozen == "sharded"
+
     @model_validator(mode="after")
     def _offload_has_a_stage(self) -> ParallelConfig:
         if self.offload_optimizer != "none" and self.zero_stage == 0:
@@ -325,8 +330,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _graphs_have_all_weights(self) -> Config:
-        gathers = self.parallel.rollout == "gathered" or self.parallel.frozen == "sharded"
-        if self.rollout.cuda_graphs and gathers:
+        if self.rollout.cuda_graphs and self.parallel.gathers_as_it_draws:
             raise ValueError(
                 "rollout.cuda_graphs must be false with parallel.rollout gathered or parallel.frozen sharded: a graph "
                 "gathers no layers"

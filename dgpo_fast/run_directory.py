@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dgpo_fast.checkpoint import list_checkpoints
 from dgpo_fast.config import Config, dump_config, load_recipe, resume_conflicts
 from dgpo_fast.environment import describe_environment
 from dgpo_fast.errors import UserError
@@ -172,7 +173,7 @@ def refuse_conflicts(out: Path, wanted: Config) -> None:
     """
     if not (out / "config.yaml").is_file():
         raise UserError(f"nothing to resume in {out}: it has no config.yaml")
-    has_begun = any((out / "checkpoints").glob("step-*"))
+    has_begun = bool(list_checkpoints(out))
     conflicts = resume_conflicts(load_recipe(out / "config.yaml"), wanted, has_begun=has_begun)
     if conflicts:
         raise UserError(

@@ -83,9 +83,6 @@ class Trainer:
             self.unconditional = self.policy.model.encode([""])
         self.guard = Guard(config)
         self.step, self.saved_step, self.wall_s = 0, 0, 0.0
-        parallel, is_full = config.parallel, config.adapter is None
-        is_gathered = parallel.rollout == "gathered" or parallel.frozen == "sharded"
-        self.exchanges_while_drawing = is_full and parallel.zero_stage == 3 and is_gathered
         self.base_metrics: Metrics | None = None
         if saved is not None:
             self._restore(saved)
@@ -168,7 +165,7 @@ class Trainer:
         try:
             rollout, scores = self._draw(view)
         except UserError as raised:
-            if self.exchanges_while_drawing:
+            if self.config.parallel.gathers_as_it_draws:
                 raise
             error = raised
         if self.interruption.check(failed=error is not None):

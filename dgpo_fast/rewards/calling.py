@@ -87,13 +87,12 @@ class Patience:
     @property
     def all_left_to_start(self) -> Patience:
         """All that a start may take, what is left for answers included."""
-        whole = self._whole or self
-        return Patience(whole._start_s + whole.left, self._stop)
+        return Patience(self.whole._start_s + self.whole.left, self._stop)
 
     @contextmanager
     def starting(self) -> Iterator[None]:
         """While processes are started, which does not count, unless it takes too long."""
-        whole, began = self._whole or self, time.monotonic()
+        whole, began = self.whole, time.monotonic()
         whole.is_starting = True
         yield
         whole.is_starting = False
