@@ -14,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from dgpo_fast.metrics import json_number
 from dgpo_fast.statistics import LEVEL, Comparison, Estimate, Floats, compare
 
 INTERVAL = f"{LEVEL:.0%} interval".replace("%", " %")
@@ -145,11 +146,6 @@ def _difference(one: Comparison) -> dict[str, Any]:
 
 def _ends(estimate: Estimate) -> list[float | None]:
     return [json_number(estimate.low), json_number(estimate.high)]
-
-
-def json_number(value: float) -> float | None:
-    """The number, or None where it is not finite, which JSON has no number for."""
-    return float(value) if math.isfinite(value) else None
 
 
 def _cell(score: float) -> str:

@@ -410,9 +410,9 @@ class Config(Section):
         return self.groups.size * self.groups.per_iteration
 
     @property
-    def begins_with_base(self) -> bool:
-        """Whether the policy is the base before the first step, and not a LoRA on it."""
-        return self.adapter is None or self.adapter.path is None
+    def begins_with(self) -> Path | None:
+        """The LoRA that the policy is before the first step; None: it is the base."""
+        return None if self.adapter is None or self.adapter.path is None else Path(self.adapter.path)
 
 
 def check_ranks(config: Config, num_ranks: int) -> None:

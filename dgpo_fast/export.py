@@ -9,14 +9,17 @@ import torch
 from safetensors import SafetensorError
 
 from dgpo_fast.checkpoint import Checkpoint, Step, find_checkpoint, load_checkpoint
-from dgpo_fast.config import Config, load_run_config
+from dgpo_fast.config import Config, dump_config, load_run_config
 from dgpo_fast.errors import UserError
+from dgpo_fast.model_card import model_card
 from dgpo_fast.models.sd3 import load_pipeline
 from dgpo_fast.parallel.weights import Piece
 
 
 def export_run(run_dir: Path, out: Path, *, step: Step | None = None) -> Path:
     """Writes what the run learnt to `out`, and returns it: adapters as diffusers' LoRA, else a whole pipeline.
+
+    Beside it lie a model card, and the run's configuration: what `dgpo-fast sample --lora` goes by.
 
     Of the checkpoint it reads the average alone, a parameter at a time: memory is needed for the pipeline, not for
     what training keeps beside it.
@@ -36,6 +39,8 @@ def export_run(run_dir: Path, out: Path, *, step: Step | None = None) -> Path:
             shutil.copytree(checkpoint.directory / "lora", out, dirs_exist_ok=True)
         else:
             _export_pipeline(config, checkpoint, out)
+        (out / "config.yaml").write_text(dump_config(config))
+        (out / "README.md").write_text(model_card(run_dir, config, step=checkpoint.step))
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
     return out

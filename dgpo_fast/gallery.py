@@ -20,8 +20,9 @@ import numpy as np
 from markupsafe import Markup
 
 from dgpo_fast.charts import histogram
-from dgpo_fast.comparison import Evaluation, format_p, json_number
+from dgpo_fast.comparison import Evaluation, format_p
 from dgpo_fast.files import write_atomically
+from dgpo_fast.metrics import json_number
 from dgpo_fast.report import ASSETS as REPORT_ASSETS
 from dgpo_fast.report import format_signed, page_environment
 from dgpo_fast.samples import to_pictures

@@ -107,10 +107,10 @@ class MetricsLog:
             "split": split,
             "num_prompts": num_prompts,
             "images_per_prompt": images_per_prompt,
-            "base": dict(base),
-            "tuned": dict(tuned),
+            "base": {name: json_number(value) for name, value in base.items()},
+            "tuned": {name: json_number(value) for name, value in tuned.items()},
         }
-        self._evaluations.write(json.dumps(line) + "\n")
+        self._evaluations.write(json.dumps(line, allow_nan=False) + "\n")
         self._evaluations.flush()
         self._plot({f"evaluation/{name}": value for name, value in tuned.items()}, step)
 
@@ -152,14 +152,17 @@ def as_line(report: StepReport) -> dict[str, Any]:
     """A step as metrics.jsonl has it: flat, each reward by itself behind the rest, as `reward/NAME`, and what only a
     method of the user's own has.
 
-    What is not finite, such as the gradient's norm of a skipped step, is None: JSON has no word for it.
+    What is not finite, such as the gradient's norm of a skipped step, is None.
     """
     values = dataclasses.asdict(report)
     values |= {f"{SINGLE_REWARD}{title}": mean for title, mean in values.pop("rewards").items()}
     values |= values.pop("extra")
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
-    }
+    return {key: json_number(value) if isinstance(value, float) else value for key, value in values.items()}
+
+
+def json_number(value: float) -> float | None:
+    """The number, or None where it is not finite, which JSON has no word for."""
+    return float(value) if math.isfinite(value) else None
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -172,8 +175,12 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of evaluations.jsonl, as `read_metrics` reads those of metrics.jsonl."""
-    return _read(run_dir / EVALUATIONS)
+    """The lines of evaluations.jsonl, as `read_metrics` reads those of metrics.jsonl; NaN where a metric has none."""
+    lines = _read(run_dir / EVALUATIONS)
+    for line in lines:
+        for side in ("base", "tuned"):
+            line[side] = {name: math.nan if value is None else value for name, value in line[side].items()}
+    return lines
 
 
 def read_warnings(run_dir: Path) -> list[dict[str, Any]]:

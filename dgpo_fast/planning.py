@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -117,8 +116,8 @@ def plan(config: Config, *, num_ranks: int | None = None) -> Plan:
         )
         if config.adapter is not None:
             check_targets(config.adapter.targets, [linear.name for linear in shape.linears])
-    if config.adapter is not None and config.adapter.path is not None:
-        find_lora(Path(config.adapter.path))
+    if config.begins_with is not None:
+        find_lora(config.begins_with)
     model, model_warnings = _describe_model(source, config)
     sigmas, _ = trajectory_of(config.rollout)
     images_per_rank = config.images_per_iteration // num_ranks
@@ -318,8 +317,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     groups, images = config.groups, config.images_per_iteration
     ranks = "1 rank" if plan.num_ranks == 1 else f"{plan.num_ranks} ranks"
     yield "model", plan.model
-    if config.adapter is not None and config.adapter.path is not None:
-        yield "begins with", f"the LoRA in {config.adapter.path}"
+    if config.begins_with is not None:
+        yield "begins with", f"the LoRA in {config.begins_with}"
     yield "parameters", _parameters(cost) if cost else "known once the model is there; so are FLOPs, memory and time"
     yield "iteration", f"{groups.per_iteration} prompts x {groups.size} images = {images}, shared by {ranks}"
     yield "groups", f"case ({plan.placement.case}): {plan.placement.why}"

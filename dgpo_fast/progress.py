@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -67,10 +66,9 @@ class TrainingProgress:
             self._last_line = time.monotonic()
             self.print(f"step {report.step}/{self._total}  {description}")
 
-    def evaluated(self, metrics: Mapping[str, float]) -> None:
-        """Shows the first of the held-out metrics from now on."""
-        name, value = next(iter(metrics.items()))
-        self._evaluation = f"{name} {value:.3f}"
+    def evaluated(self, score: float) -> None:
+        """Shows the held-out score, by which checkpoints are compared, from now on."""
+        self._evaluation = f"held-out {score:.3f}"
 
     def print(self, message: str) -> None:
         """Shows a line of text, above the live line where there is one."""

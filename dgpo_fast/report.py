@@ -257,7 +257,7 @@ def single_reward_charts(run: Run) -> list[Chart]:
 def held_out_charts(run: Run) -> list[Chart]:
     """A chart for each held-out metric whose scale is not the training reward's."""
     apart = [one for one in _held_out_series(run) if not _shares_scale(one, run)]
-    at_first = "the base model" if run.config.begins_with_base else "what the run began with"
+    at_first = "the base model" if run.config.begins_with is None else "what the run began with"
     return [_chart(one.label.capitalize(), f"By the number of steps; {at_first} at 0", [one], run) for one in apart]
 
 

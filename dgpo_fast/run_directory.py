@@ -113,8 +113,10 @@ class RunDirectory:
                 )
         self._warn(self.guard.observe(report))
 
-    def log_evaluation(self, step: int, *, num_prompts: int, base: dict[str, float], tuned: dict[str, float]) -> None:
-        """A line of evaluations.jsonl, and what the guard says to it."""
+    def log_evaluation(
+        self, step: int, *, num_prompts: int, base: dict[str, float], tuned: dict[str, float], score: float
+    ) -> None:
+        """A line of evaluations.jsonl, `score` in the progress display, and what the guard says to it."""
         images_per_prompt = self.config.evaluation.images_per_prompt
         if self.is_first:
             with self._written():
@@ -122,7 +124,7 @@ class RunDirectory:
                     step, split="test", num_prompts=num_prompts, images_per_prompt=images_per_prompt,
                     base=base, tuned=tuned,
                 )  # fmt: skip
-            self.progress.evaluated({"strict": tuned["strict"]} if "strict" in tuned else tuned)
+            self.progress.evaluated(score)
         num_images = num_prompts * images_per_prompt
         self._warn(self.guard.observe_evaluation(step, num_images=num_images, base=base, tuned=tuned))
 

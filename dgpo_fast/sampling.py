@@ -37,13 +37,15 @@ class SampleOptions:
     def of(
         cls, name: str, *, lora: Path | None, steps: int | None, guidance: float | None, resolution: int | None
     ) -> SampleOptions:
-        """The options of a model; what is None is taken from the run that made `lora`, if it lies in one.
+        """The options of a model; what is None is taken from the run that made `lora`, if that is known.
 
         Raises:
             UserError: no such model, no adapter in `lora`, or a resolution that the model has no positions for.
         """
         if lora is not None and not (lora / LORA_FILE).is_file():
-            raise UserError(f"--lora {lora}: no {LORA_FILE} there; expected a checkpoint's lora/ directory")
+            raise UserError(
+                f"--lora {lora}: no {LORA_FILE} there; expected a checkpoint's lora/ directory, or an exported one"
+            )
         source = find_model(name)
         shape, vae = transformer_shape(source) or SD35_MEDIUM, vae_shape(source)
         if resolution is not None:
@@ -92,8 +94,9 @@ def draw(options: SampleOptions, prompt: str, *, out: Path, num: int, seed: int)
 
 
 def _run_of(lora: Path) -> Config | None:
-    """The configuration of the run that holds `RUN/checkpoints/step-NNNNNN/lora`."""
-    holders = [parent / "config.yaml" for parent in lora.resolve().parents[2:3]]
+    """The configuration that lies beside an exported LoRA, or of the run that holds `checkpoints/step-NNNNNN/lora`."""
+    lora = lora.resolve()
+    holders = [holder / "config.yaml" for holder in (lora, *lora.parents[2:3])]
     return next((load_recipe(config) for config in holders if config.is_file()), None)
 
 

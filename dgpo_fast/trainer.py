@@ -86,8 +86,9 @@ class Trainer:
         self.base_metrics: Metrics | None = None
         if saved is not None:
             self._restore(saved)
-        elif (adapter := config.adapter) is not None and adapter.path is not None:
-            self.learner.begin_with(read_lora(Path(adapter.path), self.learner.engine.shapes, adapter))
+        elif config.begins_with is not None:
+            assert config.adapter is not None
+            self.learner.begin_with(read_lora(config.begins_with, self.learner.engine.shapes, config.adapter))
         # Of rank 0, which wrote them. Later ones are made again.
         mine = read_evaluations(out) if resume and self.world.is_first else []
         self.past = [line for line in self.world.gather_objects(mine)[0] if line["step"] <= self.step]
@@ -271,12 +272,14 @@ class Trainer:
                     f"{', '.join(untold)} cannot be told: name each by `metric`, or checkpoints/best goes by the first "
                     "reward alone, and the guard does not look at held-out rewards"
                 )
-        is_base = self.step == 0 and self.config.begins_with_base
+        is_base = self.step == 0 and self.config.begins_with is None
         tuned = self.base_metrics if is_base else measure(self.policy, "ema")
         unknown = dict.fromkeys([*self.base_metrics, *tuned], math.nan)  # where a monitor failed for all
         self.base_metrics, tuned = unknown | self.base_metrics, unknown | tuned
-        run.log_evaluation(self.step, num_prompts=len(self.test_prompts), base=self.base_metrics, tuned=tuned)
-        self.scores[self.step] = headline(tuned, self.config)
+        score = self.scores[self.step] = headline(tuned, self.config)
+        run.log_evaluation(
+            self.step, num_prompts=len(self.test_prompts), base=self.base_metrics, tuned=tuned, score=score
+        )
         if self.world.is_first:
             rotate(self.out, self.scores, keep_last=self.config.checkpoints.keep_last)
 

@@ -178,8 +178,9 @@ class FakeTrainer:
 
     def train(self) -> None:
         line = {"step": 6, "num_prompts": 2, "base": {"strict": 0.5}, "tuned": {"strict": 0.875}}
+        first = {**line, "step": 0, "tuned": line["base"]}
         self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "evaluations.jsonl").write_text(json.dumps({}) + "\n" + json.dumps(line) + "\n")
+        (self.out / "evaluations.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(line) + "\n")
 
 
 @pytest.fixture

@@ -36,7 +36,8 @@ FLOORS = (
             "run_directory",
             "statistics",
         ),
-        *("charts", "export", "memory", "planning", "profile_run", "samples", "sampling", "signals", "throughput"),
+        *("charts", "export", "memory", "model_card", "planning", "profile_run", "samples", "sampling", "signals"),
+        "throughput",
     ),
     ("cli", "doctor", "recipes", "__main__"),
 )

@@ -98,6 +98,17 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
     assert line["loss"] is line["grad_norm"] is line["reward/one"] is None and line["reward/two"] == 2.0
 
 
+def test_a_held_out_metric_that_nobody_knows_is_null_on_disk_and_nan_when_read(tmp_path: Path) -> None:
+    with contextlib.closing(open_log(tmp_path)) as log:
+        log.write_evaluation(
+            1, split="test", num_prompts=2, images_per_prompt=1, base={"a": math.nan}, tuned={"a": math.inf, "b": 0.5}
+        )
+    line = json.loads((tmp_path / "evaluations.jsonl").read_text(), parse_constant=pytest.fail)
+    assert (line["base"], line["tuned"]) == ({"a": None}, {"a": None, "b": 0.5})
+    (read,) = read_evaluations(tmp_path)
+    assert math.isnan(read["base"]["a"]) and math.isnan(read["tuned"]["a"]) and read["tuned"]["b"] == 0.5
+
+
 def test_every_metric_is_plotted_once() -> None:
     plotted = [key for keys in SECTIONS.values() for key in keys]
     assert sorted([*plotted, "step", "iteration", "rewards", "extra"]) == sorted(

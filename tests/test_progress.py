@@ -50,11 +50,11 @@ def test_plain_lines_come_every_few_seconds_and_at_both_ends(clock: list[float])
 def test_a_line_says_reward_speed_last_score_and_time_left(clock: list[float]) -> None:
     console = plain()
     with TrainingProgress(100, 50, console=console) as progress:
-        progress.evaluated({"strict": 0.71, "soft": 0.9})
+        progress.evaluated(0.71)
         clock[0] += 2.5
         progress.update(report(51))
         progress.print("saved [bold]checkpoint")
-    line = "step 51/100  reward 0.398  24.1 images/s  strict 0.710  0:02:02 left"
+    line = "step 51/100  reward 0.398  24.1 images/s  held-out 0.710  0:02:02 left"
     assert shown(console).splitlines() == [line, "saved [bold]checkpoint"]
 
 
