@@ -19,8 +19,8 @@ class Method(Section):
 
     @property
     @abstractmethod
-    def trained_points(self) -> range:
-        """The points of the rollout's schedule whose noise levels training draws from."""
+    def trained_points(self) -> range | None:
+        """The points of the rollout's schedule whose noise levels training draws from; None: these are none of it."""
 
     @property
     @abstractmethod
@@ -35,6 +35,10 @@ class Method(Section):
             velocities: that a guided velocity takes: 2, or 1 without guidance.
             is_cut: whether groups are cut over micro-steps.
         """
+
+    def sampling_view(self, step: int, *, switch_step: int) -> Literal["policy", "old"]:
+        """What samples before this optimizer step are drawn through; `switch_step` is the rollout's."""
+        return "policy"
 
     @property
     def kept_latents(self) -> int:
@@ -72,7 +76,7 @@ class Method(Section):
         Raises:
             ValueError: it has not.
         """
-        if self.trained_points.stop > steps:
+        if self.trained_points is not None and self.trained_points.stop > steps:
             raise ValueError(
                 f"algorithm.trunc must be below rollout.steps ({steps}), got {self.trained_points.stop - 1}: "
                 "it indexes their sigmas"
@@ -124,14 +128,28 @@ class DGPOConfig(Noised):
         return True
 
     def velocities_at_once(self, *, is_guided: bool) -> tuple[int, int]:
-        return 1, 2 if self.kl_cfg > 1 else 1
+        return 1, 2 if self.guides_reference else 1
+
+    def sampling_view(self, step: int, *, switch_step: int) -> Literal["policy", "old"]:
+        return "policy" if step < switch_step else "old"
+
+    @property
+    def guides_reference(self) -> bool:
+        return self.kl_cfg > 1
+
+    @property
+    def asks_base(self) -> bool:
+        """Whether anything is compared with the base's velocities."""
+        return self.reference == "base" or self.kl_coef > 0
+
+    @property
+    def asks_old(self) -> bool:
+        return self.reference == "old" or self.clip is not None
 
     def forwards(self, *, velocities: int, is_cut: bool, group_size: int) -> Mapping[str, float]:
-        uses_base = self.reference == "base" or self.kl_coef > 0
-        uses_old = self.reference == "old" or self.clip is not None
         return {
-            "reference": self.passes * (2 if self.kl_cfg > 1 else 1) * uses_base,
-            "old policy": self.passes * uses_old,
+            "reference": self.passes * (2 if self.guides_reference else 1) * self.asks_base,
+            "old policy": self.passes * self.asks_old,
             "group weights": self.passes * is_cut,
             "policy": self.passes,
         }
@@ -210,6 +228,9 @@ class DiffusionNFTConfig(Noised):
     """How far the implicit policies are from the old one, in distances between policy and old policy."""
     kl_coef: NonNegative = 1e-4
 
+    def sampling_view(self, step: int, *, switch_step: int) -> Literal["policy", "old"]:
+        return "old"
+
     def forwards(self, *, velocities: int, is_cut: bool, group_size: int) -> Mapping[str, float]:
         return {"reference": self.passes * (self.kl_coef > 0), "old policy": self.passes, "policy": self.passes}
 
@@ -241,13 +262,23 @@ class AWMConfig(Noised):
         }
 
 
-class DiffusionDPOConfig(Noised):
+class DiffusionDPOConfig(Method):
     """Diffusion-DPO (arXiv 2311.12908), online: of every group the best sample against the worst."""
 
     name: Literal["diffusion_dpo"] = "diffusion_dpo"
     beta: Positive = 100.0
+    train_timesteps: Count = 4
+    """Passes of an iteration, in each of which every pair has a noise level of its own, drawn logit-normally."""
     refresh_every: Count | None = None
     """Steps after which the reference becomes the policy of that moment; null keeps the base."""
+
+    @property
+    def trained_points(self) -> None:
+        return None
+
+    @property
+    def passes(self) -> int:
+        return self.train_timesteps
 
     def trained_images(self, images: int, *, group_size: int) -> int:
         return images // group_size * 2

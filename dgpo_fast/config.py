@@ -82,6 +82,12 @@ class ModelConfig(Section):
     1.7 MB for a prompt in SD3.5's bfloat16. No number of a run depends on it.
     """
 
+    @model_validator(mode="after")
+    def _copies_have_an_engine(self) -> ModelConfig:
+        if self.sampling in ("merged", "fp8") and self.engine != "fused":
+            raise ValueError(f"model.sampling {self.sampling} is of model.engine fused alone, got {self.engine}")
+        return self
+
     @property
     def drawn_with(self) -> Literal["same", "merged", "bfloat16", "fp8"]:
         """`sampling`, decided."""
@@ -119,7 +125,8 @@ class RolloutConfig(Section):
     timesteps: Literal["float", "integer"] = "float"
     """`integer` truncates the model's timestep as the published code does."""
     switch_step: Annotated[int, Field(ge=0)] = 500
-    """Optimizer steps that sample from the current policy; later ones sample from the old policy."""
+    """Of dgpo: optimizer steps that sample from the current policy; later ones sample from the old policy. Of the other
+    methods diffusion_nft always samples from the old policy, the rest from the current one."""
     images_per_forward: Count = 16
     images_per_decode: Count | None = None
     """Of the VAE, whose memory grows with the pixels; null decodes as many at once as were sampled at once."""
@@ -161,10 +168,17 @@ class AdvantageConfig(Section):
 
 
 class OldPolicyConfig(Section):
-    """The moving average of the policy that clips, and later samples: decay = min(max_decay, rate * step)."""
+    """The moving average of the policy that clips, and later samples.
+
+    Its decay is min(max_decay, rate * step): of steps that DGPO counts from 0, diffusion_nft and awm from 1.
+    """
 
     max_decay: Annotated[float, Field(ge=0, lt=1)] = 0.3
     rate: NonNegative = 0.001
+
+    def decay_at(self, step: int) -> float:
+        """What the average keeps of itself."""
+        return min(self.max_decay, self.rate * step)
 
 
 class EvaluationEmaConfig(Section):
@@ -281,6 +295,10 @@ class ParallelConfig(Section):
             raise ValueError(f"parallel.rollout gathered needs parallel.zero_stage 3, got {self.zero_stage}")
         if self.offload_weights == "nvme" and self.nvme_path is None:
             raise ValueError("parallel.nvme_path, a directory, is required for parallel.offload_weights nvme")
+        if self.nvme_path is not None and self.offload_weights != "nvme":
+            raise ValueError(f"parallel.nvme_path is for parallel.offload_weights nvme, got {self.offload_weights}")
+        if self.gradients == "bfloat16" and self.zero_stage == 0:
+            raise ValueError("parallel.gradients bfloat16 needs parallel.zero_stage 1, 2 or 3, got 0")
         if self.deepspeed and self.zero_stage == 0:
             raise ValueError("parallel.deepspeed needs parallel.zero_stage 1, 2 or 3: with 0, DeepSpeed is not used")
         return self
@@ -322,7 +340,9 @@ class Config(Section):
             raise ValueError("adapter: null trains every weight, which model.engine fused cannot: use compile or eager")
         if self.adapter is None and self.parallel.zero_stage == 3 and self.model.engine != "eager":
             raise ValueError(f"parallel.zero_stage 3 shards the layers: model.engine eager, got {self.model.engine}")
-        for key in ("rollout", "frozen", "offload_weights"):
+        if self.parallel.gradients == "bfloat16" and self.model.dtype != "bfloat16":
+            raise ValueError(f"parallel.gradients bfloat16 needs model.dtype bfloat16, got {self.model.dtype}")
+        for key in ("rollout", "frozen", "offload_weights", "gradients"):
             value, default = getattr(self.parallel, key), ParallelConfig.model_fields[key].default
             if self.adapter is not None and value != default:
                 raise ValueError(f"parallel.{key} {value} is for full fine-tuning (adapter: null): adapters stay whole")
@@ -372,6 +392,11 @@ class Config(Section):
         if not isinstance(self.algorithm, FlowGRPOConfig):
             return self
         rollout, drawn_with = self.rollout, self.model.drawn_with
+        if self.adapter is None and self.parallel.zero_stage == 3 and self.parallel.rollout == "replica":
+            raise ValueError(
+                "algorithm flow_grpo draws with the weights that it trains: parallel.rollout gathered with "
+                "parallel.zero_stage 3, got replica"
+            )
         if drawn_with != "same":
             raise ValueError(
                 f"algorithm flow_grpo learns from densities of what it drew: model.sampling same, got {drawn_with}"
@@ -506,7 +531,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
     """
     data = _read_recipe(str(name_or_path))
     for override in overrides:
-        _apply(data, override)
+        apply_override(data, override)
     return parse_config(data, source=str(name_or_path))
 
 
@@ -520,7 +545,7 @@ def load_rewards(name: str, overrides: Sequence[str] = ()) -> RewardsConfig:
     for override in overrides:
         if not override.startswith("rewards."):
             raise UserError(f"--set {override}: without a recipe, only keys that begin with rewards. can be set")
-        _apply(data, override)
+        apply_override(data, override)
     return parse_config(data, source=name).rewards
 
 
@@ -543,7 +568,7 @@ def change_config(config: Config, changes: Mapping[str, Any], overrides: Sequenc
     """
     data = _merge(config.model_dump(mode="json"), dict(changes))
     for override in overrides:
-        _apply(data, override)
+        apply_override(data, override)
     return parse_config(data, source=source)
 
 
@@ -691,7 +716,12 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Sets one value of plain data, as `a.b=value` says.
+
+    Raises:
+        UserError: it says something else, or what is no section has the value in it.
+    """
     key, equals, text = override.partition("=")
     *sections, last = _path(key.strip())
     if not equals or not last:

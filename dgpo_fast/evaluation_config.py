@@ -8,10 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
-from dgpo_fast.config import EVALUATION_RECIPES, Config, change_config, load_run_config, read_recipe_file
+from dgpo_fast.config import (
+    EVALUATION_RECIPES,
+    Config,
+    apply_override,
+    change_config,
+    load_run_config,
+    read_recipe_file,
+)
 from dgpo_fast.errors import UserError, suggest
 
 SECTIONS = ("rewards", "prompts", "evaluation")
@@ -89,13 +97,23 @@ def evaluation_config(
     sections = load_evaluation_recipe(recipe) if recipe is not None else {}
     # Values as JSON, which is YAML too: a source such as "3.5" stays a string.
     options = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    names = [*rewards] or [term.get("name") for term in sections.get("rewards", {}).get("terms", ())]
+    changes = {key: value for key, value in sections.items() if key in SECTIONS}
     return change_config(
-        _without_idle_rewards(load_run_config(run_dir), names),
-        {key: value for key, value in sections.items() if key in SECTIONS},
+        _without_idle_rewards(load_run_config(run_dir), _names(changes, [*overrides, *options])),
+        changes,
         [*overrides, *options],
         source=f"--recipe {recipe}" if recipe is not None else str(run_dir),
     )
+
+
+def _names(changes: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
+    """The rewards that are to replace the run's, as far as what says so is well formed; none where nothing does."""
+    asked = deepcopy(dict(changes))
+    for override in overrides:
+        apply_override(asked, override)
+    rewards = asked.get("rewards")
+    terms = rewards.get("terms") if isinstance(rewards, dict) else None
+    return [term["name"] for term in terms or () if isinstance(term, dict) and "name" in term]
 
 
 def _without_idle_rewards(config: Config, names: Sequence[str]) -> Config:

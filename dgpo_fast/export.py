@@ -15,11 +15,14 @@ from dgpo_fast.model_card import model_card
 from dgpo_fast.models.sd3 import load_pipeline
 from dgpo_fast.parallel.weights import Piece
 
+CONFIG_FILE = "dgpo-fast.yaml"
+"""The run's configuration, beside what was exported of it."""
+
 
 def export_run(run_dir: Path, out: Path, *, step: Step | None = None) -> Path:
     """Writes what the run learnt to `out`, and returns it: adapters as diffusers' LoRA, else a whole pipeline.
 
-    Beside it lie a model card, and the run's configuration: what `dgpo-fast sample --lora` goes by.
+    Beside it lie a model card, and the run's configuration: what `dgpo-fast sample` goes by.
 
     Of the checkpoint it reads the average alone, a parameter at a time: memory is needed for the pipeline, not for
     what training keeps beside it.
@@ -39,7 +42,7 @@ def export_run(run_dir: Path, out: Path, *, step: Step | None = None) -> Path:
             shutil.copytree(checkpoint.directory / "lora", out, dirs_exist_ok=True)
         else:
             _export_pipeline(config, checkpoint, out)
-        (out / "config.yaml").write_text(dump_config(config))
+        (out / CONFIG_FILE).write_text(dump_config(config))
         (out / "README.md").write_text(model_card(run_dir, config, step=checkpoint.step))
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from dgpo_fast.config import AdapterConfig, Config, ModelConfig
+from dgpo_fast.flow.trajectory import trajectory_of
 from dgpo_fast.models.architectures import SD3_TEXT_ENCODERS, Tokens, TransformerShape, VAEShape
 from dgpo_fast.parallel.state_bytes import ranks_of_frozen, state_bytes
 
@@ -162,7 +163,8 @@ def predict_memory(
     pictures = 4.0 * 3 * pixels * min(images, rollout.images_per_forward)  # scored as they come, and not kept
     latents = 4.0 * shape.channels * (model.resolution // vae.factor) ** 2
     drawn = rollout_bytes(config, shape, tokens)
-    graphs = rollout.cuda_graphs * ((rollout.switch_step > 0) + (config.steps > rollout.switch_step))
+    views = {config.algorithm.sampling_view(step, switch_step=rollout.switch_step) for step in (0, config.steps - 1)}
+    graphs = rollout.cuda_graphs * len(views)
     holders = ranks_of_frozen(config, stage=stage, num_ranks=num_ranks)
     transformers = 1 if config.adapter is not None else 3  # each has its table of positions
     resident = {
@@ -246,7 +248,8 @@ def rollout_bytes(config: Config, shape: TransformerShape, tokens: Tokens) -> fl
     """Drawing `rollout.images_per_forward` images: a forward of them, and the modulation of every evaluation."""
     rollout = config.rollout
     samples = rollout.images_per_forward * (2 if rollout.guidance > 1 else 1)
-    evaluations = max(rollout.steps * (2 if rollout.solver == "heun" else 1), config.evaluation.steps)
+    trajectories = [trajectory_of(rollout, steps=steps)[1] for steps in (rollout.steps, config.evaluation.steps)]
+    evaluations = max(len(each.is_guided) for each in trajectories)
     forward = forward_bytes(shape, tokens, config.model)
     return samples * (forward + evaluations * modulation_bytes(shape, config.model))
 

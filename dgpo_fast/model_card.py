@@ -9,9 +9,12 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from dgpo_fast.config import Config
+from dgpo_fast.flow.diffusers_schedulers import find_scheduler
 from dgpo_fast.metrics import read_evaluations
 from dgpo_fast.models.sources import ModelSource, find_model
 
+DEFAULT_STEPS = 28
+"""Of diffusers' pipeline, with the scheduler that a model comes with."""
 HOME = "https://arxiv.org/abs/2510.08425"
 TAGS = ("text-to-image", "diffusers", "stable-diffusion-3.5", "reinforcement-learning", "dgpo-fast")
 
@@ -25,8 +28,7 @@ def model_card(run_dir: Path, config: Config, *, step: int) -> str:
         f"# {config.name}",
         _description(source, config, step=step),
         *([_scores(evaluations[step])] if step in evaluations else []),
-        "## Use",
-        f"```python\n{_usage(source, config)}\n```",
+        *([] if source.kind == "random" else ["## Use", f"```python\n{_usage(source, config)}\n```"]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -45,9 +47,9 @@ def _description(source: ModelSource, config: Config, *, step: int) -> str:
     what = "A LoRA" if config.adapter is not None else "All weights of the transformer"
     rewards = ", ".join(f"`{term.title}` (weight {term.weight:g})" for term in config.rewards.terms)
     return (
-        f"{what} of `{source.location}`, fine-tuned by {made} for {step} optimizer steps of "
+        f"{what} of `{config.model.name}`, fine-tuned by {made} for {step} optimizer steps of "
         f"{config.images_per_iteration // config.optimizer.steps_per_iteration} images with rewards {rewards}. "
-        "These are the averaged weights, as evaluated. `config.yaml` has every setting."
+        "These are the averaged weights, as evaluated. `dgpo-fast.yaml` has every setting."
     )
 
 
@@ -60,25 +62,27 @@ def _scores(line: dict[str, Any]) -> str:
 
 
 def _usage(source: ModelSource, config: Config) -> str:
-    is_lora = config.adapter is not None
+    """Lines that draw as evaluations did, where diffusers has their solver."""
+    is_lora, scheduler = config.adapter is not None, find_scheduler(config.rollout)
     lines = [
         "import torch",
-        "from diffusers import StableDiffusion3Pipeline",
+        f"from diffusers import {scheduler.name + ', ' if scheduler else ''}StableDiffusion3Pipeline",
         "",
         "pipeline = StableDiffusion3Pipeline.from_pretrained(",
         f'    "{source.location if is_lora else "."}", torch_dtype=torch.{config.model.dtype}',
         ').to("cuda")',
         *(['pipeline.load_lora_weights(".")  # this directory, or the name it is published under'] if is_lora else []),
+        *([f"pipeline.scheduler = {scheduler}"] if scheduler else []),
         "image = pipeline(",
-        *_arguments(config),
+        *_arguments(config, steps=config.evaluation.steps if scheduler else DEFAULT_STEPS),
         ").images[0]",
     ]
     return "\n".join(lines)
 
 
-def _arguments(config: Config) -> Iterator[str]:
+def _arguments(config: Config, *, steps: int) -> Iterator[str]:
     model = config.model
     yield '    "a photo of two red apples and a blue cup",'
     yield f"    height={model.resolution}, width={model.resolution},"
-    yield f"    num_inference_steps={config.evaluation.steps}, guidance_scale={config.rollout.guidance:g},"
+    yield f"    num_inference_steps={steps}, guidance_scale={config.rollout.guidance:g},"
     yield f"    max_sequence_length={model.text_length},"

@@ -86,8 +86,8 @@ class Plan:
     placement: Placement
     micro_batches: int
     """Backward passes of each rank per iteration."""
-    sigmas: tuple[float, ...]
-    """Those that training draws from."""
+    sigmas: tuple[float, ...] | None
+    """Those of the schedule that training draws from; None where it draws from none of it."""
     cost: Cost | None
     """None where the model's shape is not known before it is downloaded."""
     throughputs: tuple[Throughput, ...]
@@ -120,6 +120,7 @@ def plan(config: Config, *, num_ranks: int | None = None) -> Plan:
         find_lora(config.begins_with)
     model, model_warnings = _describe_model(source, config)
     sigmas, _ = trajectory_of(config.rollout)
+    points = config.algorithm.trained_points
     images_per_rank = config.images_per_iteration // num_ranks
     costs = None if shape is None else cost(config, source, shape, vae, num_ranks=num_ranks)
     too_much = () if costs is None else _lack_of_memory(config, costs.memory)
@@ -129,7 +130,7 @@ def plan(config: Config, *, num_ranks: int | None = None) -> Plan:
         model=model,
         placement=placement(config, num_ranks),
         micro_batches=_micro_batches(config, images_per_rank),
-        sigmas=tuple(float(sigmas[point]) for point in config.algorithm.trained_points),
+        sigmas=None if points is None else tuple(float(sigmas[point]) for point in points),
         cost=costs,
         throughputs=tuple(expected_throughputs(config, num_ranks=num_ranks)),
         warnings=(*too_much, *model_warnings, *_missing_rewards(config), *_missing_prompts(config)),
@@ -323,7 +324,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "iteration", f"{groups.per_iteration} prompts x {groups.size} images = {images}, shared by {ranks}"
     yield "groups", f"case ({plan.placement.case}): {plan.placement.why}"
     yield "backwards", f"{plan.micro_batches} of {config.optimizer.images_per_micro_batch} images, on each rank"
-    sigmas = " ".join(f"{sigma:.4f}" for sigma in plan.sigmas)
+    sigmas = "none of the schedule" if plan.sigmas is None else " ".join(f"{sigma:.4f}" for sigma in plan.sigmas)
     yield "sigmas", f"{config.algorithm.passes} trained in an iteration, out of {sigmas}"
     when = f"every {evaluation.every} steps" if evaluation.every else "at start and end"
     drawn = f"{evaluation.num_prompts} x {evaluation.images_per_prompt} images of {evaluation.steps} solver steps"
@@ -334,6 +335,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
             iterations = config.steps / config.optimizer.steps_per_iteration
             total = f"{_duration(iterations * each)} for {config.steps} steps"
             yield "time", f"{_duration(each)} an iteration, {total}: {throughput.source}"
+        if not plan.throughputs:
+            yield "time", "not estimated of float32 on a GPU: dgpo-fast profile measures it"
 
 
 def _parameters(cost: Cost) -> str:

@@ -77,7 +77,7 @@ def profile_run(config: Config, out: Path, *, iterations: int, warmup: int, trac
     trainer = Trainer(config, out)
     trainer.clock.exact = True
     # On CUDA autograd has a thread of its own for backward passes, whose blocks would lie beside the stage "backward".
-    with torch.autograd.set_multithreading_enabled(False):
+    with trainer.scorer, torch.autograd.set_multithreading_enabled(False):
         return _profile(trainer, out, iterations=iterations, warmup=warmup, trace=trace)
 
 
@@ -183,7 +183,7 @@ def render(profile: Profile) -> RenderableType:
 
 
 def _render_traffic(profile: Profile) -> Table:
-    table = Table(title=f"Collectives of an optimizer step, {profile.num_ranks} ranks", title_justify="left")
+    table = Table(title=f"Collectives of an iteration, {profile.num_ranks} ranks", title_justify="left")
     table.add_column("stage")
     table.add_column("collective")
     for column in ("number", "MB", "sent by each rank, MB"):
@@ -195,7 +195,7 @@ def _render_traffic(profile: Profile) -> Table:
     table.add_section()
     number = sum(each.number for each in profile.traffic)
     sent = sum(each.sent_bytes(profile.num_ranks) for each in profile.traffic)
-    table.add_row("optimizer step", "", str(number), "", f"{sent / 1e6:.3f}")
+    table.add_row("iteration", "", str(number), "", f"{sent / 1e6:.3f}")
     return table
 
 

@@ -12,11 +12,13 @@ from safetensors import SafetensorError
 
 from dgpo_fast.config import Config, ModelConfig, load_recipe
 from dgpo_fast.errors import UserError
+from dgpo_fast.export import CONFIG_FILE
+from dgpo_fast.flow.diffusers_schedulers import Scheduler, find_scheduler
+from dgpo_fast.model_card import DEFAULT_STEPS
 from dgpo_fast.models.architectures import SD35_MEDIUM, check_resolution
 from dgpo_fast.models.sd3 import load_pipeline
-from dgpo_fast.models.sources import LORA_FILE, find_model, transformer_shape, vae_shape
+from dgpo_fast.models.sources import LORA_FILE, ModelSource, find_model, transformer_shape, vae_shape
 
-DEFAULT_STEPS = 28
 DEFAULT_GUIDANCE = 4.5
 DEFAULT_TEXT_LENGTH = 256
 """T5 tokens, where the tokenizer takes as many."""
@@ -32,12 +34,14 @@ class SampleOptions:
     steps: int
     guidance: float
     lora: Path | None
+    scheduler: Scheduler | None
+    """None: the pipeline's own."""
 
     @classmethod
     def of(
         cls, name: str, *, lora: Path | None, steps: int | None, guidance: float | None, resolution: int | None
     ) -> SampleOptions:
-        """The options of a model; what is None is taken from the run that made `lora`, if that is known.
+        """The options of a model; what is None is as in evaluations of the run that made `lora`, or the model.
 
         Raises:
             UserError: no such model, no adapter in `lora`, or a resolution that the model has no positions for.
@@ -52,7 +56,8 @@ class SampleOptions:
             check_resolution(
                 resolution, vae_factor=vae.factor, patch=shape.patch, pos_embed_max_size=shape.pos_embed_max_size
             )
-        run = None if lora is None else _run_of(lora)
+        run = _run_of(lora, source)
+        scheduler = find_scheduler(run.rollout) if run else None
         model = ModelConfig(
             name=name,
             revision=run.model.revision if run else None,
@@ -62,9 +67,10 @@ class SampleOptions:
         return cls(
             model=model,
             text_length=run.model.text_length if run else None,
-            steps=steps or (run.evaluation.steps if run else DEFAULT_STEPS),
+            steps=steps or (run.evaluation.steps if run and scheduler else DEFAULT_STEPS),
             guidance=guidance or (run.rollout.guidance if run else DEFAULT_GUIDANCE),
             lora=lora,
+            scheduler=scheduler,
         )
 
 
@@ -73,6 +79,8 @@ def draw(options: SampleOptions, prompt: str, *, out: Path, num: int, seed: int)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = load_pipeline(options.model, device=device)
     pipeline.set_progress_bar_config(disable=True)
+    if options.scheduler is not None:
+        pipeline.scheduler = options.scheduler.make()
     if options.lora is not None:
         _load_lora(pipeline, options.lora)
     t5_tokenizer = pipeline.tokenizer_3  # none in a pipeline that was saved without T5
@@ -93,11 +101,14 @@ def draw(options: SampleOptions, prompt: str, *, out: Path, num: int, seed: int)
         yield path
 
 
-def _run_of(lora: Path) -> Config | None:
-    """The configuration that lies beside an exported LoRA, or of the run that holds `checkpoints/step-NNNNNN/lora`."""
-    lora = lora.resolve()
-    holders = [holder / "config.yaml" for holder in (lora, *lora.parents[2:3])]
-    return next((load_recipe(config) for config in holders if config.is_file()), None)
+def _run_of(lora: Path | None, source: ModelSource) -> Config | None:
+    """The configuration beside an exported LoRA or model, or of the run that holds `checkpoints/step-NNNNNN/lora`."""
+    if lora is not None:
+        lora = lora.resolve()
+        files = [lora / CONFIG_FILE, *(parent / "config.yaml" for parent in lora.parents[2:3])]
+    else:
+        files = [Path(source.location) / CONFIG_FILE] if source.kind == "directory" else []
+    return next((load_recipe(config) for config in files if config.is_file()), None)
 
 
 def _load_lora(pipeline: StableDiffusion3Pipeline, lora: Path) -> None:

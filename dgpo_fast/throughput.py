@@ -34,28 +34,25 @@ class Throughput:
 
 
 def expected_throughputs(config: Config, *, num_ranks: int) -> Iterator[Throughput]:
-    """That of this machine; where it has no GPU and the recipe is for one, that of an H100 as well."""
+    """That of this machine; where it has no GPU of the table and the recipe is for one, that of an H100 as well.
+
+    None where a GPU is to compute in float32, of which the table says nothing.
+    """
     gpu = None if config.device == "cpu" else gpu_name()
-    model = next((name for name in GPU_PEAKS if gpu and name in gpu), None)
-    if model is not None:
-        yield _gpu_throughput(model, num_ranks)
-        return
-    rate = measured_gemm()
-    yield Throughput(
-        flops_per_s=CPU_SHARE * rate,
-        source=f"this machine's CPU, {CPU_SHARE:.0%} of the {rate / 1e9:.0f} GFLOP/s just measured (float32 product)"
-        + (f"; {gpu} is not in the table" if gpu else ""),
-    )
+    if gpu is None:
+        rate = measured_gemm()
+        source = f"this machine's CPU, {CPU_SHARE:.0%} of the {rate / 1e9:.0f} GFLOP/s just measured (float32 product)"
+        yield Throughput(flops_per_s=CPU_SHARE * rate, source=source)
     if config.model.dtype == "bfloat16":
-        yield _gpu_throughput("H100", num_ranks)
+        model = next((name for name in GPU_PEAKS if gpu and name in gpu), None)
+        unknown = f"; {gpu} is not in the table" if gpu and model is None else ""
+        yield _gpu_throughput(model or "H100", num_ranks, unknown)
 
 
-def _gpu_throughput(model: str, num_ranks: int) -> Throughput:
+def _gpu_throughput(model: str, num_ranks: int, remark: str) -> Throughput:
     peak = GPU_PEAKS[model]
-    return Throughput(
-        flops_per_s=num_ranks * GPU_SHARE * peak,
-        source=f"{num_ranks} x {model}, {GPU_SHARE:.0%} of {peak / 1e12:.0f} TFLOP/s each (estimated, not measured)",
-    )
+    whence = f"{num_ranks} x {model}, {GPU_SHARE:.0%} of {peak / 1e12:.0f} TFLOP/s each (estimated, not measured)"
+    return Throughput(flops_per_s=num_ranks * GPU_SHARE * peak, source=whence + remark)
 
 
 def gpu_name() -> str | None:

@@ -60,18 +60,17 @@ class Trainer:
             refuse_conflicts(out, config)
         elif self.world.is_first:
             refuse_used(out)
-        saved = load_newest(out, self.world) if resume else None
         check_ranks(config, self.world.size)
         placement = placement_of(config, self.world.size)
         self.samples_of_ranks = placement.samples_of_ranks(total=config.images_per_iteration)
-        self.scorer = Scorer(config.rewards, device=self.world.device)
-        self.warning: str | None = None  # of the last iteration
         test, train = (_prompts(config, split) for split in ("test", "train"))
         self.prompt_digests = {"test": digest_of(test), "train": digest_of(train)}
-        if saved is not None:
+        if (saved := load_newest(out, self.world) if resume else None) is not None:
             _refuse_other_prompts(saved, self.prompt_digests)
         self.test_prompts = test[: config.evaluation.num_prompts]
         self.prompts = PromptSampler(train, per_iteration=config.groups.per_iteration, seed=config.seed)
+        self.scorer = Scorer(config.rewards, device=self.world.device)
+        self.warning: str | None = None  # of the last iteration
         self.clock = StageClock(synchronize=self.world.wait_for_device)
         use_clock(self.clock)
         self.interruption = Interruption(self.world)

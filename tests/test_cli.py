@@ -409,7 +409,7 @@ def test_sample_draws_what_diffusers_draws(
     dgpo_fast: CommandLine, straight_run: Path, embedded_pipeline, tmp_path: Path
 ) -> None:
     import torch
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusion3Pipeline
 
     from dgpo_fast.models.sources import EMBEDDED
 
@@ -435,6 +435,9 @@ def test_sample_draws_what_diffusers_draws(
     pipeline = StableDiffusion3Pipeline.from_pretrained(EMBEDDED, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(lora)
+    pipeline.scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=config.rollout.shift
+    )
     for index in range(2):
         expected = pipeline(
             "two red circles",

@@ -50,7 +50,7 @@ BASELINES = {
     "awm": (14, 1, (24, 72), (32, 64), 6, 1, (0.99, 1), AWMConfig(
         first=1, trunc=11, train_timesteps=6, power=0.25, kl_coef=0.001, old_coef=1)),
     "dpo": (40, 4.5, (24, 8), (32, 64), 24, 1, (0.9, 8), DiffusionDPOConfig(
-        beta=100, trunc=39, train_timesteps=39, refresh_every=40)),
+        beta=100, train_timesteps=39, refresh_every=40)),
 }  # fmt: skip
 
 
@@ -105,10 +105,12 @@ def test_baselines_sample_and_average_as_published() -> None:
     advantages = {name: (config.advantages.std, config.advantages.clamp) for name, config in configs.items()}
     assert advantages == {**dict.fromkeys(BASELINES, ("global", 5.0)), "dpo": ("group", 5.0)}
     nft, awm = configs["nft"], configs["awm"]
-    assert (nft.rollout.solver, nft.rollout.switch_step, nft.old_policy.max_decay, nft.old_policy.rate) == (
-        "dpm++2m", 0, 0.5, 0.001,
-    )  # fmt: skip
-    assert awm.rollout.switch_step > awm.steps, "its samples are always the policy's"
+    assert (nft.rollout.solver, nft.old_policy.max_decay, nft.old_policy.rate) == ("dpm++2m", 0.5, 0.001)
+    drawn = {
+        name: {config.algorithm.sampling_view(step, switch_step=500) for step in (0, 499, 500, 999)}
+        for name, config in configs.items()
+    }
+    assert drawn == {name: {"old" if name == "nft" else "policy"} for name in BASELINES}
     assert (awm.old_policy.max_decay, awm.old_policy.rate) == (0.3, 0.001)
 
 
@@ -236,6 +238,14 @@ MISTAKES = {
     "rollout: {solver: heunn}": "rollout.solver: input should be 'euler'",
     "rollout: {guidance: 0.5}": "rollout.guidance: input should be greater than or equal to 1, got 0.5",
     "optimizer: {lr: .inf}": "optimizer.lr: input should be a finite number, got inf",
+    "model: {engine: eager, sampling: fp8}": "model.sampling fp8 is of model.engine fused alone, got eager",
+    "model: {engine: compile, sampling: merged}": "model.sampling merged is of model.engine fused alone, got compile",
+    "algorithm: {name: diffusion_dpo, trunc: 9}": "unknown key 'algorithm.trunc'",
+    "parallel: {gradients: bfloat16}": "parallel.gradients bfloat16 needs parallel.zero_stage 1, 2 or 3, got 0",
+    "parallel: {gradients: bfloat16, zero_stage: 1}": "parallel.gradients bfloat16 is for full fine-tuning",
+    "model: {engine: eager, dtype: float32}\nadapter: null\nparallel: {gradients: bfloat16, zero_stage: 1}": "parallel."
+    "gradients bfloat16 needs model.dtype bfloat16, got float32",
+    "parallel: {nvme_path: /tmp}": "parallel.nvme_path is for parallel.offload_weights nvme, got none",
     "model: {resolution: 100}": "model.resolution: input should be a multiple of 8, got 100",
     "adapter: {targets: []}": "adapter.targets:",
     "rewards: {terms: []}": "rewards.terms:",
@@ -263,6 +273,9 @@ MISTAKES = {
     "algorithm.trained_steps (2), got 3",
     "algorithm: {name: flow_grpo}": "rollout.schedule must be flow_match, which begins at sigma = 1 exactly, got dpm",
     "algorithm: {name: flow_grpo}\nmodel: {dtype: float32}": "model.sampling same, got merged",
+    "algorithm: {name: flow_grpo}\nmodel: {engine: eager}\nadapter: null\nparallel: {zero_stage: 3}": "algorithm "
+    "flow_grpo draws with the weights that it trains: parallel.rollout gathered with parallel.zero_stage 3, got "
+    "replica",
     "algorithm: {name: flow_grpo}\nrollout: {guidance_interval: [0, 0.5]}": "rollout.guidance_interval null",
     "algorithm: {name: flow_grpo}\nrollout: {cuda_graphs: true}": "rollout.cuda_graphs must be false",
     "algorithm: {name: flow_grpo}\nrollout: {schedule: flow_match}": "rollout.solver must be euler, which its steps "

@@ -69,6 +69,10 @@ def test_a_recipe_replaces_what_it_gives_and_options_that(run: Path) -> None:
         ("kind: evaluation\nprompts: {train: a.txt}", "prompts of an evaluation recipe are prompts.test alone"),
         ("kind: evaluation\nprompts: a.txt", "prompts of an evaluation recipe are prompts.test alone"),
         ("kind: evaluation\nevaluation: {num_prompt: 3}", "unknown key 'evaluation.num_prompt'; did you mean"),
+        ("kind: evaluation\nrewards: [pickscore]", "rewards: .* got .*pickscore"),
+        ("kind: evaluation\nrewards: null", "rewards: .* got None"),
+        ("kind: evaluation\nrewards: {terms: [pickscore]}", "rewards.terms.0: .* got 'pickscore'"),
+        ("kind: evaluation\nrewards: {terms: pickscore}", "rewards.terms: .* got 'pickscore'"),
         ("- kind", "a recipe is a mapping of sections, got list"),
         ("a: b: c", "not YAML"),
     ],
@@ -98,6 +102,8 @@ def test_places_of_rewards_that_are_not_asked_are_forgotten(run: Path) -> None:
     alone, own = evaluation_config(run, rewards=["shapes"]).rewards, evaluation_config(run).rewards
     assert (alone.monitors, alone.arguments, own.monitors) == ((), {}, ("ocr",))
     assert [*evaluation_config(run).rewards.running] == ["shapes", "jpeg_compressibility"]
+    other = "rewards.terms=[{name: jpeg_compressibility}]"
+    assert [*evaluation_config(run, overrides=[other]).rewards.running] == ["jpeg_compressibility"]
     with pytest.raises(UserError, match=r"no term has the reward 'shapes'; terms: pickscore"):
         evaluation_config(run, rewards=["pickscore"], overrides=["rewards.running.shapes.processes=1"])
 

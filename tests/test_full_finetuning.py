@@ -151,7 +151,7 @@ def test_exported_adapters_are_the_checkpoints(straight_run: Path, tmp_path: Pat
     out = export_run(straight_run, tmp_path / "lora", step=3)
     files = {path.name: path.read_bytes() for path in out.iterdir()}
     lora = straight_run / "checkpoints" / "step-000003" / "lora"
-    beside = {"README.md": files["README.md"], "config.yaml": (straight_run / "config.yaml").read_bytes()}
+    beside = {"README.md": files["README.md"], "dgpo-fast.yaml": (straight_run / "config.yaml").read_bytes()}
     assert files == {path.name: path.read_bytes() for path in lora.iterdir()} | beside
 
 

@@ -245,7 +245,7 @@ def resident(*overrides: str) -> dict[str, float]:
         ([], 32, 14),
         (["rollout.guidance=1"], 16, 14),
         (["evaluation.steps=4"], 32, 10),
-        (["rollout.solver=heun", "rollout.images_per_forward=4"], 8, 20),
+        (["rollout.solver=heun", "rollout.images_per_forward=4"], 8, 27),
     ],
 )
 def test_a_rollout_is_a_forward_and_all_modulation(overrides: list[str], samples: int, evaluations: int) -> None:
@@ -295,10 +295,14 @@ def test_a_batch_is_decoded_while_the_next_is_drawn() -> None:
 
 @pytest.mark.parametrize(("switch_step", "graphs"), [(0, 1), (500, 2), (1000, 1)])
 def test_cuda_graphs_keep_a_rollout_for_each_view(switch_step: int, graphs: int) -> None:
+    """Methods that draw through one view alone have one."""
     overrides = ("steps=1000", f"rollout.switch_step={switch_step}")
     drawn = rollout_bytes(recipe(*overrides), SD35_MEDIUM, SD35_MEDIUM.tokens(512, 205))
     assert resident(*overrides, "rollout.cuda_graphs=true")["CUDA graphs"] == graphs * drawn
     assert "CUDA graphs" not in resident(*overrides)
+    awm = load_recipe("sd35m-geneval-awm", [*overrides, "rollout.cuda_graphs=true"])
+    of_awm = predict_memory(awm, SD35_MEDIUM, SD3_VAE, text_tokens=205, images=128, has_text_encoders=True).resident
+    assert of_awm["CUDA graphs"] == rollout_bytes(awm, SD35_MEDIUM, SD35_MEDIUM.tokens(512, 205))
 
 
 def test_trajectories_are_kept_until_they_are_trained_on(tmp_path: Path) -> None:

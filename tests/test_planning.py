@@ -307,7 +307,10 @@ def test_a_known_gpu_is_looked_up(name: str, peak: float, monkeypatch: pytest.Mo
 
 def test_an_unknown_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "gpu_name", lambda: "GeForce 256")
-    assert "GeForce 256 is not in the table" in planned("tiny-dgpo").throughputs[0].source
+    (found,) = planned("sd35m-geneval", *RANDOM_GENEVAL).throughputs
+    assert found.source.startswith("1 x H100") and found.source.endswith("; GeForce 256 is not in the table")
+    plan = planned("tiny-dgpo")
+    assert plan.throughputs == () and re.search(r"time +not estimated of float32 on a GPU", shown(plan))
 
 
 def test_a_matrix_product_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

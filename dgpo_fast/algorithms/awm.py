@@ -90,8 +90,7 @@ class AWM:
 
     def after_step(self, policy: Policy, step: int) -> None:
         """old <- decay old + (1 - decay) policy, decay = min(max_decay, rate (step + 1))."""
-        average = self.config.old_policy
-        policy.average_into("old", decay=min(average.max_decay, average.rate * (step + 1)))
+        policy.average_into("old", decay=self.config.old_policy.decay_at(step + 1))
 
     def points(self, streams: list[rng.Stream]) -> Tensor:
         """For each stream a point of each stretch of the trained ones, of which there are T: int64 [streams, T]."""

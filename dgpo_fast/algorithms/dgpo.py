@@ -72,7 +72,11 @@ class DGPO:
         self.placement = placement_of(config, world.size)
         self.groups = GroupSampler(config)
         self.noised = NoisedBatches(
-            config, self.groups.sampler, self.placement, rank=world.rank, guides_reference=self.settings.kl_cfg > 1
+            config,
+            self.groups.sampler,
+            self.placement,
+            rank=world.rank,
+            guides_reference=self.settings.guides_reference,
         )
         self.ratio_errors: Literal["training", "again"] = "training"
 
@@ -154,8 +158,7 @@ class DGPO:
 
     def after_step(self, policy: Policy, step: int) -> None:
         """old <- decay old + (1 - decay) policy, decay = min(max_decay, rate step)."""
-        average = self.config.old_policy
-        policy.average_into("old", decay=min(average.max_decay, average.rate * step))
+        policy.average_into("old", decay=self.config.old_policy.decay_at(step))
 
     def _whole(self, score_G: Tensor, *, num_pieces: int) -> tuple[Tensor, int]:
         """Scores of pieces summed over the ranks that a group may lie on, and how many pieces these have together."""
@@ -170,12 +173,12 @@ class DGPO:
     @torch.no_grad()
     def _anchors(self, policy: Policy, batch: NoisedBatch) -> Anchors:
         """Reference and old velocities, each in the policy's own batch shape: kernels, and so bits, depend on it."""
-        of_old, old, reference, unconditional = self.settings.reference == "old", None, None, None
+        old, reference, unconditional = None, None, None
         inputs = (batch.x_t_MCHW, batch.timestep_M, batch.conditioning)
-        if self.settings.kl_coef > 0 or not of_old:
+        if self.settings.asks_base:
             with stage("reference"):
                 reference, unconditional = policy.velocity("ref", *inputs, batch.unconditional)
-        if self.settings.clip is not None or of_old:
+        if self.settings.asks_old:
             with stage("old"):
                 old = policy.velocity("old", *inputs)[0]
         return Anchors(old_MCHW=old, reference_MCHW=reference, unconditional_MCHW=unconditional)

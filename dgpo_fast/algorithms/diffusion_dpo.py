@@ -52,7 +52,7 @@ class DiffusionDPO:
         return policy.check_sampling()
 
     def sampling_view(self, step: int) -> View:
-        return "policy"
+        return self.groups.view(step)
 
     def rollout(
         self, policy: Policy, view: View, prompts: PromptBatch, *, deliver: Deliver = nobody, check: Check = nobody

@@ -85,8 +85,7 @@ class DiffusionNFT:
 
     def after_step(self, policy: Policy, step: int) -> None:
         """old <- decay old + (1 - decay) policy, decay = min(max_decay, rate (step + 1))."""
-        average = self.config.old_policy
-        policy.average_into("old", decay=min(average.max_decay, average.rate * (step + 1)))
+        policy.average_into("old", decay=self.config.old_policy.decay_at(step + 1))
 
 
 def weighted_error(error_MCHW: Tensor, sigma_M: Tensor) -> Tensor:

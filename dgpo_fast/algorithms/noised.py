@@ -116,6 +116,7 @@ class NoisedBatches:
 
     def _chosen_points(self, streams: list[rng.Stream]) -> Tensor:
         points, passes = self.config.algorithm.trained_points, self.config.algorithm.passes
+        assert points is not None
         return points.start + torch.tensor([rng.choice(stream, len(points), k=passes) for stream in streams])
 
     def _noise_streams(self, prompts: PromptBatch, point_B: Tensor) -> Tensor:

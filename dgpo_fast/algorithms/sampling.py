@@ -25,8 +25,8 @@ class GroupSampler:
         self.graphs = CudaGraphs() if config.rollout.cuda_graphs else None
 
     def view(self, step: int) -> View:
-        """What is drawn through before this optimizer step: the policy, and later its average."""
-        return "policy" if step < self.config.rollout.switch_step else "old"
+        """What is drawn through before this optimizer step."""
+        return self.config.algorithm.sampling_view(step, switch_step=self.config.rollout.switch_step)
 
     def draw(self, policy: Policy, view: View, prompts: PromptBatch, *, deliver: Deliver, check: Check) -> Rollout:
         """The groups of an iteration; `deliver` and `check` are those of `Algorithm.rollout`."""

@@ -64,7 +64,7 @@ def _earlier_points(config: Config) -> Iterator[str]:
         if algorithm.trained_steps > (algorithm.window or 1):
             fewer = max(algorithm.window or 1, algorithm.trained_steps * 2 // 3)
             yield _change("algorithm.trained_steps", algorithm.trained_steps, fewer)
-    elif isinstance(algorithm, Noised) and not isinstance(algorithm, DiffusionDPOConfig):
+    elif isinstance(algorithm, Noised):
         first = algorithm.trained_points.start
         least = first + algorithm.train_timesteps - 1
         if algorithm.trunc > least:

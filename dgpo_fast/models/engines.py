@@ -105,9 +105,9 @@ class FusedEngine:
         """The same engine with the base in fp8 and the adapters beside it as they are; without gradients.
 
         Raises:
-            UserError: fp8 does not run here.
+            UserError: fp8 does not run here, or not in the model's dtype.
         """
-        if (reason := why_unsupported(self.device)) is not None:
+        if (reason := why_unsupported(self.device, self.dtype)) is not None:
             raise UserError(f"model.sampling: fp8 {reason}")
         fp8 = copy(self)
         fp8._transformer = self._transformer.quantised()
@@ -173,14 +173,11 @@ def sampling_engine(engine: Engine, model: ModelConfig) -> Engine:
     """What training samples are drawn with, as `model.sampling` says: `engine`, or a form of it.
 
     Raises:
-        UserError: it has no such form, or not here.
+        UserError: it has no such form here.
     """
     if model.drawn_with == "same":
         return engine
-    if not isinstance(engine, FusedEngine):
-        raise UserError(
-            f"model.sampling: {model.sampling} is of model.engine fused alone; use that, or model.sampling same"
-        )
+    assert isinstance(engine, FusedEngine)  # the configuration knows that others have no such form
     if model.drawn_with == "fp8":
         return engine.quantised()
     low = model.drawn_with == "bfloat16" and _has_bfloat16_products(engine.device)

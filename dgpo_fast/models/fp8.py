@@ -94,12 +94,12 @@ def fp8_linear(x: Tensor, weight: Fp8Weight, bias_N: Tensor | None = None) -> Te
     return product_MN.view(*x.shape[:-1], num_outputs)
 
 
-def why_unsupported(device: torch.device) -> str | None:
-    """Why fp8 products cannot run on `device`, found by running one; None where they can."""
+def why_unsupported(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """Why fp8 products of activations in `dtype` cannot run on `device`, found by running one; None where they can."""
     if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
         name = torch.cuda.get_device_name(device)
         return f"{name} has no fp8 arithmetic: compute capability {capability[0]}.{capability[1]}, 8.9 is needed"
-    x = torch.ones(MULTIPLE, MULTIPLE, dtype=torch.bfloat16, device=device)
+    x = torch.ones(MULTIPLE, MULTIPLE, dtype=dtype, device=device)
     try:
         fp8_linear(x, quantise(x), x[0])
     except (RuntimeError, ValueError) as error:

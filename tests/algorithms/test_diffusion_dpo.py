@@ -28,7 +28,7 @@ GradientOf = Callable[[AdapterPolicy, Tensor], Tensor]
 EPS = torch.finfo(torch.float32).eps
 SPREAD = 0.2
 BETA = 10.0
-SIGMAS = ("algorithm.trunc=3", "algorithm.train_timesteps=2", f"algorithm.beta={BETA}")
+SIGMAS = ("algorithm.train_timesteps=2", f"algorithm.beta={BETA}")
 REWARDS = [0.1, 0.9, 0.3, 0.2, 0.5, 0.4, 0.7, 0.6]  # best and worst: 1 and 0 of the first group, 2 and 1 of the second
 
 
@@ -118,9 +118,7 @@ def test_a_pair_shares_noise_and_sigma(make_policy: MakePolicy, tiny: Tiny, scor
 
 def test_sigmas_are_logit_normal_and_shifted(make_policy: MakePolicy, tiny: Tiny, scored_noise: ScoredNoise) -> None:
     """Undone the shift of 3, logits are standard normal: mean and deviation of 280, to five standard errors."""
-    config = tiny(
-        "tiny-diffusion-dpo", "algorithm.trunc=139", "algorithm.train_timesteps=140", "rollout.steps=140", micro=4
-    )
+    config = tiny("tiny-diffusion-dpo", "algorithm.train_timesteps=140", micro=4)
     policy = make_policy(config)
     batches = DiffusionDPO(config).batches(scored_noise(policy, config, rewards=REWARDS))
     sigma = torch.cat([batch.timestep_M[0::2] for (batch,) in batches]).double() / 1000

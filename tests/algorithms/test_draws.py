@@ -19,7 +19,7 @@ METHODS = {
     "tiny-flow-grpo-fast": ("algorithm.trained_steps=2", "algorithm.window=1"),
     "tiny-diffusion-nft": ("algorithm.trunc=2", "algorithm.train_timesteps=2"),
     "tiny-awm": ("algorithm.trunc=2", "algorithm.train_timesteps=2"),
-    "tiny-diffusion-dpo": ("algorithm.trunc=2", "algorithm.train_timesteps=2"),
+    "tiny-diffusion-dpo": ("algorithm.train_timesteps=2",),
 }
 """And what makes their iterations short."""
 

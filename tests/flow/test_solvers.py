@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import get_args
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,8 @@ from diffusers.schedulers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dgpo_fast.config import RolloutConfig
+from dgpo_fast.flow.diffusers_schedulers import find_scheduler
 from dgpo_fast.flow.schedules import Schedule, schedule_sigmas
 from dgpo_fast.flow.solvers import Solver, SolverTable, solver_table
 
@@ -142,6 +145,21 @@ def test_every_step_equals_diffusers(
 
     assert len(ours) == (2 * num_steps - 1 if solver == "heun" else num_steps)
     assert max(map(relative_error, ours, theirs)) < tolerance
+
+
+@pytest.mark.parametrize(("solver", "schedule"), [("dpm++2m", "dpm"), ("unipc", "unipc"), ("euler", "flow_match")])
+def test_the_pipelines_scheduler_is_the_one_that_is_compared_with(solver: Solver, schedule: Schedule) -> None:
+    """Here, and in test_schedules.py; it is made by the expression that a model card shows, too."""
+    found = find_scheduler(RolloutConfig(solver=solver, schedule=schedule, shift=2.5))
+    assert found is not None
+    expected = SCHEDULERS[solver][1](2.5)
+    for scheduler in (found.make(), eval(str(found), vars(diffusers))):
+        assert (type(scheduler), dict(scheduler.config)) == (type(expected), dict(expected.config))
+
+
+def test_where_diffusers_draws_otherwise_it_has_no_scheduler() -> None:
+    for solver, schedule in (("ab2", "dpm"), ("dpm++2m", "flow_match"), ("euler", "dpm"), ("heun", "flow_match")):
+        assert find_scheduler(RolloutConfig(solver=solver, schedule=schedule)) is None
 
 
 def test_dpm_equals_diffusers_from_sigma_one() -> None:

@@ -70,19 +70,14 @@ def _prompts(policy: AdapterPolicy) -> object:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("engine", ["eager", "compile"])
-def test_other_engines_have_no_fp8(make_model: Callable[[Config], StableDiffusion3], engine: str) -> None:
-    config = tiny("model.sampling=fp8", f"model.engine={engine}")
-    with pytest.raises(UserError, match=r"^model\.sampling: fp8 is of model\.engine fused alone"):
-        AdapterPolicy(make_model(config), config.adapter, seed=0)
-
-
 def test_where_fp8_does_not_run_the_reason_is_said(
     make_model: Callable[[Config], StableDiffusion3], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny("model.sampling=fp8")
-    monkeypatch.setattr(engines, "why_unsupported", lambda device: "needs compute capability 8.9, this is 8.0")
-    with pytest.raises(UserError, match=r"^model\.sampling: fp8 needs compute capability 8\.9"):
+    monkeypatch.setattr(
+        engines, "why_unsupported", lambda device, dtype: f"in {dtype} needs compute capability 8.9, this is 8.0"
+    )
+    with pytest.raises(UserError, match=r"^model\.sampling: fp8 in torch\.bfloat16 needs compute capability 8\.9"):
         AdapterPolicy(make_model(config), config.adapter, seed=0)
 
 

@@ -184,7 +184,7 @@ def test_collectives_of_another_thread_of_the_backward_pass_count(results: Resul
 
 def test_profile_on_two_ranks(results: Results, counted: Callable[[str], Counted]) -> None:
     """One page and one of each file, whatever the number of ranks."""
-    assert results.printed.count("Collectives of an optimizer step, 2 ranks") == 1
+    assert results.printed.count("Collectives of an iteration, 2 ranks") == 1
     assert results.printed.count("everything else") == 1
     assert sorted(path.name for path in results.profile.iterdir()) == ["collectives.csv", "stages.csv"]
     rows = list(csv.DictReader((results.profile / "collectives.csv").open()))
