@@ -47,7 +47,9 @@ class State:
     held: Mapping[str, Held]
     values: Mapping[str, Any]
     files: Mapping[str, str] = field(default_factory=dict)
-    """Of kinds that lie elsewhere than in state/<kind>.safetensors."""
+    """Of kinds that lie elsewhere than in state/<kind>.safetensors, where others read them."""
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    """What these look for there besides, float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,8 @@ class Checkpoint:
     values: Mapping[str, Any]
     files: Mapping[str, str]
     """Of kinds, by name."""
+    constants: Sequence[str] = ()
+    """Names of tensors in `files` that are of no parameter."""
 
     def read(self, kind: str, pieces: Sequence[Piece], shapes: Shapes) -> None:
         """Fills the values of `pieces`, which are of parameters of these `shapes`.
@@ -67,7 +71,7 @@ class Checkpoint:
             UserError: they are of other parameters than the checkpoint's.
         """
         try:
-            read_pieces(self.directory / self.files[kind], pieces, shapes)
+            read_pieces(self.directory / self.files[kind], pieces, shapes, besides=self.constants)
         except KeyError as error:
             raise UserError(
                 f"{self.directory} does not fit: its {kind} and the run's differ in {error}; it is of another model, "
@@ -76,7 +80,8 @@ class Checkpoint:
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
         """All of a kind by parameter, float32, on the CPU."""
-        return load_file(self.directory / self.files[kind])
+        loaded = load_file(self.directory / self.files[kind])
+        return {name: tensor for name, tensor in loaded.items() if name not in self.constants}
 
 
 def save_checkpoint(run_dir: Path, state: State, world: World, *, save_weights: Callable[[Path], None]) -> Path:
@@ -95,20 +100,25 @@ def save_checkpoint(run_dir: Path, state: State, world: World, *, save_weights: 
         return target  # the state after a step is always the same, and replacing a directory is not atomic
     partial = target.with_name(f".{target.name}.partial")
     files = {kind: state.files.get(kind, f"state/{kind}.safetensors") for kind in state.held}
+    constants = {name: tensor.shape for name, tensor in state.constants.items()}
+    shapes = {kind: {**state.shapes, **(constants if kind in state.files else {})} for kind in state.held}
 
     def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "state").mkdir(parents=True)
         save_weights(partial)
-        for name in files.values():
-            create_file(partial / name, state.shapes)
-        values = {"step": state.step, "files": files, **state.values}
+        for kind, name in files.items():
+            create_file(partial / name, shapes[kind])
+            if kind in state.files:
+                pieces = [Piece(name, 0, tensor.flatten()) for name, tensor in state.constants.items()]
+                write_pieces(partial / name, pieces, shapes[kind])
+        values = {"step": state.step, "files": files, "constants": [*constants], **state.values}
         (partial / "state" / "state.json").write_text(json.dumps(values, indent=2) + "\n")
 
     def write() -> None:
         for kind, held in state.held.items():
             mine = held.pieces if held.is_sharded else held.pieces[world.rank :: world.size]
-            write_pieces(partial / files[kind], mine, state.shapes)
+            write_pieces(partial / files[kind], mine, shapes[kind])
             _sync(partial / files[kind])
 
     def finish() -> None:
@@ -202,7 +212,8 @@ def load_checkpoint(directory: Path, world: World | None = None) -> Checkpoint:
     """
     _verify(directory, world)
     values = json.loads((directory / "state" / "state.json").read_text())
-    return Checkpoint(directory=directory, step=values.pop("step"), files=values.pop("files"), values=values)
+    step, files, constants = (values.pop(key) for key in ("step", "files", "constants"))
+    return Checkpoint(directory=directory, step=step, files=files, constants=constants, values=values)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:

@@ -160,6 +160,9 @@ def evaluate(
         bool, typer.Option("--lossless", help="With --gallery: its images as they were drawn, for other programs.")
     ] = False,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every image's scores.")] = None,
+    by: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Also by kind of prompt, such as GenEval's tag or category.")
+    ] = None,
 ) -> None:
     """Compare base and fine-tuned model on held-out prompts, from the same noise."""
     from dgpo_fast.evaluation_config import evaluation_config
@@ -182,7 +185,7 @@ def evaluate(
     with _out_of_memory_said(config, is_training=False):
         found = evaluate_run(
             run_dir, config=config, split=split, step=parse_step(step), picture=picture, gallery=gallery,
-            lossless=lossless,
+            lossless=lossless, by=by,
         )  # fmt: skip
     if not launcher.is_first():
         return
@@ -193,6 +196,9 @@ def evaluate(
         return
     console = Console()
     console.print(found.as_table())
+    if by is not None:
+        console.print()
+        console.print(found.as_table_by_kind())
     for path in (csv, gallery and gallery / "index.html"):
         if path is not None:
             console.print(path, soft_wrap=True, highlight=False)
@@ -417,11 +423,16 @@ def _remedies(config: Config, is_training: bool) -> str:
     if not is_training:
         return "--set rollout.images_per_forward=N, or rollout.images_per_decode=N, smaller than the run's"
     batches = "a smaller optimizer.images_per_micro_batch or rollout.images_per_forward"
+    less = [] if config.model.checkpointing == "full" else ["model.checkpointing=full"]
+    if config.adapter is None:
+        less.append("more ranks with a higher parallel.zero_stage, or parallel.offload_optimizer=cpu")
+    if not config.algorithm.depends_on_batches:
+        less.append(batches)
+    less.append("a smaller rollout.images_per_decode")
+    goes_on = "with which --resume goes on"
     if config.algorithm.depends_on_batches:
-        goes_on = f"with which --resume goes on, or, in a new run, {batches}"
-        return f"model.checkpointing=full or a smaller rollout.images_per_decode, {goes_on} (--dry-run foresees it)"
-    goes_on = "with which --resume goes on (--dry-run foresees it)"
-    return f"model.checkpointing=full, {batches}, or a smaller rollout.images_per_decode, {goes_on}"
+        goes_on += f", or, in a new run, {batches}"
+    return f"{', or '.join(less)}, {goes_on} (--dry-run foresees it)"
 
 
 def _print_outcome(out: Path) -> None:

@@ -6,7 +6,8 @@ import csv
 import io
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from dgpo_fast.errors import UserError
 from dgpo_fast.metrics import json_number
 from dgpo_fast.statistics import LEVEL, Comparison, Estimate, Floats, compare
 
@@ -35,6 +37,20 @@ class Evaluation:
     images_per_prompt: int
     base: Mapping[str, Floats]
     tuned: Mapping[str, Floats]
+    by: str | None = None
+    """A key of the prompts' metadata, which all of them have: kinds of prompts are also told apart."""
+
+    @property
+    def kinds(self) -> dict[str, Evaluation]:
+        """The same of the prompts of each kind, by the value of the key, in the order in which kinds come first."""
+        of_prompt = [kind_of(prompt, self.by) for prompt in self.prompts] if self.by is not None else []
+        found = {}
+        for kind in dict.fromkeys(of_prompt):
+            rows = [number for number, other in enumerate(of_prompt) if other == kind]
+            base, tuned = ({name: values[rows] for name, values in side.items()} for side in (self.base, self.tuned))
+            prompts = tuple(self.prompts[row] for row in rows)
+            found[kind] = replace(self, prompts=prompts, base=base, tuned=tuned, by=None)
+        return found
 
     @property
     def comparisons(self) -> dict[str, Comparison]:
@@ -48,6 +64,7 @@ class Evaluation:
         evaluation during training.
         """
         found = self.comparisons
+        by_kind = {} if self.by is None else {"by": self._kinds_as_json()}
         return {
             "split": self.split,
             "num_prompts": len(self.prompts),
@@ -59,18 +76,52 @@ class Evaluation:
             "images_per_prompt": self.images_per_prompt,
             "prompts": self.source,
             "step": self.step,
+            **by_kind,
+        }
+
+    def _kinds_as_json(self) -> dict[str, Any]:
+        found = {kind: (len(of.prompts), of.comparisons) for kind, of in self.kinds.items()}
+        return {
+            "key": self.by,
+            "kinds": {
+                kind: {
+                    "num_prompts": num_prompts,
+                    "base": {metric: json_number(each.base.mean) for metric, each in comparisons.items()},
+                    "tuned": {metric: json_number(each.tuned.mean) for metric, each in comparisons.items()},
+                    "difference": {metric: _difference(each) for metric, each in comparisons.items()},
+                }
+                for kind, (num_prompts, comparisons) in found.items()
+            },
+            "mean_of_kinds": {
+                side: {metric: json_number(of[place]) for metric, of in self.means_of_kinds.items()}
+                for place, side in enumerate(("base", "tuned"))
+            },
+        }
+
+    @property
+    def means_of_kinds(self) -> dict[str, tuple[float, float]]:
+        """Of each metric the mean of the kinds' means, base's and tuned: every kind counts alike, as in GenEval."""
+        found = [of.comparisons for of in self.kinds.values()]
+        return {
+            metric: (
+                fmean(of_kind[metric].base.mean for of_kind in found),
+                fmean(of_kind[metric].tuned.mean for of_kind in found),
+            )
+            for metric in self.base
         }
 
     def as_csv(self) -> str:
         """A line for each image of each model; a metric is empty where it failed."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["number", "image", "model", *self.base, "prompt"])
+        by = [] if self.by is None else [self.by]
+        writer.writerow(["number", "image", "model", *self.base, *by, "prompt"])
         for number, prompt in enumerate(self.prompts):
+            kind = [kind_of(prompt, key) for key in by]
             for image in range(self.images_per_prompt):
                 for model, metrics in (("base", self.base), ("tuned", self.tuned)):
                     scores = [_cell(values_PI[number, image]) for values_PI in metrics.values()]
-                    writer.writerow([number, image, model, *scores, prompt])
+                    writer.writerow([number, image, model, *scores, *kind, prompt])
         return text.getvalue()
 
     def as_table(self) -> Table:
@@ -87,8 +138,41 @@ class Evaluation:
             table.add_column(column, justify="right", no_wrap=column != INTERVAL)
         table.add_column("win rate", justify="right", min_width=len("100 %"))
         for metric, one in found.items():
-            table.add_row(escape(metric), *_cells(one))
+            table.add_row(escape(metric), *_cells(one, _decimals(one.change)))
         return table
+
+    def as_table_by_kind(self) -> Table:
+        """For each metric a row for each kind of prompts, and their mean."""
+        table = Table(
+            title=escape(f"by {self.by}"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+        )
+        table.add_column("metric", overflow="fold")
+        table.add_column(escape(str(self.by)), overflow="fold")
+        for column in ("prompts", "base", "tuned", "change", INTERVAL):
+            table.add_column(column, justify="right", no_wrap=column != INTERVAL)
+        found = {kind: (len(of.prompts), of.comparisons) for kind, of in self.kinds.items()}
+        of_all, means = self.comparisons, self.means_of_kinds
+        for metric, (base, tuned) in means.items():
+            name, digits = escape(metric), _decimals(of_all[metric].change)
+            for kind, (num_prompts, comparisons) in found.items():
+                table.add_row(name, escape(kind), str(num_prompts), *_cells(comparisons[metric], digits)[:4])
+                name = ""
+            mean = (f"{base:.{digits}f}", f"{tuned:.{digits}f}", f"{tuned - base:+.{digits}f}", "")
+            table.add_row("", "mean of these", "", *mean, style="bold", end_section=True)
+        return table
+
+
+def kind_of(prompt: str, key: str) -> str:
+    """The prompt's kind: what its metadata say of `key`.
+
+    Raises:
+        UserError: nothing.
+    """
+    metadata: Mapping[str, Any] = getattr(prompt, "metadata", {})
+    if key not in metadata:
+        known = f"; its metadata have {', '.join(metadata)}" if metadata else ", and no metadata"
+        raise UserError(f"--by {key}: the prompt {str(prompt)!r} has none{known}")
+    return str(metadata[key])
 
 
 def format_p(p: float) -> str:
@@ -96,8 +180,7 @@ def format_p(p: float) -> str:
     return "-" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _cells(one: Comparison) -> list[str]:
-    digits = _decimals(one.change)
+def _cells(one: Comparison, digits: int) -> list[str]:
     known = not math.isnan(one.change.low)
     return [
         f"{one.base.mean:.{digits}f}",

@@ -32,6 +32,8 @@ from dgpo_fast.guard_config import GuardConfig
 from dgpo_fast.reward_config import RewardsConfig
 from dgpo_fast.sections import Count, NonNegative, Positive, Section, Sigma
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
+"""What names a commit of the hub, and no branch that may move."""
 RECIPES = Path(__file__).parent / "recipes"
 EVALUATION_RECIPES = RECIPES / "evaluation"
 
@@ -434,6 +436,12 @@ class Config(Section):
     def images_per_iteration(self) -> int:
         return self.groups.size * self.groups.per_iteration
 
+    def at_commit(self, commit: str | None) -> Config:
+        """The same with the model's revision at `commit`, where there is one and it does not name another already."""
+        if commit is None or COMMIT.fullmatch(self.model.revision or ""):
+            return self
+        return self.model_copy(update={"model": self.model.model_copy(update={"revision": commit})})
+
     @property
     def begins_with(self) -> Path | None:
         """The LoRA that the policy is before the first step; None: it is the base."""
@@ -731,9 +739,12 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         if not isinstance(data, dict):
             raise UserError(f"--set {override}: {section!r} is a value, not a section")
     try:
-        data[last] = yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         raise UserError(f"--set {override}: {text!r} is not a YAML value") from None
+    if [*sections, last] == ["algorithm", "name"] and value != data.get("name", DGPOConfig().name):
+        data.clear()  # another method has other settings
+    data[last] = value
 
 
 REMOVED = {

@@ -12,15 +12,19 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from dgpo_fast import ops
 from dgpo_fast.environment import machine_name, package_versions
+from dgpo_fast.models.fused.attention import ATTENTIONS
 from dgpo_fast.models.sources import EMBEDDED
 from dgpo_fast.ops.registry import NATIVE_LIBRARIES, serving_by_reason
 
 ENVIRONMENT = ("DGPO_FAST_OPS", "DGPO_FAST_NATIVE_DIR", "DGPO_FAST_CACHE", "TRITON_INTERPRET")
+
+CPU = torch.device("cpu")
 
 Operators = Sequence[Mapping[str, Any]]
 
@@ -36,6 +40,7 @@ def examine() -> dict[str, Any]:
             **({"native library, CUDA": _if_there(NATIVE_LIBRARIES["cuda"])} if torch.version.cuda else {}),
             "embedded model": str(EMBEDDED) if (EMBEDDED / "model_index.json").exists() else None,
         },
+        "attention": _attentions(),
         "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
         "operators": [{**asdict(serving), "language": serving.language} for serving in ops.serving()],
         "because": {device: serving_by_reason(device) for device in dict.fromkeys(s.device for s in ops.serving())},
@@ -52,7 +57,22 @@ def render(findings: dict[str, Any]) -> RenderableType:
     for group, absent in (("versions", "absent"), ("parts", "absent"), ("environment", "not set")):
         for name, value in findings[group].items():
             facts.add_row(name, value or f"[dim]{absent}[/]")
+    facts.add_row("attention", _attention_line(findings["attention"], with_reasons=findings["cuda"] is not None))
     return Group(facts, _operators_table(findings["operators"], list(findings["because"])), *_reasons(findings))
+
+
+def _attentions() -> dict[str, str | None]:
+    """Why each attention of the fused engine cannot run here, in a model's usual dtype; None where it can."""
+    device, dtype = (torch.device("cuda"), torch.bfloat16) if torch.cuda.is_available() else (CPU, torch.float32)
+    return {name: attention.missing(device, dtype) for name, attention in ATTENTIONS.items()}
+
+
+def _attention_line(missing: Mapping[str, str | None], *, with_reasons: bool) -> str:
+    """What `auto` takes and what else runs; on a CPU it goes without saying why those for CUDA do not."""
+    auto, *others = (name for name, reason in missing.items() if reason is None)
+    absent = "; ".join(f"{name} {reason}" for name, reason in missing.items() if reason is not None)
+    line = f"auto takes {auto}; {', '.join(others)} runs here too" if others else f"auto takes {auto}"
+    return f"{line} [dim]({escape(absent)})[/]" if with_reasons else line
 
 
 def _operators_table(operators: Operators, devices: Sequence[str]) -> Table:

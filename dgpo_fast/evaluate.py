@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dgpo_fast import rng
 from dgpo_fast.checkpoint import Step, load_chosen
-from dgpo_fast.comparison import Evaluation
+from dgpo_fast.comparison import Evaluation, kind_of
 from dgpo_fast.config import Config, load_run_config
 from dgpo_fast.errors import UserError
 from dgpo_fast.flow.rollout import Sampler, sample_latents
@@ -227,6 +227,7 @@ def evaluate_run(
     picture: Path | None = None,
     gallery: Path | None = None,
     lossless: bool = False,
+    by: str | None = None,
 ) -> Evaluation:
     """Base and tuned model of a run, scored on the same prompts from the same noise: what `dgpo-fast eval` does.
 
@@ -240,17 +241,21 @@ def evaluate_run(
         picture: where to save the first images of the base, and below them those of the tuned model.
         gallery: a directory for a page with every image, `write_gallery`.
         lossless: whether its images are as they were drawn, in eight bits.
+        by: a key of the prompts' metadata by which kinds of prompts are told apart.
 
     Raises:
-        UserError: `run_dir` is no run, has no such checkpoint, or has no prompts of that split.
+        UserError: `run_dir` is no run, has no such checkpoint, or has no prompts of that split, or one lacks the key.
     """
     config = config or load_run_config(run_dir)
     source = config.prompts.test if split == "test" else config.prompts.train
     prompts = load_prompts(source, key=f"prompts.{split}")[: config.evaluation.num_prompts]
+    if by is not None:
+        for prompt in prompts:
+            kind_of(prompt, by)
     world = World.from_environment(config)
     checkpoint = load_chosen(run_dir, step, world)
     scorer = _KeepingScorer(config.rewards, device=world.device).with_monitors
-    policy = load_policy(config, world)
+    policy = load_policy(config, world, is_trained=False)
     policy.take_ema(partial(checkpoint.read, "ema"))
     policy.check_trained()
     scores = {}
@@ -267,7 +272,7 @@ def evaluate_run(
     scores = {side: unknown | found for side, found in scores.items()}  # a monitor may have failed for all of one
     evaluation = Evaluation(
         run=run_dir.resolve().name, step=checkpoint.step, split=split, source=str(source), prompts=tuple(prompts),
-        images_per_prompt=config.evaluation.images_per_prompt, base=scores["base"], tuned=scores["tuned"],
+        images_per_prompt=config.evaluation.images_per_prompt, base=scores["base"], tuned=scores["tuned"], by=by,
     )  # fmt: skip
     if world.is_first:
         if picture is not None:

@@ -137,7 +137,7 @@ def entries(evaluation: Evaluation) -> list[Entry]:
         Entry(
             number=number,
             prompt=str(prompt),
-            category=getattr(prompt, "metadata", {}).get("category"),
+            category=_category(prompt, evaluation.by or "category"),
             scores=_rows(*means, place=number),
             changes=json.dumps({name: json_number(change_P[number]) for name, change_P in means[2].items()}),
             pairs=[
@@ -151,6 +151,11 @@ def entries(evaluation: Evaluation) -> list[Entry]:
         )
         for number, prompt in enumerate(evaluation.prompts)
     ]
+
+
+def _category(prompt: str, key: str) -> str | None:
+    value = getattr(prompt, "metadata", {}).get(key)
+    return None if value is None else str(value)
 
 
 def metrics(evaluation: Evaluation) -> list[Metric]:

@@ -94,6 +94,7 @@ class Learner:
             held=self._held(),
             values={**values, **counts, "adam_steps": self.engine.steps_made()},
             files={"ema": self.policy.ema_file} if self.policy.ema_file else {},
+            constants=self.policy.ema_constants,
         )
         save_checkpoint(run_dir, state, self.world, save_weights=self.policy.save)
 

@@ -27,6 +27,7 @@ from dgpo_fast.models.sources import (
     ModelSource,
     cached_file,
     clip_tokens,
+    download_command,
     find_lora,
     find_model,
     transformer_shape,
@@ -69,6 +70,8 @@ class Cost:
     """Of each rank."""
     memory_by_zero_stage: tuple[Memory, ...]
     """The same, were the stage 0, 1, 2 or 3."""
+    checkpoint_bytes: int
+    """Of one on disk."""
 
     @property
     def flops(self) -> float:
@@ -187,7 +190,14 @@ def cost(config: Config, source: ModelSource, shape: TransformerShape, vae: VAES
         stages=tuple(_stages(config, source, shape, vae, num_ranks=num_ranks)),
         memory=memory(),
         memory_by_zero_stage=tuple(memory(zero_stage=stage) for stage in range(4)),
+        checkpoint_bytes=_checkpoint_bytes(config, shape),
     )
+
+
+def _checkpoint_bytes(config: Config, shape: TransformerShape) -> int:
+    """Masters, Adam's two averages, the old policy and the evaluation's; with adapters the last as diffusers', too."""
+    copies = 5 if config.adapter is None else 6
+    return 4 * copies * trained_parameters(config, shape)
 
 
 def text_tokens(config: Config, source: ModelSource) -> int:
@@ -236,9 +246,8 @@ def _describe_model(source: ModelSource, config: Config) -> tuple[str, list[str]
         return f"{source.location}, in the local Hugging Face cache", []
     from huggingface_hub import get_token
 
-    warning = (
-        f"{source.location} is not in the local cache: `hf download {source.location}` or the first run fetches it"
-    )
+    download = download_command(source.location)
+    warning = f"{source.location} is not in the local cache: `{download}` or the first run fetches it"
     if get_token() is None:
         warning += (
             "; no Hugging Face token found: if it is gated, accept its licence at "
@@ -330,6 +339,9 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     drawn = f"{evaluation.num_prompts} x {evaluation.images_per_prompt} images of {evaluation.steps} solver steps"
     yield "evaluation", f"{drawn} {when}, not in the figures below"
     if cost is not None:
+        often = f"every {config.checkpoints.every} steps, {cost.checkpoint_bytes / GB:.2g} GB each"
+        kept = config.checkpoints.keep_last + 2
+        yield "checkpoints", f"{often}, up to {kept} on disk at once: the last, the best, and one in the making"
         for throughput in plan.throughputs:
             each = cost.flops / throughput.flops_per_s
             iterations = config.steps / config.optimizer.steps_per_iteration

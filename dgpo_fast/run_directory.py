@@ -167,18 +167,20 @@ class RunDirectory:
             ) from error
 
 
-def refuse_conflicts(out: Path, wanted: Config) -> None:
-    """Makes sure that a run may go on as `wanted`.
+def begun_with(out: Path, wanted: Config) -> str | None:
+    """The commit of the model that the run in `out` began with, if its model has one, once it may go on as `wanted`.
 
     Raises:
         UserError: `out` is no run, or a setting differs that would make it another run; every such key is named.
     """
     if not (out / "config.yaml").is_file():
         raise UserError(f"nothing to resume in {out}: it has no config.yaml")
-    has_begun = bool(list_checkpoints(out))
-    conflicts = resume_conflicts(load_recipe(out / "config.yaml"), wanted, has_begun=has_begun)
+    saved, has_begun = load_recipe(out / "config.yaml"), bool(list_checkpoints(out))
+    commit = saved.model.revision
+    conflicts = resume_conflicts(saved, wanted.at_commit(commit), has_begun=has_begun)
     if conflicts:
         raise UserError(
             f"--resume cannot change {'; '.join(conflicts)}. Start a new run with another --out, or go on as it was: "
             f"dgpo-fast train {out / 'config.yaml'} --out {out} --resume"
         )
+    return commit

@@ -60,7 +60,7 @@ class SampleOptions:
         scheduler = find_scheduler(run.rollout) if run else None
         model = ModelConfig(
             name=name,
-            revision=run.model.revision if run else None,
+            revision=run.model.revision if run and run.model.name == name else None,
             dtype=run.model.dtype if run else ("bfloat16" if torch.cuda.is_available() else "float32"),
             resolution=resolution or (run.model.resolution if run else shape.sample_size * vae.factor),
         )

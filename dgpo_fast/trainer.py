@@ -27,6 +27,7 @@ from dgpo_fast.learner import Learner
 from dgpo_fast.metrics import read_evaluations
 from dgpo_fast.models.engines import View
 from dgpo_fast.models.lora import read_lora
+from dgpo_fast.models.sources import commit_of
 from dgpo_fast.ops.registry import describe_serving
 from dgpo_fast.parallel.placement import placement_of
 from dgpo_fast.parallel.world import World
@@ -36,7 +37,7 @@ from dgpo_fast.records import LossOutput, PromptBatch, Rollout, ScoredGroups, St
 from dgpo_fast.rewards import OverlappedScoring, Scorer, Scores
 from dgpo_fast.rewards.grouping import group_scores
 from dgpo_fast.rewards.prompt_checks import check_prompts
-from dgpo_fast.run_directory import RunDirectory, refuse_conflicts
+from dgpo_fast.run_directory import RunDirectory, begun_with
 from dgpo_fast.signals import step_metrics
 
 TIMES = ("rollout", "reward", "train")
@@ -54,10 +55,11 @@ class Trainer:
     """
 
     def __init__(self, config: Config, out: Path, *, resume: bool = False) -> None:
-        self.config, self.out, self.resumed = config, out, resume
+        self.out, self.resumed = out, resume
         self.world = World.from_environment(config)
-        if self.world.is_first and resume:
-            refuse_conflicts(out, config)
+        if resume:  # as rank 0 sees the run
+            commits = self.world.gather_objects(begun_with(out, config) if self.world.is_first else None)
+            config = config.at_commit(commits[0])
         elif self.world.is_first:
             refuse_used(out)
         check_ranks(config, self.world.size)
@@ -79,6 +81,8 @@ class Trainer:
         with stage("loading"):
             self.learner = Learner(config, self.world)
             self.policy = self.learner.policy
+            # From now on this commit, whatever is pushed until the run is evaluated, or goes on.
+            self.config = config.at_commit(commit_of(config.model.name, revision=config.model.revision))
             self.unconditional = self.policy.model.encode([""])
         self.guard = Guard(config)
         self.step, self.saved_step, self.wall_s = 0, 0, 0.0
@@ -123,6 +127,7 @@ class Trainer:
                 run.say(f"stopped after step {self.step} of {self.config.steps}, saved; {interrupted.way_on} from here")
         self.world.wait()  # a launcher ends every rank once one is gone, and the first may still write the report
         if status:
+            self.world.leave()
             raise SystemExit(status)
 
     def run_iteration(self) -> list[StepReport]:

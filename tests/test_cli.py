@@ -258,6 +258,42 @@ def test_eval_prints_a_table(dgpo_fast: CommandLine, straight_run: Path, monkeyp
     assert re.search(r"strict\W+0\.400\W+0\.900\W+\+0\.500\W+\+0\.123 to \+0\.877\W+0\.015\W+75 % \(44-92\)", stdout)
 
 
+KINDS = [{"prompt": prompt, "tag": tag} for prompt, tag in
+         [("a red circle", "one"), ("two blue squares", "two"), ("a green square", "one")]]  # fmt: skip
+
+
+def test_eval_by_kind_of_prompt(dgpo_fast: CommandLine, straight_run: Path, tmp_path: Path) -> None:
+    """Each kind's scores are those of its prompts, and in their mean every kind counts alike, as in GenEval."""
+    (tmp_path / "prompts.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in KINDS))
+    given = ("eval", straight_run, "--prompts", tmp_path / "prompts.jsonl", "--by", "tag", "--num-prompts", 3)
+    reward = ("--reward", "misbehaving:Brightness")
+    status, stdout, stderr = dgpo_fast(*given, *reward, "--json", "--csv", tmp_path / "scores.csv")
+    assert (status, stderr) == (0, "")
+    found = json.loads(stdout)["by"]
+    with (tmp_path / "scores.csv").open(newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert found["key"] == "tag" and [*found["kinds"]] == ["one", "two"]
+    for side in ("base", "tuned"):
+        means = []
+        for kind, number in (("one", 2), ("two", 1)):
+            scores = [float(row["contrast"]) for row in rows if (row["tag"], row["model"]) == (kind, side)]
+            assert found["kinds"][kind]["num_prompts"] == number
+            assert found["kinds"][kind][side]["contrast"] == pytest.approx(np.mean(scores), rel=1e-6)
+            means.append(np.mean(scores))
+        assert found["mean_of_kinds"][side]["contrast"] == pytest.approx(np.mean(means), rel=1e-6)
+    assert found["kinds"]["one"]["difference"]["contrast"]["num_prompts"] == 2
+
+    status, stdout, _ = dgpo_fast(*given, *reward, "--images-per-prompt", 1, "--gallery", tmp_path / "gallery")
+    assert status == 0
+    lines = [" ".join(line.split()) for line in stdout.splitlines()]
+    assert lines.index("by tag") > lines.index(next(line for line in lines if "prompts of" in line))
+    assert len([line for line in lines if re.match(r"mean of these \d\.\d+ \d\.\d+ [+-]0\.\d+$", line)]) == 2
+    assert 'data-category="two"' in (tmp_path / "gallery" / "index.html").read_text()
+    assert dgpo_fast(*given[:-4], "--by", "category", *reward) == (
+        2, "", "error: --by category: the prompt 'a red circle' has none; its metadata have tag\n",
+    )  # fmt: skip
+
+
 def test_eval_scores_what_it_is_told_to(dgpo_fast: CommandLine, straight_run: Path, tmp_path: Path) -> None:
     """By other rewards, on other prompts, of an earlier checkpoint: as JSON, CSV and page."""
     (tmp_path / "prompts.txt").write_text("a blue circle\n<red>\nnever drawn\n")
@@ -319,15 +355,21 @@ def test_a_gpu_without_enough_memory_is_one_line_with_advice(
     assert stderr.startswith(f"error: {said}")
 
 
-@pytest.mark.parametrize("recipe", ["tiny-dgpo", "tiny-flow-grpo"])
+@pytest.mark.parametrize("recipe", ["tiny-dgpo", "tiny-flow-grpo", "full"])
 def test_what_is_advised_where_memory_lacks_may_change_on_resume(recipe: str) -> None:
-    saved = load_recipe(recipe)
+    """And is not there already."""
+    full = ["adapter=null", "model.engine=eager", "model.checkpointing=full"]
+    saved = load_recipe("tiny-dgpo", full) if recipe == "full" else load_recipe(recipe)
     advised = cli._remedies(saved, True).partition("with which --resume goes on")[0]
-    changes = {"model.checkpointing": "full", "optimizer.images_per_micro_batch": 2, "rollout.images_per_forward": 2,
-               "rollout.images_per_decode": 2}  # fmt: skip
+    changes = {
+        "model.checkpointing": "full", "optimizer.images_per_micro_batch": 2, "rollout.images_per_forward": 2,
+        "rollout.images_per_decode": 2, "parallel.zero_stage": 1, "parallel.offload_optimizer": "cpu",
+    }  # fmt: skip
     named = [f"{key}={value}" for key, value in changes.items() if key in advised]
-    assert len(named) == (2 if recipe == "tiny-flow-grpo" else 4)
-    assert resume_conflicts(saved, load_recipe(recipe, named)) == []
+    assert len(named) == {"tiny-dgpo": 4, "tiny-flow-grpo": 2, "full": 5}[recipe]
+    assert ("model.checkpointing" in advised) == (recipe != "full")
+    changed = load_recipe("tiny-dgpo", [*full, *named]) if recipe == "full" else load_recipe(recipe, named)
+    assert resume_conflicts(saved, changed) == []
 
 
 def test_eval_says_where_its_files_are(dgpo_fast: CommandLine, straight_run: Path, tmp_path: Path) -> None:
@@ -510,6 +552,7 @@ def test_doctor_knows_the_operators(dgpo_fast: CommandLine) -> None:
 
     status, stdout, stderr = dgpo_fast("doctor")
     assert (status, stderr) == (0, "")
+    assert "auto takes cpu; math runs here too" in " ".join(stdout.split())
     for word in ("machine", "torch", "flash-attn", "native library", "triton", "TRITON_INTERPRET", "on cpu"):
         assert word in stdout
     (row,) = (line.split() for line in stdout.splitlines() if "solver_step" in line)
@@ -533,11 +576,14 @@ def test_doctor_says_which_form_of_an_operator_falls_back() -> None:
         served("norm", "cpu", "native", "C++"), served("norm", "cuda", "triton", "Triton"),
         served("norm_backward", "cpu", "reference", "PyTorch"), served("norm_backward", "cuda", "triton", "Triton"),
     ]  # fmt: skip
-    findings = {**examine(), "operators": operators, "because": {"cpu": ["first", "second"], "cuda": ["third"]}}
+    attention = {"flash3": "is not installed", "cudnn": None, "math": None}
+    found = {"cuda": "13.0", "attention": attention, "operators": operators}
+    findings = {**examine(), **found, "because": {"cpu": ["first", "second"], "cuda": ["third"]}}
     page = io.StringIO()
     Console(file=page, width=120).print(render(findings))
     shown = [" ".join(line.split()) for line in page.getvalue().splitlines()]
     assert "norm backward C++, backward: PyTorch Triton" in shown
+    assert "attention auto takes cudnn; math runs here too (flash3 is not installed)" in shown
     assert shown[-3:] == ["on cpu: first", "on cpu: second", "on cuda: third"]
 
 

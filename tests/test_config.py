@@ -302,6 +302,13 @@ def test_a_wrong_setting_is_one_line_that_names_it(text: str, message: str, fold
     assert message in refusal(yaml.safe_dump(MINIMAL | yaml.safe_load(text)))
 
 
+def test_another_method_leaves_the_settings_of_the_recipes() -> None:
+    """As a recipe does that extends another."""
+    config = load_recipe("sd35m-geneval", ["algorithm.name=diffusion_nft", "algorithm.beta=0.1"])
+    assert config.algorithm == DiffusionNFTConfig(beta=0.1)
+    assert load_recipe("sd35m-geneval", ["algorithm.name=dgpo"]) == load_recipe("sd35m-geneval")
+
+
 @pytest.mark.parametrize(("text", "message"), FILE_MISTAKES.items())
 def test_a_wrong_file_is_one_line_that_names_it(text: str, message: str, folder: Path) -> None:
     assert message in refusal(text)

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dgpo_fast import Trainer, load_recipe
 from dgpo_fast.checkpoint import list_checkpoints, load_checkpoint
 from dgpo_fast.cli import main
-from dgpo_fast.config import Config
+from dgpo_fast.config import Config, change_config
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluate import evaluate_run
 from dgpo_fast.export import export_run
 from dgpo_fast.metrics import read_evaluations
 from dgpo_fast.models.full import FullPolicy
+from dgpo_fast.models.sources import EMBEDDED
 from dgpo_fast.models.training import load_policy, train_policy
 from dgpo_fast.parallel.world import ALONE
 from dgpo_fast.profiling import Category, watched_by
@@ -135,6 +139,32 @@ def test_what_is_evaluated_is_what_was_saved(run: Path) -> None:
     assert again["base"] == last["base"]
     assert again["tuned"] == last["tuned"]
     assert last["tuned"] != last["base"]
+
+
+def test_a_table_of_positions_that_is_not_the_usual_one_is_saved_too(tmp_path: Path, config: Config) -> None:
+    """A model may come with another than diffusers computes; a run goes on from such a checkpoint."""
+    shutil.copytree(EMBEDDED, tmp_path / "model")
+    file = tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    table = weights["pos_embed.pos_embed"] = weights["pos_embed.pos_embed"].flip(1).contiguous()
+    save_file(weights, file, metadata={"format": "pt"})
+    out = tmp_path / "run"
+    shifted = change_config(config, {"model": {"name": str(tmp_path / "model")}, "steps": 1}, source="test")
+    Trainer(shifted, out).train()
+    checkpoint = list_checkpoints(out)[-1]
+    loaded = SD3Transformer2DModel.from_pretrained(checkpoint / "transformer")
+    assert torch.equal(loaded.state_dict()["pos_embed.pos_embed"], table)
+    saved = load_checkpoint(checkpoint)
+    assert saved.tensors("ema").keys() == dict(loaded.named_parameters()).keys()
+    Trainer(change_config(shifted, {"steps": 2}, source="test"), out, resume=True).train()
+    assert math.isfinite(evaluate_run(out).as_json()["tuned"]["soft"])
+
+
+def test_what_only_evaluates_has_the_base_once(config: Config) -> None:
+    policy = load_policy(config, ALONE, is_trained=False)
+    assert isinstance(policy, FullPolicy)
+    assert policy._errors_module("ref") is policy.trained
+    assert policy._replica.transformer is not policy.trained
 
 
 def test_an_exported_pipeline_is_diffusers_own(run: Path, ema: dict[str, Tensor], tmp_path: Path) -> None:

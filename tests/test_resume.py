@@ -20,9 +20,10 @@ from dgpo_fast.checkpoint import load_checkpoint as load
 from dgpo_fast.config import Config, dump_config
 from dgpo_fast.errors import UserError
 from dgpo_fast.metrics import read_evaluations, read_metrics
+from dgpo_fast.models.sources import EMBEDDED
 from dgpo_fast.ops import describe_serving
 from dgpo_fast.prompts import load_prompts
-from dgpo_fast.run_directory import refuse_conflicts
+from dgpo_fast.run_directory import begun_with
 
 STATE = {"policy", "old", "ema", "exp_avg", "exp_avg_sq"}
 CLOCK_AND_MEMORY = {"wall_s", "rollout_s", "reward_s", "train_s", "images_per_s", "peak_memory_gb"}
@@ -84,7 +85,7 @@ def killed_run(
     assert process.returncode == -signal.SIGKILL, process.stderr
     serving, ratio, samples, *others = process.stderr.splitlines()
     assert serving == describe_serving("cpu")
-    assert ratio.startswith("engine fused: ") and samples.startswith("samples are drawn with ")
+    assert ratio.startswith("engine fused, attention cpu: ") and samples.startswith("samples are drawn with ")
     said = ("step ", "rewards.terms: which of the metrics ")
     assert [line for line in others if not line.startswith(said)] == [], "libraries are silent"
     return out
@@ -189,7 +190,7 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path, straight_run: Pat
      "optimizer.images_per_micro_batch=8", "name=other", "description=other", "prompts.train=shapes:test"],
 )  # fmt: skip
 def test_resume_allows(change: str, straight_run: Path, quick: tuple[str, ...]) -> None:
-    refuse_conflicts(straight_run, load_recipe("tiny-dgpo", [*quick, change]))
+    begun_with(straight_run, load_recipe("tiny-dgpo", [*quick, change]))
 
 
 @pytest.mark.parametrize(
@@ -207,20 +208,58 @@ def test_resume_allows(change: str, straight_run: Path, quick: tuple[str, ...]) 
 def test_resume_refuses_and_names_the_key(change: str, straight_run: Path, quick: tuple[str, ...]) -> None:
     key = change.partition("=")[0]
     with pytest.raises(UserError, match=rf"--resume cannot change {key}: .* -> ") as error:
-        refuse_conflicts(straight_run, load_recipe("tiny-dgpo", [*quick, change]))
+        begun_with(straight_run, load_recipe("tiny-dgpo", [*quick, change]))
     assert "\n" not in str(error.value)
     assert str(error.value).endswith(f"dgpo-fast train {straight_run / 'config.yaml'} --out {straight_run} --resume")
 
 
+COMMIT, PUSHED = 40 * "1", 40 * "2"
+
+
+@pytest.mark.parametrize("revision", ["null", "main"])
+def test_a_run_goes_on_with_the_commit_that_it_began_with(
+    tmp_path: Path, quick: tuple[str, ...], child_environment: dict[str, str], revision: str
+) -> None:
+    """Of a model of the hub to which another was pushed meanwhile, and so does its evaluation."""
+    repository, out = tmp_path / "hub" / "models--some--model", tmp_path / "run"
+    shutil.copytree(EMBEDDED, repository / "snapshots" / COMMIT)
+    (repository / "snapshots" / PUSHED).mkdir()  # it holds nothing that could be loaded
+    shutil.copy(EMBEDDED / "model_index.json", repository / "snapshots" / PUSHED)
+    (repository / "refs").mkdir()
+    main = repository / "refs" / "main"
+    named = [f"--set={key}" for key in (*quick, "model.name=some/model", f"model.revision={revision}")]
+
+    def dgpo_fast(*arguments: str) -> None:
+        subprocess.run(
+            [sys.executable, "-m", "dgpo_fast", *arguments], check=True, capture_output=True,
+            env={**child_environment, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+
+    main.write_text(COMMIT)
+    dgpo_fast("train", "tiny-dgpo", *named, "--steps=3", f"--out={out}")
+    main.write_text(PUSHED)
+    dgpo_fast("train", "tiny-dgpo", *named, "--steps=4", f"--out={out}", "--resume")
+    assert load_recipe(out / "config.yaml").model.revision == COMMIT
+    dgpo_fast("eval", str(out), "--json")
+
+
+def test_a_run_does_not_go_on_with_another_commit(straight_run: Path, tmp_path: Path) -> None:
+    config = load_recipe(straight_run / "config.yaml")
+    (tmp_path / "config.yaml").write_text(dump_config(config.at_commit(COMMIT)))
+    assert begun_with(tmp_path, config) == COMMIT
+    with pytest.raises(UserError, match=f"--resume cannot change model.revision: '{COMMIT}' -> '{PUSHED}'"):
+        begun_with(tmp_path, config.at_commit(PUSHED))
+
+
 def test_a_run_is_its_own_recipe(straight_run: Path) -> None:
     """As the refusal says."""
-    refuse_conflicts(straight_run, load_recipe(straight_run / "config.yaml"))
+    begun_with(straight_run, load_recipe(straight_run / "config.yaml"))
 
 
 def test_resume_names_every_key_at_once(straight_run: Path, quick: tuple[str, ...]) -> None:
     changes = ["seed=1", "optimizer.lr=1.0", "steps=7"]
     with pytest.raises(UserError, match=r"optimizer\.lr: .*; seed: 0 -> 1") as error:
-        refuse_conflicts(straight_run, load_recipe("tiny-dgpo", [*quick, *changes]))
+        begun_with(straight_run, load_recipe("tiny-dgpo", [*quick, *changes]))
     assert "steps" not in str(error.value)
 
 

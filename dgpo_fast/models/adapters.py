@@ -25,6 +25,7 @@ from dgpo_fast.models.engines import View, make_engine, sampling_engine
 from dgpo_fast.models.policy import TRAINED, Average, Policy, ReadPieces
 from dgpo_fast.models.projections import adapter_order
 from dgpo_fast.models.sd3 import StableDiffusion3
+from dgpo_fast.models.sources import clip_tokens, find_model
 from dgpo_fast.ops.ema_lerp import ema_lerp_
 from dgpo_fast.parallel.weights import FlatWeights, Held, TrainedWeights, cut
 from dgpo_fast.records import Conditioning
@@ -128,11 +129,15 @@ class AdapterPolicy(Policy):
         """Runs one sample with random adapters, forward and backward, and makes sure that each adapter matters.
 
         Raises:
-            UserError: some adapted layer has no influence on the output (wrong targets, say), or none at all has.
+            UserError: some adapted layer has no influence on the output (wrong targets, say), none at all has, or a
+                gradient is not finite.
         """
         config, generator = self.model.transformer.config, torch.Generator().manual_seed(0)
         x_BCHW = torch.randn(1, *self.model.latent_shape, generator=generator).to(self.model.device)
-        text = torch.randn(1, 8, config.joint_attention_dim, generator=generator)
+        named = self.model.config
+        num_tokens = clip_tokens(find_model(named.name, revision=named.revision), revision=named.revision)
+        # As many as in training: kernels of attention are chosen, and may fail, by that number.
+        text = torch.randn(1, num_tokens + named.text_length, config.joint_attention_dim, generator=generator)
         pooled = torch.randn(1, config.pooled_projection_dim, generator=generator)
         conditioning = Conditioning(
             text_BND=text.to(self.model.device, self.model.dtype),
@@ -144,11 +149,17 @@ class AdapterPolicy(Policy):
             if velocity.requires_grad:  # it does not where no adapter at all is computed with
                 velocity.float().square().sum().backward()
         gradients = self.trained.slices(self.trained.compute_gradient)
+        spoilt = [name for name, piece in gradients.items() if not piece.isfinite().all()]
         dead = [name for name, piece in gradients.items() if not piece.any()]
         self.trained.compute_gradient.zero_()
         unused = self._unused_prefix()
         if idle := [name for name in dead if not name.startswith(unused)]:
             raise UserError(f"adapter.targets: {len(idle)} adapters do not change the output, the first is {idle[0]!r}")
+        if spoilt:
+            raise UserError(
+                f"the gradients of {len(spoilt)} adapters are not finite, the first of {spoilt[0]!r}, from finite "
+                "weights: a kernel is broken here; model.attention, or model.engine eager, takes another"
+            )
 
     @contextmanager
     def equal_weights(self, *views: View) -> Iterator[None]:

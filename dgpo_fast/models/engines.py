@@ -169,6 +169,14 @@ def make_engine(model: StableDiffusion3, adapter: AdapterConfig, flats: Mapping[
     return EagerEngine(model)
 
 
+def describe_engine(model: StableDiffusion3) -> str:
+    """What the transformer runs by, such as `engine fused, attention cudnn`."""
+    config = model.config
+    if config.engine != "fused":
+        return f"engine {config.engine}"
+    return f"engine fused, attention {find_attention(config.attention, device=model.device, dtype=model.dtype).name}"
+
+
 def sampling_engine(engine: Engine, model: ModelConfig) -> Engine:
     """What training samples are drawn with, as `model.sampling` says: `engine`, or a form of it.
 

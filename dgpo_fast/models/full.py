@@ -77,26 +77,36 @@ class Replica:
 
 
 class FullPolicy(Policy):
-    """A `StableDiffusion3` whose whole transformer is trained; to be used once `train_with` was called."""
+    """A `StableDiffusion3` whose whole transformer is trained; to be used once `train_with` was called.
+
+    Args:
+        is_trained: False for one that only evaluates: it has the policy and the base in one.
+    """
 
     ema_file = "transformer/diffusion_pytorch_model.safetensors"
 
-    def __init__(self, model: StableDiffusion3) -> None:
+    def __init__(self, model: StableDiffusion3, *, is_trained: bool = True) -> None:
         assert model.config.engine != "fused"  # it computes no gradients of the weights
-        transformers = model.transformer, deepcopy(model.transformer), deepcopy(model.transformer)
-        for transformer in transformers:
+        self.trained = model.transformer
+        reference = deepcopy(self.trained) if is_trained else self.trained
+        shown = deepcopy(self.trained)
+        for transformer in dict.fromkeys((self.trained, reference, shown)):
             if model.config.checkpointing == "full":
                 transformer.enable_gradient_checkpointing()
             if model.config.engine == "compile":
                 compile_blocks(transformer)
             else:
                 announce_blocks(transformer)
-            # Of all three: torch chooses a product's kernel by whether its weight requires gradients, and does so where
+            # Of all: torch chooses a product's kernel by whether its weight requires gradients, and does so where
             # none are recorded, too (`should_fold` in ATen's LinearAlgebra.cpp). Equal weights are to give equal bits.
             transformer.requires_grad_(True)
-        self.trained = transformers[0]
-        self._reference: nn.Module = transformers[1]
-        self._replica = Replica(transformers[2])
+        # A released table of positions need not be the one that diffusers would compute.
+        persistent = self.trained.state_dict().keys()
+        self.ema_constants = {
+            name: buffer.float() for name, buffer in self.trained.named_buffers() if name in persistent
+        }
+        self._reference: nn.Module = reference
+        self._replica = Replica(shown)
         self._module: nn.Module = self.trained
         self._samples_from_replica = False
         super().__init__(model, ReplicaEngine(model, self._errors_module), ReplicaEngine(model, self._sampling_module))

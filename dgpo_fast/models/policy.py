@@ -7,9 +7,10 @@ transformer of its own (`models/full.py`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
@@ -50,6 +51,8 @@ class Policy(ABC):
 
     ema_file: str | None = None
     """Where diffusers looks for float32 weights that are, piece by piece, those of `averages`; None if nowhere."""
+    ema_constants: Mapping[str, Tensor] = MappingProxyType({})
+    """What it looks for there besides."""
 
     def __init__(self, model: StableDiffusion3, engine: Engine, sampling_engine: Engine) -> None:
         self.model, self.engine, self.sampling_engine = model, engine, sampling_engine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -107,6 +108,21 @@ def hub_commit(source: ModelSource, *, revision: str | None = None) -> str:
     index = cached_file(source, "model_index.json", revision=revision)
     assert index is not None, f"{source.location} is not in the cache"
     return index.parent.name
+
+
+def download_command(repository: str) -> str:
+    """Downloads of a pipeline on the hub what is loaded: beside it lie the same weights for other programs."""
+    folders = ("scheduler", "transformer", "vae", *TEXT_FOLDERS)
+    wanted = [
+        word for pattern in ("model_index.json", *(f"{name}/*" for name in folders)) for word in ("--include", pattern)
+    ]
+    return shlex.join(["hf", "download", repository, *wanted, "--exclude", "*.fp16*"])
+
+
+def commit_of(name: str, *, revision: str | None = None) -> str | None:
+    """The commit of the model that `name` means, once that is in the local cache; None where it is none of the hub."""
+    source = find_model(name, revision=revision)
+    return hub_commit(source, revision=revision) if source.kind == "hub" else None
 
 
 def text_identity(source: ModelSource, *, revision: str | None = None) -> dict[str, str | int]:

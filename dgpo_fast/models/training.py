@@ -14,15 +14,18 @@ from dgpo_fast.parallel.weights import TrainedWeights
 from dgpo_fast.parallel.world import World
 
 
-def load_policy(config: Config, world: World) -> Policy:
+def load_policy(config: Config, world: World, *, is_trained: bool = True) -> Policy:
     """The policy of a recipe, not yet trained: every view is the base.
+
+    Args:
+        is_trained: False where it only evaluates, which takes less memory.
 
     Raises:
         UserError: the model cannot be loaded, or its adapters or engine cannot be what the recipe says.
     """
     model = load_model(config.model, device=world.device)
     if config.adapter is None:
-        return FullPolicy(model)
+        return FullPolicy(model, is_trained=is_trained)
     return AdapterPolicy(model, config.adapter, seed=config.seed)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -50,15 +50,18 @@ def write_pieces(path: Path, pieces: Iterable[Piece], shapes: Shapes) -> None:
                 rest = rest[file.write(rest) :]  # at most 2 GiB at once
 
 
-def read_pieces(path: Path, pieces: Sequence[Piece], shapes: Shapes) -> None:
+def read_pieces(path: Path, pieces: Sequence[Piece], shapes: Shapes, *, besides: Collection[str] = ()) -> None:
     """Fills the values of `pieces` from a file of parameters of these `shapes`.
+
+    Args:
+        besides: what else the file has, which is left alone.
 
     Raises:
         KeyError: the file's are others; the first that differs.
     """
     with path.open("rb") as file:
         entries = _read_header(file)
-        for name in sorted({*shapes, *entries}):
+        for name in sorted({*shapes, *entries}.difference(besides)):
             if name not in shapes or name not in entries or entries[name].shape != tuple(shapes[name]):
                 raise KeyError(name)
         for name, start, values in pieces:

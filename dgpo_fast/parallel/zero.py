@@ -344,6 +344,7 @@ def _import_deepspeed(world: World) -> Any:
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its import has set another
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
-    # Collectives on a CPU are gloo's. DeepSpeed's own through shared memory would be compiled first, for a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if world.device.type == "cpu":
+        # Collectives are gloo's here. DeepSpeed's own through shared memory would be compiled first, for a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

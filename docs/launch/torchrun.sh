@@ -15,6 +15,9 @@ FIRST=${FIRST:-localhost}         # the machine where the others meet
 PORT=${PORT:-29400}               # a free one there
 RUN_ID=${RUN_ID:-$OUT}            # the same on all machines, and no other run's
 
+# How long a stopped run may save before torchrun kills it: by itself it would wait 30 s.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+
 exec python -m torch.distributed.run \
     --nnodes="$NODES" --nproc-per-node="$GPUS" \
     --rdzv-backend=c10d --rdzv-endpoint="$FIRST:$PORT" --rdzv-id="$RUN_ID" --max-restarts=0 \

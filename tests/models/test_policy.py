@@ -320,6 +320,25 @@ def test_the_check_finds_a_layer_that_ignores_its_adapter(
         policy.check_trained()
 
 
+@pytest.mark.parametrize("engine", ["fused", "eager"])
+def test_the_check_finds_gradients_that_are_not_finite(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """As of a kernel whose backward pass fails at some lengths: it sees as many tokens as training has."""
+    policy = make_policy(tiny(f"model.engine={engine}"))
+    velocity = policy.velocity
+
+    def spoilt(view: View, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> tuple[Tensor, None]:
+        assert conditioning.text_BND.shape[1] == policy.model.encode([""]).text_BND.shape[1]
+        found = velocity(view, x, timestep, conditioning)[0]
+        found.register_hook(lambda gradient: gradient * torch.nan)
+        return found, None
+
+    monkeypatch.setattr(policy, "velocity", spoilt)
+    with pytest.raises(UserError, match=r"gradients of \d+ adapters are not finite, .*; model\.attention, or"):
+        policy.check_trained()
+
+
 @ONLY_EAGER
 def test_the_check_finds_adapters_that_nothing_computes_with(
     make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
