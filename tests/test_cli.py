@@ -288,7 +288,7 @@ def test_eval_by_kind_of_prompt(dgpo_fast: CommandLine, straight_run: Path, tmp_
     lines = [" ".join(line.split()) for line in stdout.splitlines()]
     assert lines.index("by tag") > lines.index(next(line for line in lines if "prompts of" in line))
     assert len([line for line in lines if re.match(r"mean of these \d\.\d+ \d\.\d+ [+-]0\.\d+$", line)]) == 2
-    assert 'data-category="two"' in (tmp_path / "gallery" / "index.html").read_text()
+    assert "<small>two</small>" in (tmp_path / "gallery" / "index.html").read_text()
     assert dgpo_fast(*given[:-4], "--by", "category", *reward) == (
         2, "", "error: --by category: the prompt 'a red circle' has none; its metadata have tag\n",
     )  # fmt: skip
