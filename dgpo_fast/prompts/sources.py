@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -89,7 +90,10 @@ def missing_dataset(source: str) -> str | None:
     cached = {path.name.lower() for path in Path(config.HF_DATASETS_CACHE).glob("*___*")}
     if name.replace("/", "___").lower() in cached:
         return None
-    return f"the dataset {name} is not in the local cache: the first run downloads it from the Hugging Face hub"
+    load = f"import datasets; datasets.load_dataset({json.dumps(name)})"
+    return (
+        f"the dataset {name} is not in the local cache: `python -c {shlex.quote(load)}` or the first run downloads it"
+    )
 
 
 def _read(source: str) -> list[str]:

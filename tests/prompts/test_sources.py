@@ -193,8 +193,8 @@ def test_without_a_network() -> None:
     source = "hf:someone/their-prompts#caption"
     refused(source, r"cannot load 'hf:someone/their-prompts#caption': \w+: ")
     assert missing_dataset(source) == (
-        "the dataset someone/their-prompts is not in the local cache: the first run downloads it from the Hugging Face "
-        "hub"
+        "the dataset someone/their-prompts is not in the local cache: `python -c 'import datasets; "
+        'datasets.load_dataset("someone/their-prompts")\'` or the first run downloads it'
     )
     refused("hf:", "names no dataset; expected hf:OWNER/NAME")
 
