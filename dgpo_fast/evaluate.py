@@ -21,7 +21,6 @@ from dgpo_fast.config import Config, load_run_config
 from dgpo_fast.errors import UserError
 from dgpo_fast.flow.rollout import Sampler, sample_latents
 from dgpo_fast.gallery import picture_keeper, write_gallery
-from dgpo_fast.guard.held_out import held_out_reward, untold_terms
 from dgpo_fast.models.engines import View
 from dgpo_fast.models.policy import Policy
 from dgpo_fast.models.training import load_policy
@@ -192,19 +191,6 @@ def _check_failures(scores: Scores, total: int, config: Config, world: World, sa
     if monitors:  # of this rank: others need not agree on what nothing depends on
         failed = {name: scores.failed[name] for name in monitors}
         say(f"monitors: {describe_failures(failed, total=len(scores.reward_B))}; their metrics are of the others")
-
-
-def headline(metrics: Metrics, config: Config) -> float:
-    """The number that decides which checkpoint is the best: `strict` of the only reward, where it has one, else the
-    recipe's weighted sum, or of that the first term, where names do not tell what the others are of."""
-    rewards = config.rewards
-    if "strict" in metrics and len({term.name for term in rewards.terms}) == 1:
-        return metrics["strict"]
-    if untold_terms(metrics, rewards):
-        first = rewards.terms[0]
-        return first.weight * metrics.get(first.metric or next(iter(metrics)), math.nan)
-    total = held_out_reward(metrics, rewards)
-    return math.nan if total is None else total
 
 
 class _KeepingScorer(Scorer):

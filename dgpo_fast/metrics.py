@@ -95,7 +95,6 @@ class MetricsLog:
         self,
         step: int,
         *,
-        split: str,
         num_prompts: int,
         images_per_prompt: int,
         base: Mapping[str, float],
@@ -104,7 +103,7 @@ class MetricsLog:
         """Adds one held-out evaluation: metrics of the base model and of the evaluation EMA after `step` steps."""
         line = {
             "step": step,
-            "split": split,
+            "split": "test",
             "num_prompts": num_prompts,
             "images_per_prompt": images_per_prompt,
             "base": {name: json_number(value) for name, value in base.items()},

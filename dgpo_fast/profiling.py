@@ -98,10 +98,6 @@ class StageClock:
     seconds: defaultdict[tuple[str, ...], float] = field(default_factory=lambda: defaultdict(float))
     calls: defaultdict[tuple[str, ...], int] = field(default_factory=lambda: defaultdict(int))
 
-    def total(self, name: str) -> float:
-        """Seconds spent in every stage of that name, wherever it stands."""
-        return sum(seconds for path, seconds in self.seconds.items() if path[-1] == name)
-
     def by_name(self) -> dict[str, float]:
         """Seconds per path, such as "rollout/transformer"."""
         return {"/".join(path): seconds for path, seconds in self.seconds.items()}

@@ -24,8 +24,8 @@ from dgpo_fast.charts import Floats, Series, line_chart, power_of_ten, smooth, v
 from dgpo_fast.config import Config, load_run_config
 from dgpo_fast.errors import UserError
 from dgpo_fast.files import write_atomically
-from dgpo_fast.guard.held_out import held_out_reward
 from dgpo_fast.guard.rules import diversity_at_first
+from dgpo_fast.held_out import deciding_metric, held_out_reward
 from dgpo_fast.metrics import SINGLE_REWARD, read_evaluations, read_metrics, read_warnings
 from dgpo_fast.profiling import BACKGROUND
 from dgpo_fast.samples import Tile, read_grid
@@ -179,17 +179,17 @@ def read_run(run_dir: Path) -> Run:
     )
 
 
-def scores(evaluations: Sequence[Mapping[str, Any]]) -> list[Score]:
-    """The finite metrics of the last evaluation, `strict` first.
+def scores(run: Run) -> list[Score]:
+    """The finite metrics of the last evaluation, the one that decides which checkpoint is the best in front.
 
     A track spans 0 to 1 where it can, else the round values around both.
     """
-    if not evaluations:
+    if not run.evaluations:
         return []
-    base, tuned = evaluations[-1]["base"], evaluations[-1]["tuned"]
+    base, tuned = run.evaluations[-1]["base"], run.evaluations[-1]["tuned"]
     return [
         _score(name, base[name], tuned[name], index)
-        for index, name in enumerate(_metric_names(evaluations[-1]))
+        for index, name in enumerate(_metric_names(run))
         if math.isfinite(base[name]) and math.isfinite(tuned[name])
     ]
 
@@ -376,7 +376,7 @@ def _context(run: Run) -> dict[str, Any]:
         "run": run,
         "config": run.config,
         "settings": _settings(run.config),
-        "scores": scores(run.evaluations),
+        "scores": scores(run),
         "comparisons": comparisons(run),
         "last": last,
     }
@@ -424,7 +424,7 @@ def _held_out_series(run: Run) -> list[Series]:
             color=_metric_color(index),
             mark="points",
         )
-        for index, name in enumerate(_metric_names(run.evaluations[-1]))
+        for index, name in enumerate(_metric_names(run))
     ]
 
 
@@ -466,9 +466,11 @@ def _stages_under(
         left += width
 
 
-def _metric_names(evaluation: Mapping[str, Any]) -> list[str]:
-    """The metrics of an evaluation, the one that decides which checkpoint is the best in front."""
-    return sorted(evaluation["base"], key=lambda name: name != "strict")
+def _metric_names(run: Run) -> list[str]:
+    """The metrics of the last evaluation, the one that decides which checkpoint is the best in front."""
+    metrics = run.evaluations[-1]["base"]
+    decides = deciding_metric(metrics, run.config.rewards)
+    return sorted(metrics, key=lambda name: name != decides)
 
 
 def _metric_color(index: int) -> str:

@@ -121,7 +121,7 @@ class RunDirectory:
         if self.is_first:
             with self._written():
                 self._log.write_evaluation(
-                    step, split="test", num_prompts=num_prompts, images_per_prompt=images_per_prompt,
+                    step, num_prompts=num_prompts, images_per_prompt=images_per_prompt,
                     base=base, tuned=tuned,
                 )  # fmt: skip
             self.progress.evaluated(score)

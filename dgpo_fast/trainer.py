@@ -19,9 +19,9 @@ from dgpo_fast.checkpoint import Checkpoint, load_newest, rotate
 from dgpo_fast.config import Config, check_ranks, refuse_used
 from dgpo_fast.environment import peak_memory_gb
 from dgpo_fast.errors import UserError
-from dgpo_fast.evaluate import Metrics, draw_images, evaluate_view, headline
+from dgpo_fast.evaluate import Metrics, draw_images, evaluate_view
 from dgpo_fast.guard import STOPPED, Guard
-from dgpo_fast.guard.held_out import untold_terms
+from dgpo_fast.held_out import headline, untold_terms
 from dgpo_fast.interruption import Interrupted, Interruption
 from dgpo_fast.learner import Learner
 from dgpo_fast.metrics import read_evaluations
@@ -97,7 +97,7 @@ class Trainer:
         self.past = [line for line in self.world.gather_objects(mine)[0] if line["step"] <= self.step]
         if self.past:
             self.base_metrics = self.past[0]["base"]
-        self.scores = {line["step"]: headline(line["tuned"], config) for line in self.past}
+        self.scores = {line["step"]: headline(line["tuned"], config.rewards) for line in self.past}
         self.readiness = self.algorithm.prepare(self.policy)
 
     def train(self) -> None:
@@ -280,7 +280,7 @@ class Trainer:
         tuned = self.base_metrics if is_base else measure(self.policy, "ema")
         unknown = dict.fromkeys([*self.base_metrics, *tuned], math.nan)  # where a monitor failed for all
         self.base_metrics, tuned = unknown | self.base_metrics, unknown | tuned
-        score = self.scores[self.step] = headline(tuned, self.config)
+        score = self.scores[self.step] = headline(tuned, self.config.rewards)
         run.log_evaluation(
             self.step, num_prompts=len(self.test_prompts), base=self.base_metrics, tuned=tuned, score=score
         )

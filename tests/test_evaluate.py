@@ -16,8 +16,9 @@ from torch import Tensor
 from dgpo_fast import load_recipe
 from dgpo_fast.config import Config, change_config, load_run_config
 from dgpo_fast.errors import UserError
-from dgpo_fast.evaluate import draw_images, evaluate_run, evaluate_view, headline, score_view
+from dgpo_fast.evaluate import draw_images, evaluate_run, evaluate_view, score_view
 from dgpo_fast.evaluation_config import evaluation_config
+from dgpo_fast.held_out import deciding_metric, headline
 from dgpo_fast.metrics import read_evaluations
 from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.sd3 import load_model
@@ -354,10 +355,12 @@ def test_a_pair_without_a_score_is_left_out(how: str, straight_run: Path, monkey
 def test_the_headline_is_strict_or_the_trained_metric(config: Config, quick: tuple[str, ...]) -> None:
     chosen = load_recipe("tiny-dgpo", [*quick, "rewards.terms=[{name: shapes, metric: soft}]"])
     first = load_recipe("tiny-dgpo", [*quick, "rewards.terms=[{name: shapes}]"])
-    assert headline({"soft": 0.1, "strict": 0.2}, chosen) == 0.2
-    assert headline({"other": 0.3, "soft": 0.1}, chosen) == 0.1
-    assert headline({"other": 0.3, "soft": 0.1}, first) == 0.3
-    assert math.isnan(headline({"strict": math.nan}, first))
+    assert headline({"soft": 0.1, "strict": 0.2}, chosen.rewards) == 0.2
+    assert headline({"other": 0.3, "soft": 0.1}, chosen.rewards) == 0.1
+    assert headline({"other": 0.3, "soft": 0.1}, first.rewards) == 0.3
+    assert math.isnan(headline({"strict": math.nan}, first.rewards))
+    assert deciding_metric(("soft", "strict"), chosen.rewards) == "strict"
+    assert deciding_metric(("other", "soft"), chosen.rewards) == "soft"
 
 
 @pytest.mark.parametrize(
@@ -373,6 +376,7 @@ def test_the_headline_of_several_rewards_is_their_weighted_sum(
 ) -> None:
     metrics = {"clipscore": 0.3, "ocr": 0.5, "exact": 0.1, "soft": 0.8, "strict": 0.4}
     config = load_recipe("tiny-dgpo", [*quick, f"rewards.terms={terms}"])
-    assert headline(metrics, config) == pytest.approx(expected)
+    assert headline(metrics, config.rewards) == pytest.approx(expected)
+    assert deciding_metric(metrics, config.rewards) == ("clipscore" if "shapes}" in terms else None)
     told = "shapes}" not in terms
-    assert math.isnan(headline({**metrics, "ocr": math.nan, "strict": math.nan}, config)) == told
+    assert math.isnan(headline({**metrics, "ocr": math.nan, "strict": math.nan}, config.rewards)) == told

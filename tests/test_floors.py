@@ -29,6 +29,7 @@ FLOORS = (
             "evaluate",
             "gallery",
             "guard",
+            "held_out",
             "interruption",
             "metrics",
             "progress",

@@ -42,7 +42,7 @@ def open_log(run_dir: Path, *, resume_step: int | None = None, tensorboard: bool
 
 def evaluate(log: MetricsLog, step: int) -> None:
     scores = {"strict": step / 7, "soft": step / 3}
-    log.write_evaluation(step, split="test", num_prompts=64, images_per_prompt=4, base={"strict": 0.4}, tuned=scores)
+    log.write_evaluation(step, num_prompts=64, images_per_prompt=4, base={"strict": 0.4}, tuned=scores)
 
 
 def finding(step: int) -> Finding:
@@ -101,7 +101,7 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
 def test_a_held_out_metric_that_nobody_knows_is_null_on_disk_and_nan_when_read(tmp_path: Path) -> None:
     with contextlib.closing(open_log(tmp_path)) as log:
         log.write_evaluation(
-            1, split="test", num_prompts=2, images_per_prompt=1, base={"a": math.nan}, tuned={"a": math.inf, "b": 0.5}
+            1, num_prompts=2, images_per_prompt=1, base={"a": math.nan}, tuned={"a": math.inf, "b": 0.5}
         )
     line = json.loads((tmp_path / "evaluations.jsonl").read_text(), parse_constant=pytest.fail)
     assert (line["base"], line["tuned"]) == ({"a": None}, {"a": None, "b": 0.5})

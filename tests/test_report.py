@@ -116,7 +116,7 @@ def write_run(run_dir: Path, *, num_steps: int, evaluations: int = 6, samples: b
         if evaluations and step % max(num_steps // evaluations, 1) == 0:
             learned = 1 - math.exp(-3.2 * step / num_steps)
             tuned = {"strict": round(0.473 + 0.44 * learned, 4), "soft": round(0.712 + 0.23 * learned, 4)}
-            log.write_evaluation(step, split="test", num_prompts=64, images_per_prompt=4, base=base, tuned=tuned)
+            log.write_evaluation(step, num_prompts=64, images_per_prompt=4, base=base, tuned=tuned)
     log.close()
     total = num_steps * SECONDS_PER_STEP
     (run_dir / "stages.json").write_text(json.dumps({path: share * total for path, share in STAGES.items()}))
@@ -233,7 +233,7 @@ def test_before_the_first_step_the_base_model_stands_alone(tmp_path: Path) -> No
     run_dir = write_run(tmp_path / "run", num_steps=0)
     log = MetricsLog(run_dir, config={}, tensorboard=False, wandb=False, resume_step=0)
     same = {"strict": 0.473}
-    log.write_evaluation(0, split="test", num_prompts=64, images_per_prompt=4, base=same, tuned=same)
+    log.write_evaluation(0, num_prompts=64, images_per_prompt=4, base=same, tuned=same)
     log.close()
     page = Page(write_report(run_dir))
     assert "The base model on held-out prompts: strict 0.473. Not evaluated since" in page.text
@@ -264,7 +264,7 @@ def test_everything_from_the_run_is_escaped(tmp_path: Path) -> None:
     environment = {"versions": {hostile: hostile}, "machine": hostile, "command": hostile}
     (run_dir / "environment.json").write_text(json.dumps(environment))
     log = MetricsLog(run_dir, config={}, tensorboard=False, wandb=False, resume_step=2)
-    log.write_evaluation(2, split="test", num_prompts=1, images_per_prompt=1, base={hostile: 0.1}, tuned={hostile: 0.2})
+    log.write_evaluation(2, num_prompts=1, images_per_prompt=1, base={hostile: 0.1}, tuned={hostile: 0.2})
     log.close()
     page = Page(write_report(run_dir))
     assert page.tags.count("script") == 1 and page.tags.count("img") == 1
@@ -302,11 +302,11 @@ def test_a_metric_of_another_scale_gets_a_chart_and_a_track_of_its_own(tmp_path:
     run_dir = write_run(tmp_path / "run", num_steps=10, evaluations=0, samples=False)
     log = MetricsLog(run_dir, config={}, tensorboard=False, wandb=False, resume_step=10)
     base, tuned = {"soft": 0.7, "pickscore": 21.72}, {"soft": 0.9, "pickscore": 23.89}
-    log.write_evaluation(10, split="test", num_prompts=64, images_per_prompt=4, base=base, tuned=tuned)
+    log.write_evaluation(10, num_prompts=64, images_per_prompt=4, base=base, tuned=tuned)
     log.close()
     page = Page(write_report(run_dir))
     assert page.classes("plot") == 13 and "Held-out pickscore" in page.text
-    soft, pickscore = scores(read_run(run_dir).evaluations)
+    soft, pickscore = scores(read_run(run_dir))
     assert (soft.low, soft.high, soft.base_place, soft.tuned_place) == (0, 1, 70, 90)
     assert pickscore.low <= 21.72 and pickscore.high >= 23.89 and pickscore.high - pickscore.low <= 5
     assert "21.72" in page.text and "+2.170" in page.text
@@ -364,9 +364,7 @@ def test_the_gap_is_what_the_training_reward_gained_more(tmp_path: Path) -> None
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     log = MetricsLog(run_dir, config={}, tensorboard=False, wandb=False, resume_step=9)
     for step, soft in ((0, 0.5), (6, 0.7), (9, 0.6)):
-        log.write_evaluation(
-            step, split="test", num_prompts=4, images_per_prompt=4, base={"soft": 0.5}, tuned={"soft": soft}
-        )
+        log.write_evaluation(step, num_prompts=4, images_per_prompt=4, base={"soft": 0.5}, tuned={"soft": soft})
     log.close()
     gap = health_charts(read_run(run_dir))[-1]
     assert gap.title == "Overfit gap" and gap.series[0].x.tolist() == [0, 6, 9]

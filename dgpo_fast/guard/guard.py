@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from dgpo_fast.config import Config
 from dgpo_fast.guard.advice import advice
 from dgpo_fast.guard.findings import Breach, Finding
-from dgpo_fast.guard.held_out import HELD_OUT_RULES, Evaluated, held_out_reward
+from dgpo_fast.guard.held_out import HELD_OUT_RULES, Evaluated
 from dgpo_fast.guard.rules import RULES, Changes, History, Level, Reading, values
+from dgpo_fast.held_out import held_out_reward
 
 if TYPE_CHECKING:
     from dgpo_fast.records import StepReport

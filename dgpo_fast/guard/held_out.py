@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 from dgpo_fast.guard.findings import Breach
 from dgpo_fast.guard_config import GuardConfig
-from dgpo_fast.reward_config import RewardsConfig
 
 
 class Evaluated(NamedTuple):
@@ -25,37 +24,6 @@ class Evaluated(NamedTuple):
 
 HeldOutRule = Callable[[Sequence[Evaluated], float, GuardConfig], Breach | None]
 """Takes evaluations, oldest first, and the standard deviation of the images' rewards at the beginning."""
-
-
-def held_out_reward(metrics: Mapping[str, float], rewards: RewardsConfig) -> float | None:
-    """The recipe's weighted sum of an evaluation's metrics; None where one of them cannot be told by its name.
-
-    A term without `metric` is of the reward's first one: its only one, or the first of all where there is one reward.
-    """
-    total = 0.0
-    for term, name in zip(rewards.terms, _names(metrics, rewards), strict=True):
-        if name is None or not math.isfinite(metrics[name]):
-            return None
-        total += term.weight * metrics[name]
-    return total
-
-
-def untold_terms(metrics: Collection[str], rewards: RewardsConfig) -> list[str]:
-    """Rewards of which an evaluation's names do not tell what the recipe trains on."""
-    named = zip(rewards.terms, _names(metrics, rewards), strict=True)
-    return [term.name for term, name in named if name is None]
-
-
-def _names(metrics: Collection[str], rewards: RewardsConfig) -> list[str | None]:
-    """The metric that each term is of; None where names do not tell."""
-    is_alone = len({term.name for term in rewards.terms}) == 1
-    found: list[str | None] = []
-    for term in rewards.terms:
-        names = [f"{term.name}.{term.metric}", term.metric] if term.metric else [term.name]
-        if term.metric is None and is_alone:
-            names.append(next(iter(metrics)))
-        found.append(next((name for name in names if name in metrics), None))
-    return found
 
 
 def below_base(evaluations: Sequence[Evaluated], std: float, guard: GuardConfig) -> Breach | None:

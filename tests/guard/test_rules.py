@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from dgpo_fast.guard.findings import Breach
-from dgpo_fast.guard.held_out import Evaluated, below_base, held_out_reward, overfit, untold_terms
+from dgpo_fast.guard.held_out import Evaluated, below_base, overfit
 from dgpo_fast.guard.rules import (
     RULES,
     Changes,
@@ -25,6 +25,7 @@ from dgpo_fast.guard.rules import (
     zero_std,
 )
 from dgpo_fast.guard_config import GuardConfig
+from dgpo_fast.held_out import held_out_reward, untold_terms
 from dgpo_fast.reward_config import RewardConfig, RewardsConfig
 
 GUARD = GuardConfig(window=4)
