@@ -16,12 +16,12 @@ from benchmarks.speedup_runs import Run
 from dgpo_fast import Trainer, rng
 from dgpo_fast.algorithms.dgpo import DGPO
 from dgpo_fast.algorithms.diffusion_dpo import pairs
-from dgpo_fast.algorithms.sampling import Check, Deliver, GroupSampler
+from dgpo_fast.algorithms.group_sampler import Check, Deliver, GroupSampler
 from dgpo_fast.config import Config
 from dgpo_fast.flow.rollout import initial_noise
 from dgpo_fast.flow.sde import SDESampler
 from dgpo_fast.models.engines import View
-from dgpo_fast.models.policy import Evaluation, Policy
+from dgpo_fast.models.policy import ModelCall, Policy
 from dgpo_fast.records import PromptBatch, Rollout, ScoredGroups
 from dgpo_fast.rewards import Scores
 
@@ -83,7 +83,7 @@ class StochasticGroups(GroupSampler):
         return Rollout(prompts=prompts, x0_BCHW=torch.cat(drawn), sigmas=self.sampler.sigmas)
 
     @torch.no_grad()
-    def _evaluations(self, policy: Policy, prompts: PromptBatch, samples: slice) -> list[Evaluation]:
+    def _evaluations(self, policy: Policy, prompts: PromptBatch, samples: slice) -> list[ModelCall]:
         group_B = prompts.group_B[samples]
         timestep_TB = torch.tensor(self.stochastic.timesteps, device=policy.model.device)[:, None].expand(
             -1, len(group_B)
@@ -97,5 +97,5 @@ class StochasticGroups(GroupSampler):
         return torch.tensor([[name(sample=sample, timestep=step) for sample in numbers] for step in steps])
 
 
-def _velocity(view: View, policy: Policy, evaluations: list[Evaluation], x_BCHW: Tensor, step: int) -> Tensor:
+def _velocity(view: View, policy: Policy, evaluations: list[ModelCall], x_BCHW: Tensor, step: int) -> Tensor:
     return policy.velocity_at(view, x_BCHW, evaluations[step])[0]

@@ -50,7 +50,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
+class GroupPlan:
     """How groups lie in micro-batches, the letter being that of CONTRIBUTING.md."""
 
     case: str
@@ -86,7 +86,7 @@ class Plan:
     config: Config
     num_ranks: int
     model: str
-    placement: Placement
+    placement: GroupPlan
     micro_batches: int
     """Backward passes of each rank per iteration."""
     sigmas: tuple[float, ...] | None
@@ -140,7 +140,7 @@ def plan(config: Config, *, num_ranks: int | None = None) -> Plan:
     )
 
 
-def placement(config: Config, num_ranks: int) -> Placement:
+def placement(config: Config, num_ranks: int) -> GroupPlan:
     """Whether a group's samples meet in one micro-batch."""
     found = placement_of(config, num_ranks)
     place, work = {
@@ -150,7 +150,7 @@ def placement(config: Config, num_ranks: int) -> Placement:
     }[found.case]
     if found.case != "a" and not config.algorithm.compares_groups:
         work = f"no extra work, {config.algorithm.name} needs no whole groups"
-    return Placement(case=found.case, why=f"{place}: {work}")
+    return GroupPlan(case=found.case, why=f"{place}: {work}")
 
 
 def evaluations(config: Config, num_ranks: int = 1) -> dict[str, float]:

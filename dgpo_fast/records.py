@@ -143,13 +143,14 @@ class NoisedBatch:
 
     x_t_MCHW: Tensor  # float32
     x0_MCHW: Tensor  # float32; 0 where not valid
-    streams_G4: Tensor  # int64, words of the stream of each noise: v* = noise - x_0 is made where it is used
+    streams_N4: Tensor  # int64, words of the stream of each noise: v* = noise - x_0 is made where it is used
+    noise_M: Tensor  # int64, which of these noises each sample has
     timestep_M: Tensor  # float32, what the model is told: 1000 sigma
     conditioning: Conditioning  # a row per sample
     unconditional: Conditioning | None
     advantage_M: Tensor  # float32
     valid_M: Tensor  # bool
-    group_M: Tensor  # int64, whose noise each sample has, numbered from 0 within the round of micro-batches
+    group_M: Tensor  # int64, the group of each sample, numbered from 0 within the round of micro-batches
     group_size_G: Tensor  # float32, valid samples of each group of the round
     group_share: float  # weight of one group in the loss: 1 / (groups of the step that count x training sigmas)
     sample_share: float  # weight of one sample: 1 / (valid samples of the step, on all ranks, x training sigmas)
@@ -218,7 +219,7 @@ class StepReport:
     clip_fraction: float | None = None
     group_weight_mean: float | None = None
     group_weight_saturation: float | None = None
-    # What `signals.py` measures of any method; null where no rank can.
+    # What `step_metrics.py` measures of any method; null where no rank can.
     diversity: float | None = None
     adapter_norm: float | None = None
     rewards: Mapping[str, float]  # means of the single rewards, whose weighted sum is reward_mean

@@ -137,7 +137,7 @@ class Chart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class BeforeAfter:
     """A picture before, and after where there is one, as data URLs."""
 
     prompt: str
@@ -209,7 +209,7 @@ def stages(seconds: Mapping[str, float], *, total: float) -> list[Stage]:
     return rows
 
 
-def comparisons(run: Run) -> list[Comparison]:
+def comparisons(run: Run) -> list[BeforeAfter]:
     """The first sample of each prompt and noise beside the last."""
     if run.first_samples is None:
         return []
@@ -218,7 +218,7 @@ def comparisons(run: Run) -> list[Comparison]:
     # The number of samples may change when a run is resumed, so the tiles agree only as far as their prompts do.
     matched = [after[i] if i < len(after) and after[i].prompt == tile.prompt else None for i, tile in enumerate(before)]
     return [
-        Comparison(
+        BeforeAfter(
             prompt=tile.prompt,
             before=_data_url(tile),
             after=_data_url(match) if match else None,

@@ -38,7 +38,7 @@ from dgpo_fast.rewards import OverlappedScoring, Scorer, Scores
 from dgpo_fast.rewards.grouping import group_scores
 from dgpo_fast.rewards.prompt_checks import check_prompts
 from dgpo_fast.run_directory import RunDirectory, begun_with
-from dgpo_fast.signals import step_metrics
+from dgpo_fast.step_metrics import step_metrics
 
 TIMES = ("rollout", "reward", "train")
 

@@ -106,7 +106,7 @@ def test_the_published_loop_learns_the_same(changes: tuple[str, ...]) -> None:
     ((batch,),) = algorithm.batches(scored)
     algorithm.loss(policy, batch, None).loss.backward()  # type: ignore[no-untyped-call]
 
-    noise_GCHW = rng.normal(batch.streams_G4, policy.model.latent_shape)
+    noise_GCHW = rng.normal(batch.streams_N4, policy.model.latent_shape)
     before = [parameter.detach().clone() for parameter in loop.parameters]
     loop.micro_step(
         MicroBatch(
@@ -202,7 +202,7 @@ def test_what_cannot_run_is_named_and_left_out(
 ) -> None:
     from dgpo_fast.models import engines
 
-    monkeypatch.setattr(engines, "why_unsupported", lambda device: "does not run here")
+    monkeypatch.setattr(engines, "why_unsupported", lambda device, dtype: "does not run here")
     assert bench(only=("fused + fp8", "eager")).run(only_check=True) == 0
     said = capsys.readouterr().err
     assert "fused + fp8: left out: model.sampling: fp8 does not run here" in said

@@ -25,8 +25,8 @@ from dgpo_fast import rng
 from dgpo_fast.algorithm_config import AWMConfig
 from dgpo_fast.algorithms.base import nobody
 from dgpo_fast.algorithms.forward import mean_square, target_of, velocity_of
+from dgpo_fast.algorithms.group_sampler import Check, Deliver, GroupSampler
 from dgpo_fast.algorithms.noised import NoisedBatches
-from dgpo_fast.algorithms.sampling import Check, Deliver, GroupSampler
 from dgpo_fast.config import Config
 from dgpo_fast.models.engines import View
 from dgpo_fast.models.policy import Policy

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol, TypeVar
 
-from dgpo_fast.algorithms.sampling import Check, Deliver
+from dgpo_fast.algorithms.group_sampler import Check, Deliver
 from dgpo_fast.models.engines import View
 from dgpo_fast.models.policy import Policy
 from dgpo_fast.records import LossOutput, PromptBatch, Rollout, ScoredGroups

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from dgpo_fast.algorithm_config import DGPOConfig
 from dgpo_fast.algorithms.base import nobody
+from dgpo_fast.algorithms.group_sampler import Check, Deliver, GroupSampler
 from dgpo_fast.algorithms.group_weights import is_saturated
 from dgpo_fast.algorithms.noised import NoisedBatches
 from dgpo_fast.algorithms.ratio import check_ratio
-from dgpo_fast.algorithms.sampling import Check, Deliver, GroupSampler
 from dgpo_fast.config import Config
 from dgpo_fast.models.engines import View
 from dgpo_fast.models.policy import Policy
@@ -185,7 +185,7 @@ class DGPO:
 
     def _errors(self, velocity_MCHW: Tensor, anchors: Anchors, batch: NoisedBatch) -> VelocityErrors:
         return velocity_errors(
-            velocity_MCHW, x0=batch.x0_MCHW, streams=batch.streams_G4, group_M=batch.group_M, old=anchors.old_MCHW,
+            velocity_MCHW, x0=batch.x0_MCHW, streams=batch.streams_N4, group_M=batch.noise_M, old=anchors.old_MCHW,
             reference=anchors.reference_MCHW, unconditional=anchors.unconditional_MCHW, guidance=self.settings.kl_cfg,
         )  # fmt: skip
 

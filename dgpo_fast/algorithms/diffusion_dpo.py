@@ -26,8 +26,8 @@ from torch import Tensor
 from dgpo_fast import rng
 from dgpo_fast.algorithm_config import DiffusionDPOConfig
 from dgpo_fast.algorithms.base import nobody
+from dgpo_fast.algorithms.group_sampler import Check, Deliver, GroupSampler
 from dgpo_fast.algorithms.group_weights import is_saturated
-from dgpo_fast.algorithms.sampling import Check, Deliver, GroupSampler
 from dgpo_fast.config import Config
 from dgpo_fast.models.engines import View
 from dgpo_fast.models.policy import Policy
@@ -82,7 +82,7 @@ class DiffusionDPO:
         with stage("policy"):
             velocity_MCHW = policy.velocity("policy", *inputs)[0]
         errors = velocity_errors(
-            velocity_MCHW, x0=batch.x0_MCHW, streams=batch.streams_G4, group_M=batch.group_M, reference=reference_MCHW
+            velocity_MCHW, x0=batch.x0_MCHW, streams=batch.streams_N4, group_M=batch.noise_M, reference=reference_MCHW
         )
         assert errors.reference_M is not None and errors.distance_M is not None
         preference = group_preference(
@@ -129,7 +129,8 @@ class DiffusionDPO:
         size_P = 2.0 * (scored.group_size_G[list(groups)] > 0)
         sign_M = torch.tensor([1.0, -1.0], device=device).repeat(len(groups))
         return NoisedBatch(
-            x_t_MCHW=noisy.x_t, x0_MCHW=x0_MCHW, streams_G4=streams_P4, timestep_M=(1000 * sigma_P[pair_M]).float(),
+            x_t_MCHW=noisy.x_t, x0_MCHW=x0_MCHW, streams_N4=streams_P4, noise_M=pair_M,
+            timestep_M=(1000 * sigma_P[pair_M]).float(),
             conditioning=prompts.conditioning[prompts.group_B[chosen_M]], unconditional=None,
             advantage_M=sign_M * teaches_P[pair_M], valid_M=teaches_P[pair_M], group_M=pair_M,
             group_size_G=size_P, group_share=share, sample_share=share / 2,

@@ -30,12 +30,12 @@ from torch import Tensor
 from dgpo_fast import rng
 from dgpo_fast.algorithm_config import FlowGRPOConfig
 from dgpo_fast.algorithms.base import nobody
-from dgpo_fast.algorithms.sampling import Check, Deliver
+from dgpo_fast.algorithms.group_sampler import Check, Deliver
 from dgpo_fast.config import Config
 from dgpo_fast.flow.rollout import initial_noise
 from dgpo_fast.flow.sde import SDESampler
 from dgpo_fast.models.engines import View, describe_engine
-from dgpo_fast.models.policy import Evaluation, Policy
+from dgpo_fast.models.policy import ModelCall, Policy
 from dgpo_fast.ops.sde_step import SDEStep
 from dgpo_fast.parallel.world import ALONE, World
 from dgpo_fast.profiling import stage
@@ -218,7 +218,7 @@ class FlowGRPO:
         timestep: float,
         conditioning: Conditioning,
         unconditional: Conditioning | None,
-    ) -> Evaluation:
+    ) -> ModelCall:
         timestep_1B = torch.full((1, len(conditioning.text_BND)), timestep, device=policy.model.device)
         (evaluation,) = policy.condition(timestep_1B, conditioning, unconditional if self._is_guided else None)
         return evaluation
@@ -227,7 +227,7 @@ class FlowGRPO:
     def _is_guided(self) -> bool:
         return self.config.rollout.guidance > 1
 
-    def _guided(self, policy: Policy, view: View, x_BCHW: Tensor, evaluation: Evaluation) -> Tensor:
+    def _guided(self, policy: Policy, view: View, x_BCHW: Tensor, evaluation: ModelCall) -> Tensor:
         """The velocity, float32, guided where the recipe guides."""
         v_cond, v_uncond = policy.velocity_at(view, x_BCHW, evaluation)
         if v_uncond is None:

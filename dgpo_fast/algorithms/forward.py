@@ -24,7 +24,7 @@ def velocity_of(policy: Policy, view: View, batch: NoisedBatch) -> Tensor:
 def target_of(batch: NoisedBatch) -> Tensor:
     """v* = noise - x_0, float32 [M, C, H, W]."""
     sigma_M = torch.zeros_like(batch.timestep_M, dtype=torch.float64)
-    return flow_interpolate(batch.x0_MCHW, sigma_M, streams=batch.streams_G4, group_B=batch.group_M).target
+    return flow_interpolate(batch.x0_MCHW, sigma_M, streams=batch.streams_N4, group_B=batch.noise_M).target
 
 
 def mean_square(difference_MCHW: Tensor) -> Tensor:

@@ -91,18 +91,19 @@ class NoisedBatches:
         micro, device = self.placement.micro, scored.reward_B.device
         mine = slice(step * micro, (step + 1) * micro)
         row_M, valid_M = prompts.group_B[mine], scored.valid_B[mine]
+        group_M = prompts.group_id_B[mine] - groups.start
         if self._drawn == "group":
-            group_M = prompts.group_id_B[mine] - groups.start
-            streams_G4 = now.streams[groups.start : groups.stop]
+            noise_M, streams_N4 = group_M, now.streams[groups.start : groups.stop]
         else:
-            group_M, streams_G4 = torch.arange(micro, device=device), now.streams[mine]
+            noise_M, streams_N4 = torch.arange(micro, device=device), now.streams[mine]
         # What could not be scored may not be finite either, and then a weight of zero would not keep it out.
         x0_MCHW = scored.rollout.x0_BCHW[mine].where(valid_M[:, None, None, None], 0.0)
-        noisy = flow_interpolate(x0_MCHW, now.sigma_B[mine], streams=streams_G4, group_B=group_M, with_target=False)
+        noisy = flow_interpolate(x0_MCHW, now.sigma_B[mine], streams=streams_N4, group_B=noise_M, with_target=False)
         return NoisedBatch(
             x_t_MCHW=noisy.x_t,
             x0_MCHW=x0_MCHW,
-            streams_G4=streams_G4,
+            streams_N4=streams_N4,
+            noise_M=noise_M,
             timestep_M=now.timestep_B[mine],
             conditioning=prompts.conditioning[row_M],
             unconditional=prompts.unconditional if self._guides_reference else None,

@@ -33,7 +33,7 @@ ROUNDED_MARGIN = 1.5
 """Where weights are rounded too, how many times the error of those with nothing merged into them."""
 
 
-class Evaluation(NamedTuple):
+class ModelCall(NamedTuple):
     """One evaluation of the transformer along a trajectory, all but the latents."""
 
     engine: Engine
@@ -111,7 +111,7 @@ class Policy(ABC):
         *,
         guided: Sequence[bool] | None = None,
         engine: Engine | None = None,
-    ) -> list[Evaluation]:
+    ) -> list[ModelCall]:
         """What the transformer knows beforehand of each of E evaluations; those that are `guided` run as a batch of 2B.
 
         `unconditional` has one row, or one per sample; with it, all are guided unless `guided` says which. They run on
@@ -119,7 +119,7 @@ class Policy(ABC):
         """
         engine = engine or self.engine
         if unconditional is None:
-            return [Evaluation(engine, given, False) for given in engine.condition(timestep_EB, conditioning)]
+            return [ModelCall(engine, given, False) for given in engine.condition(timestep_EB, conditioning)]
         num_samples = timestep_EB.shape[1]
         both = Conditioning(
             text_BND=torch.cat([conditioning.text_BND, unconditional.text_BND.expand(num_samples, -1, -1)]),
@@ -128,9 +128,9 @@ class Policy(ABC):
         is_guided = [True] * len(timestep_EB) if guided is None else guided
         with_both = iter(engine.condition(_rows(timestep_EB, is_guided, True).repeat(1, 2), both))
         alone = iter(engine.condition(_rows(timestep_EB, is_guided, False), conditioning))
-        return [Evaluation(engine, next(with_both if each else alone), each) for each in is_guided]
+        return [ModelCall(engine, next(with_both if each else alone), each) for each in is_guided]
 
-    def velocity_at(self, view: View, x_BCHW: Tensor, evaluation: Evaluation) -> tuple[Tensor, Tensor | None]:
+    def velocity_at(self, view: View, x_BCHW: Tensor, evaluation: ModelCall) -> tuple[Tensor, Tensor | None]:
         """The velocity through `view` with the prompt, and without it where `evaluation` is guided.
 
         Both [B, C, H, W] in the model's dtype.

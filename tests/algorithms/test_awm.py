@@ -31,7 +31,7 @@ TWO_SIGMAS = ("algorithm.first=1", "algorithm.trunc=3", "algorithm.train_timeste
 
 def noise_of(batch: NoisedBatch) -> Tensor:
     """The noise of each sample, drawn by the definition of the streams."""
-    return rng.normal(batch.streams_G4, batch.x0_MCHW.shape[1:])[batch.group_M]
+    return rng.normal(batch.streams_N4, batch.x0_MCHW.shape[1:])[batch.noise_M]
 
 
 def written(policy: AdapterPolicy, config: Config, batch: NoisedBatch, *, share: float) -> dict[str, Tensor]:
@@ -65,6 +65,9 @@ def test_the_loss_and_its_gradient_are_the_written_ones(
     gradient, found = learn(policy, config, scored)
     batches = [batch for (batch,) in AWM(config).batches(scored)]
     assert len(batches) == 2
+    for batch in batches:  # a noise for each sample, whose groups are those of prompts all the same
+        assert batch.noise_M.tolist() == list(range(8)) and len(batch.streams_N4) == 8
+        assert batch.group_M.tolist() == [0, 0, 0, 0, 1, 1, 1, 1] and len(batch.group_size_G) == 2
     share = 1 / (2 * (8 - len(invalid)))
     parts = [written(policy, config, batch, share=share) for batch in batches]
     expected = {name: sum(part[name].item() for part in parts) for name in parts[0]}

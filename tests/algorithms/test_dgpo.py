@@ -121,7 +121,7 @@ def single_batch(config: Config, scored: ScoredGroups) -> NoisedBatch:
 
 def noise_of(batch: NoisedBatch) -> Tensor:
     """The noise of each sample, drawn by the definition of the streams."""
-    return rng.normal(batch.streams_G4, batch.x0_MCHW.shape[1:])[batch.group_M]
+    return rng.normal(batch.streams_N4, batch.x0_MCHW.shape[1:])[batch.noise_M]
 
 
 def mean_squares(velocity: Tensor, batch: NoisedBatch) -> Tensor:
@@ -222,7 +222,7 @@ def test_batches_of_a_group_do_not_depend_on_the_rank(make_policy: MakePolicy) -
     )
     _, (second,) = DGPO(config).batches(both)
     ((only,),) = DGPO(config, World(rank=1, size=2, device=torch.device("cpu"))).batches(alone)
-    for name in ("x_t_MCHW", "x0_MCHW", "streams_G4", "timestep_M", "advantage_M", "group_M", "group_size_G"):
+    for name in ("x_t_MCHW", "x0_MCHW", "streams_N4", "timestep_M", "advantage_M", "group_M", "group_size_G"):
         assert torch.equal(getattr(second, name), getattr(only, name)), name
     assert (second.group_share, second.sample_share) == (only.group_share, only.sample_share) == (1 / 2, 1 / 8)
 
@@ -430,7 +430,8 @@ def test_pieces_taken_for_groups_would_be_noticed(make_policy: MakePolicy) -> No
     pieces = replace(
         batch,
         group_M=torch.arange(32) // 4,
-        streams_G4=batch.streams_G4.repeat_interleave(4, 0),
+        noise_M=torch.arange(32) // 4,
+        streams_N4=batch.streams_N4.repeat_interleave(4, 0),
         group_size_G=torch.full((8,), 4.0),
         group_share=batch.group_share / 4,
     )
@@ -454,7 +455,7 @@ def test_weights_of_the_first_pass_are_those_of_the_loss(make_policy: MakePolicy
             velocity = policy.velocity("policy", batch.x_t_MCHW, batch.timestep_M, batch.conditioning)[0]
             assert velocity.requires_grad
             errors = velocity_errors(
-                velocity, x0=batch.x0_MCHW, streams=batch.streams_G4, group_M=batch.group_M,
+                velocity, x0=batch.x0_MCHW, streams=batch.streams_N4, group_M=batch.noise_M,
                 reference=weight.anchors.reference_MCHW, unconditional=weight.anchors.unconditional_MCHW,
             )  # fmt: skip
             groups = {"advantage_M": batch.advantage_M, "group_M": batch.group_M, "size_G": batch.group_size_G}

@@ -34,7 +34,7 @@ REWARDS = [0.1, 0.9, 0.3, 0.2, 0.5, 0.4, 0.7, 0.6]  # best and worst: 1 and 0 of
 
 def noise_of(batch: NoisedBatch) -> Tensor:
     """The noise of each sample, drawn by the definition of the streams."""
-    return rng.normal(batch.streams_G4, batch.x0_MCHW.shape[1:])[batch.group_M]
+    return rng.normal(batch.streams_N4, batch.x0_MCHW.shape[1:])[batch.noise_M]
 
 
 def written(policy: AdapterPolicy, batch: NoisedBatch, *, share: float, compared: View = "ref") -> dict[str, Tensor]:
@@ -204,7 +204,7 @@ def test_a_rank_names_pairs_by_their_groups(make_policy: MakePolicy, tiny: Tiny,
     second = World(rank=1, size=2, device=torch.device("cpu"))
     alone = [batch for (batch,) in DiffusionDPO(config).batches(scored)]
     shared = [batch for (batch,) in DiffusionDPO(config, second).batches(share)]
-    for name in ("x_t_MCHW", "streams_G4", "timestep_M", "advantage_M", "group_size_G"):
+    for name in ("x_t_MCHW", "streams_N4", "timestep_M", "advantage_M", "group_size_G"):
         of_all, of_mine = (torch.cat([getattr(batch, name) for batch in batches]) for batches in (alone, shared))
         of_group = of_all.unflatten(0, (config.algorithm.passes, 4, -1))
         assert torch.equal(of_group[:, [1, 3]].flatten(0, 2), of_mine), name

@@ -29,7 +29,7 @@ TWO_SIGMAS = ("algorithm.trunc=2", "algorithm.train_timesteps=2")
 
 def noise_of(batch: NoisedBatch) -> Tensor:
     """The noise of each sample, drawn by the definition of the streams."""
-    return rng.normal(batch.streams_G4, batch.x0_MCHW.shape[1:])[batch.group_M]
+    return rng.normal(batch.streams_N4, batch.x0_MCHW.shape[1:])[batch.noise_M]
 
 
 def optimality(advantage_M: Tensor, highest: float) -> Tensor:

@@ -99,6 +99,7 @@ def test_the_documentation_is_right(quick: tuple[str, ...], tmp_path: Path, monk
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "mine.yaml").write_text(yaml[1])
     assert load_recipe(tmp_path / "mine.yaml").algorithm.model_dump()["reset_every"] == 50
-    config = recipe(quick, "algorithm.name=my_methods:HardReset", "steps=1", "evaluation.every=0")
+    named = "algorithm={name: 'my_methods:HardReset', trunc: 2, train_timesteps: 1}"
+    config = recipe(quick, named, "steps=1", "evaluation.every=0")
     Trainer(config, tmp_path / "run").train()
     assert len(read_metrics(tmp_path / "run")) == 1

@@ -132,7 +132,7 @@ def batches_of_ranks(num_ranks: int, micro: int) -> dict[tuple[float, int], tupl
 def seen(batch: NoisedBatch, i: int) -> tuple[torch.Tensor, ...]:
     group = batch.group_M[i]
     return (
-        batch.x_t_MCHW[i], batch.x0_MCHW[i], batch.streams_G4[group], batch.group_size_G[group], batch.advantage_M[i],
+        batch.x_t_MCHW[i], batch.x0_MCHW[i], batch.streams_N4[group], batch.group_size_G[group], batch.advantage_M[i],
         batch.valid_M[i], batch.conditioning.text_BND[i], torch.tensor([batch.group_share, batch.sample_share]),
     )  # fmt: skip
 

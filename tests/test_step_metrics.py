@@ -24,7 +24,7 @@ from dgpo_fast.models.sd3 import load_model
 from dgpo_fast.parallel.placement import Placement
 from dgpo_fast.parallel.world import ALONE, World
 from dgpo_fast.records import Conditioning, LossOutput, PromptBatch, Rollout, ScoredGroups
-from dgpo_fast.signals import step_metrics, variance_part
+from dgpo_fast.step_metrics import step_metrics, variance_part
 
 LATENT = (4, 3, 3)
 GROUPS, SIZE = 4, 6
