@@ -1,4 +1,7 @@
-"""What a run will do, before it does anything: images, model evaluations, FLOPs, memory, time. No torch, no weights."""
+"""What a run will do, before it does anything: images, model evaluations, FLOPs, memory, time. No weights are loaded.
+
+Importing this needs no torch; a plan, which looks at rewards and prompts, does.
+"""
 
 from __future__ import annotations
 

@@ -181,7 +181,12 @@ class LossOutput:
     """A micro-batch's part of the iteration's loss, and its part of each metric: parts add up to the metric."""
 
     loss: Tensor  # float32 scalar, differentiable
-    metrics: Mapping[str, Tensor]  # float32 scalars, detached
+    metrics: Mapping[str, Tensor]  # float32 scalars, detached; `loss` among them
+
+    @classmethod
+    def of(cls, loss: Tensor, **metrics: Tensor) -> LossOutput:
+        """Its own metric included."""
+        return cls(loss=loss, metrics={name: value.detach() for name, value in {"loss": loss, **metrics}.items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -83,10 +83,8 @@ class AWM:
         loss = policy_loss
         for view, distance in distances.items():
             loss = loss + coefficients[view] * distance
-        metrics = {"loss": loss, "policy_loss": policy_loss}
-        if "ref" in distances:
-            metrics["kl"] = distances["ref"]
-        return LossOutput(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
+        measured = {"kl": distances["ref"]} if "ref" in distances else {}
+        return LossOutput.of(loss, policy_loss=policy_loss, **measured)
 
     def after_step(self, policy: Policy, step: int) -> None:
         """old <- decay old + (1 - decay) policy, decay = min(max_decay, rate (step + 1))."""

@@ -145,7 +145,6 @@ class DGPO:
         loss = dgpo_loss + self.settings.kl_coef * kl
         share_M = batch.sample_share * batch.valid_M
         metrics = {
-            "loss": loss,
             "dgpo_loss": dgpo_loss,
             "surrogate_loss": batch.group_share * surrogate,
             "clip_fraction": (share_M * preference.clipped_M).sum(),
@@ -154,7 +153,7 @@ class DGPO:
         }
         if errors.distance_M is not None:
             metrics["kl"] = kl
-        return LossOutput(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
+        return LossOutput.of(loss, **metrics)
 
     def after_step(self, policy: Policy, step: int) -> None:
         """old <- decay old + (1 - decay) policy, decay = min(max_decay, rate step)."""

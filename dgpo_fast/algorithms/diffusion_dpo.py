@@ -93,11 +93,11 @@ class DiffusionDPO:
         uncounted = math.log(2) / self.settings.beta * (~batch.counts_G).sum()
         loss = batch.group_share * self.settings.beta * (preference.objective - uncounted)
         metrics = {
-            "loss": loss, "policy_loss": loss, "kl": (batch.sample_share * batch.valid_M * errors.distance_M).sum(),
+            "policy_loss": loss, "kl": (batch.sample_share * batch.valid_M * errors.distance_M).sum(),
             "group_weight_mean": batch.group_share * (preference.weight_G * batch.counts_G).sum(),
             "group_weight_saturation": batch.group_share * (is_saturated(preference.weight_G) * batch.counts_G).sum(),
         }  # fmt: skip
-        return LossOutput(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
+        return LossOutput.of(loss, **metrics)
 
     def after_step(self, policy: Policy, step: int) -> None:
         """Every `refresh_every` steps the reference becomes the policy."""

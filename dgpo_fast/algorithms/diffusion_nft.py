@@ -80,8 +80,7 @@ class DiffusionNFT:
         if self.settings.kl_coef > 0:
             kl = (share_M * mean_square(velocity_MCHW - velocity_of(policy, "ref", batch))).sum()
             loss, measured = policy_loss + self.settings.kl_coef * kl, {"kl": kl}
-        metrics = {"loss": loss, "policy_loss": policy_loss, **measured}
-        return LossOutput(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
+        return LossOutput.of(loss, policy_loss=policy_loss, **measured)
 
     def after_step(self, policy: Policy, step: int) -> None:
         """old <- decay old + (1 - decay) policy, decay = min(max_decay, rate (step + 1))."""

@@ -124,10 +124,10 @@ class FlowGRPO:
             kl = (share_M * distance_M).sum() / (2 * self.sampler.squared_noise(batch.step))
             loss, measured = policy_loss + self.settings.kl_coef * kl, {"kl": kl}
         metrics = {
-            "loss": loss, "policy_loss": policy_loss, **measured,
+            "policy_loss": policy_loss, **measured,
             "clip_fraction": (share_M * ((ratio_M - 1).abs() > clip)).sum(),
         }  # fmt: skip
-        return LossOutput(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
+        return LossOutput.of(loss, **metrics)
 
     def after_step(self, policy: Policy, step: int) -> None:
         """Nothing: the next rollout is the policy's own."""

@@ -20,8 +20,16 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.models.architectures import check_resolution
 from dgpo_fast.models.prompt_cache import PromptCache, cache_directory, computed_by
 from dgpo_fast.models.random_weights import random_pipeline
-from dgpo_fast.models.sources import RANDOM_SEED, ModelSource, find_model, hub_commit, text_identity
-from dgpo_fast.models.text import ENCODERS, TOKENIZERS, TextEncoders
+from dgpo_fast.models.sources import (
+    ENCODERS,
+    RANDOM_SEED,
+    TOKENIZERS,
+    ModelSource,
+    find_model,
+    hub_commit,
+    text_identity,
+)
+from dgpo_fast.models.text import TextEncoders
 from dgpo_fast.profiling import stage
 from dgpo_fast.records import Conditioning
 

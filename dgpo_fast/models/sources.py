@@ -20,7 +20,9 @@ RANDOM_PREFIX = "random:"
 RANDOM_SEED = 0
 """Names the weights of a `random:` model."""
 RANDOM_NAMES = tuple(f"{RANDOM_PREFIX}{name}" for name in SD35_SHAPES)
-TEXT_FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+TEXT_FOLDERS = (*ENCODERS, *TOKENIZERS)
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """diffusers' name for it."""
 PEFT_FILE = "adapter_model.safetensors"

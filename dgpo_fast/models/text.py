@@ -24,11 +24,9 @@ from diffusers import StableDiffusion3Pipeline
 from torch import nn
 
 from dgpo_fast.models.prompt_cache import PromptCache
+from dgpo_fast.models.sources import ENCODERS
 from dgpo_fast.parallel.products import usual_products
 from dgpo_fast.records import Conditioning
-
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 ENCODED_AT_ONCE = 256
 """Prompts that are encoded, where they are foreseen, once the encoders are on the device.

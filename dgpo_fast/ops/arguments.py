@@ -69,6 +69,29 @@ def check_has_groups(name: str, source: Tensor, samples: Tensor) -> None:
         raise ValueError(f"{name}: expected a group or more for {samples.shape[0]} samples, got {list(source.shape)}")
 
 
+def check_noise(noise: Tensor | None, streams: Tensor | None, samples: Tensor, *, meaning: str) -> None:
+    """What is given is noise, [G, ...], of samples like those that `meaning` names; or words it is drawn by, [G, 4]."""
+    if noise is not None:
+        check_dtype("noise", noise, samples.dtype)
+        check_shape(
+            "noise", noise, [*noise.shape[:1], *samples.shape[1:]], meaning=f"samples of the shape of {meaning}"
+        )
+        check_has_groups("noise", noise, samples)
+    if streams is not None:
+        check_dtype("streams", streams, torch.int64)
+        check_shape("streams", streams, [*streams.shape[:1], 4], meaning="four words for each group")
+        check_has_groups("streams", streams, samples)
+
+
+def check_groups(name: str, group: Tensor, noise: Tensor | None, streams: Tensor | None) -> None:
+    """`group`, int64, points into the one of both that is given, and words have 32 bits. As `check_indices` looks."""
+    given = noise if noise is not None else streams
+    assert given is not None
+    check_indices(name, group, len(given))
+    if streams is not None:
+        check_indices("streams", streams, 2**32)
+
+
 def check_no_gradient(name: str, *tensors: Tensor | None, reason: str) -> None:
     """None of `tensors` requires a gradient while gradients are on."""
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):

@@ -18,9 +18,9 @@ from dgpo_fast.ops.arguments import (
     batch_size,
     check_device,
     check_dtype,
-    check_has_groups,
-    check_indices,
+    check_groups,
     check_no_gradient,
+    check_noise,
     check_shape,
     words_of,
 )
@@ -80,11 +80,7 @@ def _check(
     _check_metadata(x0, sigma_B, noise, streams, group_B, with_target)
     if sigma_B.device.type == "cpu" and not bool((sigma_B >= 0).all()):
         raise ValueError(f"sigma_B: expected numbers that are not negative, got {sigma_B.tolist()}")
-    given = noise if noise is not None else streams
-    assert given is not None
-    check_indices("group_B", group_B, len(given))
-    if streams is not None:
-        check_indices("streams", streams, 2**32)
+    check_groups("group_B", group_B, noise, streams)
 
 
 def _check_metadata(
@@ -97,14 +93,7 @@ def _check_metadata(
     check_dtype("group_B", group_B, torch.int64)
     for name, tensor in (("sigma_B", sigma_B), ("group_B", group_B)):
         check_shape(name, tensor, x0.shape[:1], meaning="one number for each sample")
-    if noise is not None:
-        check_dtype("noise", noise, x0.dtype)
-        check_shape("noise", noise, [*noise.shape[:1], *x0.shape[1:]], meaning="samples of the shape of x0")
-        check_has_groups("noise", noise, x0)
-    if streams is not None:
-        check_dtype("streams", streams, torch.int64)
-        check_shape("streams", streams, [*streams.shape[:1], 4], meaning="four words for each group")
-        check_has_groups("streams", streams, x0)
+    check_noise(noise, streams, x0, meaning="x0")
     for name, tensor_or_none in (("sigma_B", sigma_B), ("group_B", group_B), ("noise", noise), ("streams", streams)):
         if tensor_or_none is not None:
             check_device(name, tensor_or_none, x0, meaning="x0")

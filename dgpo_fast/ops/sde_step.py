@@ -18,9 +18,9 @@ from dgpo_fast.ops.arguments import (
     batch_size,
     check_device,
     check_dtype,
-    check_has_groups,
-    check_indices,
+    check_groups,
     check_no_gradient,
+    check_noise,
     check_shape,
     words_of,
 )
@@ -186,14 +186,7 @@ def _check_metadata(
         raise ValueError(f"noise: expected one of noise, streams and x_next, got {' and '.join(given) or 'none'}")
     if (group_B is None) != (x_next is not None):
         raise ValueError("group_B: expected where noise is given or drawn, and only there")
-    if noise is not None:
-        check_dtype("noise", noise, x.dtype)
-        check_shape("noise", noise, [*noise.shape[:1], *x.shape[1:]], meaning="samples of the shape of x")
-        check_has_groups("noise", noise, x)
-    if streams is not None:
-        check_dtype("streams", streams, torch.int64)
-        check_shape("streams", streams, [*streams.shape[:1], 4], meaning="four words for each group")
-        check_has_groups("streams", streams, x)
+    check_noise(noise, streams, x, meaning="x")
     if group_B is not None:
         check_dtype("group_B", group_B, torch.int64)
         check_shape("group_B", group_B, x.shape[:1], meaning="one number for each sample")
@@ -229,11 +222,8 @@ def _check(
 ) -> None:
     _check_metadata(x, velocity, coefficients_B3, noise, streams, group_B, x_next, with_mean)
     _check_std(coefficients_B3)
-    source = noise if noise is not None else streams
-    if group_B is not None and source is not None:
-        check_indices("group_B", group_B, len(source))
-    if streams is not None:
-        check_indices("streams", streams, 2**32)
+    if group_B is not None:
+        check_groups("group_B", group_B, noise, streams)
 
 
 def _check_std(coefficients_B3: Tensor) -> None:

@@ -17,9 +17,9 @@ from dgpo_fast.ops.arguments import (
     batch_size,
     check_device,
     check_dtype,
-    check_has_groups,
-    check_indices,
+    check_groups,
     check_no_gradient,
+    check_noise,
     check_shape,
     words_of,
 )
@@ -111,14 +111,7 @@ def _check_metadata(
     check_shape("x0", x0, velocity.shape, meaning="the shape of velocity")
     check_dtype("group_M", group_M, torch.int64)
     check_shape("group_M", group_M, x0.shape[:1], meaning="one number for each sample")
-    if noise is not None:
-        check_dtype("noise", noise, x0.dtype)
-        check_shape("noise", noise, [*noise.shape[:1], *x0.shape[1:]], meaning="samples of the shape of x0")
-        check_has_groups("noise", noise, x0)
-    if streams is not None:
-        check_dtype("streams", streams, torch.int64)
-        check_shape("streams", streams, [*streams.shape[:1], 4], meaning="four words for each group")
-        check_has_groups("streams", streams, x0)
+    check_noise(noise, streams, x0, meaning="x0")
     if unconditional is not None and reference is None:
         raise ValueError("unconditional: expected None without reference")
     velocities = {"old": old, "reference": reference, "unconditional": unconditional}
@@ -143,11 +136,7 @@ def _check(
     guidance: float,
 ) -> None:
     _check_metadata(velocity, x0, noise, streams, group_M, old, reference, unconditional, guidance)
-    given = noise if noise is not None else streams
-    assert given is not None
-    check_indices("group_M", group_M, len(given))
-    if streams is not None:
-        check_indices("streams", streams, 2**32)
+    check_groups("group_M", group_M, noise, streams)
 
 
 def _target(x0: Tensor, noise: Tensor | None, streams: Tensor | None, group_M: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ from torch import Tensor
 from dgpo_fast.prompts.geneval import CLASSES
 from dgpo_fast.reward_config import GenEvalConfig
 from dgpo_fast.rewards import geneval_colors, geneval_detector
-from dgpo_fast.rewards.geneval_colors import ColorReader, Crop, levels_of, name_colors
+from dgpo_fast.rewards.geneval_colors import ColorReader, Crop, name_colors
 from dgpo_fast.rewards.geneval_detector import Detections, Detector
 from dgpo_fast.rewards.geneval_rules import Asked, Found, Thing, asked_of, judge, kept, to_be_colored
+from dgpo_fast.rewards.preprocessing import levels_of
 from dgpo_fast.rewards.pretrained import Pretrained
 
 
@@ -72,7 +73,7 @@ class GenEvalReward:
             for image, (each, of_image) in enumerate(zip(asked, found, strict=True))
             for clause, things in to_be_colored(each, of_image).items()
         ]
-        levels_BCHW = levels_of(images_BCHW)
+        levels_BCHW = levels_of(images_BCHW.float())
         crops = [
             [_crop(levels_BCHW[image], detections[image], thing) for thing in things] for image, _, things in wanted
         ]

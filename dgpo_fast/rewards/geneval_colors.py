@@ -101,11 +101,6 @@ def prepare(crop: Crop, *, size: int) -> Tensor:
     return preprocessing(levels_CHW[None] / 255, dtype=torch.float32)[0]
 
 
-def levels_of(images_BCHW: Tensor) -> Tensor:
-    """Images in [0, 1] as 8 bits have them: float32, whole numbers from 0 to 255."""
-    return (images_BCHW.float() * 255).round().clamp(0, 255)
-
-
 def name_colors(reader: ColorReader, asked: Iterable[Sequence[Crop]]) -> list[list[str]]:
     """The colours of several lists of crops, read together."""
     lists = [*asked]

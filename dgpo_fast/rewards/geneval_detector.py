@@ -31,6 +31,7 @@ from transformers import Mask2FormerForUniversalSegmentation
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.rewards.loading import load_model
+from dgpo_fast.rewards.preprocessing import levels_of
 from dgpo_fast.rewards.pretrained import Pretrained
 
 WEIGHTS = Pretrained(
@@ -107,7 +108,7 @@ class Detector:
 
     def prepare(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The network's input, and its height and width before zeros were put below and to the right."""
-        levels = (images_BCHW.float() * 255).round().clamp(0, 255)
+        levels = levels_of(images_BCHW.float())
         height, width = images_BCHW.shape[-2:]
         scale = min(self._long_side / max(height, width), self._short_side / min(height, width))
         size = (int(height * scale + 0.5), int(width * scale + 0.5))

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from PIL import Image
 from torch import Tensor
 
+from dgpo_fast.rewards.preprocessing import levels_of
+
 QUALITY = 95
 BYTES_PER_KILOBYTE = 1000
 
@@ -39,7 +41,7 @@ class JpegCompressibility:
 
 
 def _kilobytes(image_CHW: Tensor) -> float:
-    levels_HWC = (image_CHW * 255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous()
+    levels_HWC = levels_of(image_CHW).byte().permute(1, 2, 0).contiguous()
     file = io.BytesIO()
     Image.fromarray(levels_HWC.cpu().numpy()).save(file, format="JPEG", quality=QUALITY)
     return file.tell() / BYTES_PER_KILOBYTE

@@ -39,7 +39,7 @@ class Preprocessing:
         Args:
             images_BCHW: float32 in [0, 1]; rounded to 8 bits first, and what is outside clipped, as in an image file.
         """
-        levels_BCHW = (images_BCHW.double() * 255).round().clamp(0, 255)
+        levels_BCHW = levels_of(images_BCHW.double())
         height, width = images_BCHW.shape[-2:]
         short = min(height, width)
         new_size = (self.size * height // short, self.size * width // short)
@@ -52,6 +52,11 @@ class Preprocessing:
         margin = side - self.size
         first = margin // 2 if self.odd_margin == "down" else round(margin / 2)
         return range(first, first + self.size)
+
+
+def levels_of(images: Tensor) -> Tensor:
+    """Images in [0, 1] as 8 bits have them, in their dtype: whole numbers from 0 to 255; what is outside is clipped."""
+    return (images * 255).round().clamp(0, 255)
 
 
 def to_bytes(images_BCHW: Tensor) -> Tensor:

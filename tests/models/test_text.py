@@ -25,7 +25,7 @@ from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.prompt_cache import PromptCache
 from dgpo_fast.models.random_weights import pipeline_of_shape
 from dgpo_fast.models.sd3 import load_model
-from dgpo_fast.models.sources import EMBEDDED
+from dgpo_fast.models.sources import EMBEDDED, TOKENIZERS
 from dgpo_fast.models.text import TextEncoders
 from dgpo_fast.records import Conditioning
 
@@ -246,7 +246,7 @@ def test_encoders_are_loaded_where_a_prompt_is_unknown_and_nowhere_else(monkeypa
     assert loads == [{"transformer", "vae", "scheduler"}]
     model.encode(PROMPTS)
     model.encode(["another"])
-    assert loads[1:] == [{"scheduler", *text_module.ENCODERS, *text_module.TOKENIZERS}]
+    assert loads[1:] == [{"scheduler", *text_module.ENCODERS, *TOKENIZERS}]
     assert model.text._pipeline.transformer is model.transformer
     again = load_model(TINY.model, device="cpu")
     again.encode([*PROMPTS, "another"])

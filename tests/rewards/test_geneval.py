@@ -32,8 +32,9 @@ from dgpo_fast.reward_config import GenEvalConfig, RewardConfig, RewardsConfig
 from dgpo_fast.rewards import geneval_detector, load_reward
 from dgpo_fast.rewards.base import absent_weights, has_weights
 from dgpo_fast.rewards.geneval import GenEvalReward
-from dgpo_fast.rewards.geneval_colors import ColorReader, Crop, levels_of, prepare
+from dgpo_fast.rewards.geneval_colors import ColorReader, Crop, prepare
 from dgpo_fast.rewards.geneval_detector import Detections, Detector, boxes_of
+from dgpo_fast.rewards.preprocessing import levels_of
 
 CPU = torch.device("cpu")
 
