@@ -212,7 +212,8 @@ def load_checkpoint(directory: Path, world: World | None = None) -> Checkpoint:
     """
     _verify(directory, world)
     values = json.loads((directory / "state" / "state.json").read_text())
-    step, files, constants = (values.pop(key) for key in ("step", "files", "constants"))
+    step, files = values.pop("step"), values.pop("files")
+    constants = values.pop("constants", [])  # of earlier versions there are none
     return Checkpoint(directory=directory, step=step, files=files, constants=constants, values=values)
 
 

@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dgpo_fast import launcher
-from dgpo_fast.config import Config, dump_config, load_recipe, load_rewards, recipe_names, refuse_used
+from dgpo_fast.config import Config, ParallelConfig, dump_config, load_recipe, load_rewards, recipe_names, refuse_used
 from dgpo_fast.errors import UserError
 from dgpo_fast.files import write_atomically
 from dgpo_fast.parallel import failures
@@ -211,16 +211,21 @@ def sample(
     ],
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to draw.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the images go.")],
-    lora: Annotated[Path | None, typer.Option(metavar="DIR", help="A checkpoint's lora/ directory.")] = None,
+    lora: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A checkpoint's lora/ directory, or an exported one.")
+    ] = None,
     num: Annotated[int, typer.Option(metavar="N", min=1, help="Number of images.")] = 1,
     seed: Annotated[int, typer.Option(metavar="S", min=0, help="Image i starts from the noise of seed + i.")] = 0,
-    steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Solver steps; else the run's, or 28.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Solver steps; else the run's, or 28 where diffusers lacks its solver."),
+    ] = None,
     guidance: Annotated[float | None, typer.Option(metavar="G", min=1, help="Else the run's, or 4.5.")] = None,
     resolution: Annotated[
         int | None, typer.Option(metavar="PIXELS", min=16, help="Else the run's, or the model's.")
     ] = None,
 ) -> None:
-    """Draw images with diffusers' own pipeline. With --lora, settings not given are those of the adapter's run."""
+    """Draw images with diffusers' own pipeline. Settings not given are those of the run that made the LoRA or model."""
     from dgpo_fast.sampling import SampleOptions, draw
 
     options = SampleOptions.of(model, lora=lora, steps=steps, guidance=guidance, resolution=resolution)
@@ -272,7 +277,7 @@ def rewards() -> None:
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Show the machine, the versions, and which implementation serves each operator."""
+    """Show the machine, the versions, and which attention and which implementation of each operator serve here."""
     from dgpo_fast.doctor import examine, render
 
     findings = examine()
@@ -425,7 +430,7 @@ def _remedies(config: Config, is_training: bool) -> str:
     batches = "a smaller optimizer.images_per_micro_batch or rollout.images_per_forward"
     less = [] if config.model.checkpointing == "full" else ["model.checkpointing=full"]
     if config.adapter is None:
-        less.append("more ranks with a higher parallel.zero_stage, or parallel.offload_optimizer=cpu")
+        less += _sharded_further(config.parallel)
     if not config.algorithm.depends_on_batches:
         less.append(batches)
     less.append("a smaller rollout.images_per_decode")
@@ -433,6 +438,16 @@ def _remedies(config: Config, is_training: bool) -> str:
     if config.algorithm.depends_on_batches:
         goes_on += f", or, in a new run, {batches}"
     return f"{', or '.join(less)}, {goes_on} (--dry-run foresees it)"
+
+
+def _sharded_further(parallel: ParallelConfig) -> Iterator[str]:
+    if parallel.zero_stage == 0:
+        yield "parallel.zero_stage=1 on several ranks, and with it parallel.offload_optimizer=cpu"
+        return
+    if parallel.zero_stage < 3:
+        yield f"parallel.zero_stage={parallel.zero_stage + 1}"
+    if parallel.offload_optimizer == "none":
+        yield "parallel.offload_optimizer=cpu"
 
 
 def _print_outcome(out: Path) -> None:

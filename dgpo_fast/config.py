@@ -32,8 +32,6 @@ from dgpo_fast.guard_config import GuardConfig
 from dgpo_fast.reward_config import RewardsConfig
 from dgpo_fast.sections import Count, NonNegative, Positive, Section, Sigma
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
-"""What names a commit of the hub, and no branch that may move."""
 RECIPES = Path(__file__).parent / "recipes"
 EVALUATION_RECIPES = RECIPES / "evaluation"
 
@@ -297,10 +295,8 @@ class ParallelConfig(Section):
             raise ValueError(f"parallel.rollout gathered needs parallel.zero_stage 3, got {self.zero_stage}")
         if self.offload_weights == "nvme" and self.nvme_path is None:
             raise ValueError("parallel.nvme_path, a directory, is required for parallel.offload_weights nvme")
-        if self.nvme_path is not None and self.offload_weights != "nvme":
-            raise ValueError(f"parallel.nvme_path is for parallel.offload_weights nvme, got {self.offload_weights}")
         if self.gradients == "bfloat16" and self.zero_stage == 0:
-            raise ValueError("parallel.gradients bfloat16 needs parallel.zero_stage 1, 2 or 3, got 0")
+            raise ValueError("parallel.gradients must be float32 with parallel.zero_stage 0, got bfloat16")
         if self.deepspeed and self.zero_stage == 0:
             raise ValueError("parallel.deepspeed needs parallel.zero_stage 1, 2 or 3: with 0, DeepSpeed is not used")
         return self
@@ -437,8 +433,8 @@ class Config(Section):
         return self.groups.size * self.groups.per_iteration
 
     def at_commit(self, commit: str | None) -> Config:
-        """The same with the model's revision at `commit`, where there is one and it does not name another already."""
-        if commit is None or COMMIT.fullmatch(self.model.revision or ""):
+        """The same with the model's revision at `commit`; None changes nothing."""
+        if commit is None:
             return self
         return self.model_copy(update={"model": self.model.model_copy(update={"revision": commit})})
 
@@ -538,8 +534,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
         UserError: no such recipe, not YAML, an unknown key (the nearest is named), a wrong type, values that disagree.
     """
     data = _read_recipe(str(name_or_path))
-    for override in overrides:
-        apply_override(data, override)
+    _apply(data, overrides)
     return parse_config(data, source=str(name_or_path))
 
 
@@ -575,8 +570,7 @@ def change_config(config: Config, changes: Mapping[str, Any], overrides: Sequenc
         UserError: as `load_recipe`.
     """
     data = _merge(config.model_dump(mode="json"), dict(changes))
-    for override in overrides:
-        apply_override(data, override)
+    _apply(data, overrides)
     return parse_config(data, source=source)
 
 
@@ -648,11 +642,18 @@ def resume_conflicts(saved: Config, wanted: Config, *, has_begun: bool = True) -
         has_begun: whether there is a checkpoint, which knows the run's prompts, wherever they come from.
     """
     batches = BATCHES if saved.algorithm.depends_on_batches else ()
+    idle = () if _switches_view(saved) else ("rollout.switch_step",)
     return [
         f"{key}: {before!r} -> {after!r}"
         for key, (before, after) in differences(saved, wanted).items()
-        if key in batches or not _may_change(key) or (key.startswith("prompts.") and not has_begun)
+        if key in batches or not (_may_change(key) or key in idle) or (key.startswith("prompts.") and not has_begun)
     ]
+
+
+def _switches_view(config: Config) -> bool:
+    """Whether `rollout.switch_step` decides anything."""
+    first, second = (config.algorithm.sampling_view(0, switch_step=step) for step in (0, 1))
+    return first != second
 
 
 def _may_change(key: str) -> bool:
@@ -724,6 +725,12 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _apply(data: dict[str, Any], overrides: Sequence[str]) -> None:
+    """All overrides in their order, but for the method's name, which decides what settings there are."""
+    for override in sorted(overrides, key=lambda each: not each.startswith(("algorithm.name=", "algorithm="))):
+        apply_override(data, override)
+
+
 def apply_override(data: dict[str, Any], override: str) -> None:
     """Sets one value of plain data, as `a.b=value` says.
 
@@ -749,9 +756,10 @@ def apply_override(data: dict[str, Any], override: str) -> None:
 
 REMOVED = {
     "rewards.on_failure": ", of an earlier version: rewards.max_failed_share=0 ends a run at the first failure, as "
-    "stop did, and a larger share leaves such samples out, as skip did"
+    "stop did, and a larger share leaves such samples out, as skip did",
+    "algorithm.trunc": ": this method draws no noise levels from the first points of the schedule; leave it out",
 }
-"""Keys of earlier versions, and what to write instead."""
+"""Keys of earlier versions, or of other methods, and what to write instead."""
 
 
 def _path(key: str) -> list[str]:

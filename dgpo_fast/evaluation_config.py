@@ -112,8 +112,13 @@ def _names(changes: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
     for override in overrides:
         apply_override(asked, override)
     rewards = asked.get("rewards")
-    terms = rewards.get("terms") if isinstance(rewards, dict) else None
-    return [term["name"] for term in terms or () if isinstance(term, dict) and "name" in term]
+    terms, monitors = (rewards.get(key) for key in ("terms", "monitors")) if isinstance(rewards, dict) else (None, None)
+    named = [term["name"] for term in _list(terms) if isinstance(term, dict) and "name" in term]
+    return [*named, *_list(monitors)] if named else []
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _without_idle_rewards(config: Config, names: Sequence[str]) -> Config:

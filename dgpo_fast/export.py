@@ -37,13 +37,14 @@ def export_run(run_dir: Path, out: Path, *, step: Step | None = None) -> Path:
     checkpoint = load_checkpoint(find_checkpoint(run_dir, step))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} holds something already; name a new directory")
+    card = model_card(run_dir, config, step=checkpoint.step)
     try:
         if config.adapter is not None:
             shutil.copytree(checkpoint.directory / "lora", out, dirs_exist_ok=True)
         else:
             _export_pipeline(config, checkpoint, out)
         (out / CONFIG_FILE).write_text(dump_config(config))
-        (out / "README.md").write_text(model_card(run_dir, config, step=checkpoint.step))
+        (out / "README.md").write_text(card)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
     return out

@@ -4,50 +4,80 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCardData
 
-from dgpo_fast.config import Config
+from dgpo_fast.config import Config, ModelConfig
 from dgpo_fast.flow.diffusers_schedulers import find_scheduler
 from dgpo_fast.metrics import read_evaluations
-from dgpo_fast.models.sources import ModelSource, find_model
+from dgpo_fast.models.sources import COMMIT, KNOWN_HUB_NAMES
 
 DEFAULT_STEPS = 28
 """Of diffusers' pipeline, with the scheduler that a model comes with."""
 HOME = "https://arxiv.org/abs/2510.08425"
+HERE = '"."'
+"""In Python: the directory of the card."""
 TAGS = ("text-to-image", "diffusers", "stable-diffusion-3.5", "reinforcement-learning", "dgpo-fast")
+
+
+class _Base(NamedTuple):
+    """The model that was trained, as a card names it: no path of this machine says anything elsewhere."""
+
+    name: str
+    is_hub: bool
+    code: tuple[str, ...]
+    """Lines that come before what loads it."""
+    arguments: str
+    """What `from_pretrained` takes to load it."""
 
 
 def model_card(run_dir: Path, config: Config, *, step: int) -> str:
     """The card of the checkpoint after `step` steps, in Markdown, with the front matter that hubs read."""
-    source = find_model(config.model.name, revision=config.model.revision)
-    evaluations = {line["step"]: line for line in read_evaluations(run_dir)}
+    base, evaluations = _base_of(config.model), {line["step"]: line for line in read_evaluations(run_dir)}
     parts = [
-        f"---\n{_front_matter(source, is_lora=config.adapter is not None)}\n---",
+        f"---\n{_front_matter(base, is_lora=config.adapter is not None)}\n---",
         f"# {config.name}",
-        _description(source, config, step=step),
+        _description(base, config, step=step),
         *([_scores(evaluations[step])] if step in evaluations else []),
-        *([] if source.kind == "random" else ["## Use", f"```python\n{_usage(source, config)}\n```"]),
+        "## Use",
+        f"```python\n{_usage(base, config)}\n```",
+        *([_INTERVAL] if config.rollout.guidance_interval is not None else []),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(source: ModelSource, *, is_lora: bool) -> str:
+_INTERVAL = (
+    "Evaluations were guided between two noise levels alone (`rollout.guidance_interval`); these lines guide at all."
+)
+
+
+def _base_of(model: ModelConfig) -> _Base:
+    """Whether or not it is there: a run may be exported elsewhere."""
+    if model.name == "embedded":
+        code = ("from dgpo_fast.models.sources import EMBEDDED",)
+        return _Base("dgpo-fast's embedded pipeline", False, code, "EMBEDDED")
+    if model.name in KNOWN_HUB_NAMES or COMMIT.fullmatch(model.revision or ""):  # which only models of the hub have
+        at = "" if model.revision is None else f', revision="{model.revision}"'
+        return _Base(model.name, True, (), f'"{model.name}"{at}')
+    return _Base("a local model", False, (), '"the model that this was trained on"')
+
+
+def _front_matter(base: _Base, *, is_lora: bool) -> str:
     return ModelCardData(
-        base_model=source.location if source.kind == "hub" else None,  # a directory is nobody else's
+        base_model=base.name if base.is_hub else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=[*(["lora"] if is_lora else []), *TAGS],
     ).to_yaml()
 
 
-def _description(source: ModelSource, config: Config, *, step: int) -> str:
+def _description(base: _Base, config: Config, *, step: int) -> str:
     made = f"`{config.algorithm.name}`" if config.algorithm.name != "dgpo" else f"[DGPO]({HOME})"
     what = "A LoRA" if config.adapter is not None else "All weights of the transformer"
     rewards = ", ".join(f"`{term.title}` (weight {term.weight:g})" for term in config.rewards.terms)
     return (
-        f"{what} of `{config.model.name}`, fine-tuned by {made} for {step} optimizer steps of "
+        f"{what} of {base.name}, fine-tuned by {made} for {step} optimizer steps of "
         f"{config.images_per_iteration // config.optimizer.steps_per_iteration} images with rewards {rewards}. "
         "These are the averaged weights, as evaluated. `dgpo-fast.yaml` has every setting."
     )
@@ -61,17 +91,18 @@ def _scores(line: dict[str, Any]) -> str:
     return f"| {drawn} | base | tuned |\n|---|---|---|\n{rows}"
 
 
-def _usage(source: ModelSource, config: Config) -> str:
-    """Lines that draw as evaluations did, where diffusers has their solver."""
+def _usage(base: _Base, config: Config) -> str:
+    """Lines that draw with the solver, steps and guidance of evaluations, where diffusers has their solver."""
     is_lora, scheduler = config.adapter is not None, find_scheduler(config.rollout)
     lines = [
         "import torch",
         f"from diffusers import {scheduler.name + ', ' if scheduler else ''}StableDiffusion3Pipeline",
+        *(base.code if is_lora else ()),
         "",
         "pipeline = StableDiffusion3Pipeline.from_pretrained(",
-        f'    "{source.location if is_lora else "."}", torch_dtype=torch.{config.model.dtype}',
+        f"    {base.arguments if is_lora else HERE}, torch_dtype=torch.{config.model.dtype}",
         ').to("cuda")',
-        *(['pipeline.load_lora_weights(".")  # this directory, or the name it is published under'] if is_lora else []),
+        *([f"pipeline.load_lora_weights({HERE})  # or the name that this is published under"] if is_lora else []),
         *([f"pipeline.scheduler = {scheduler}"] if scheduler else []),
         "image = pipeline(",
         *_arguments(config, steps=config.evaluation.steps if scheduler else DEFAULT_STEPS),

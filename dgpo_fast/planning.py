@@ -249,7 +249,7 @@ def _describe_model(source: ModelSource, config: Config) -> tuple[str, list[str]
         return f"{source.location}, in the local Hugging Face cache", []
     from huggingface_hub import get_token
 
-    download = download_command(source.location)
+    download = download_command(source.location, revision=config.model.revision)
     warning = f"{source.location} is not in the local cache: `{download}` or the first run fetches it"
     if get_token() is None:
         warning += (
@@ -336,13 +336,14 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "iteration", f"{groups.per_iteration} prompts x {groups.size} images = {images}, shared by {ranks}"
     yield "groups", f"case ({plan.placement.case}): {plan.placement.why}"
     yield "backwards", f"{plan.micro_batches} of {config.optimizer.images_per_micro_batch} images, on each rank"
-    sigmas = "none of the schedule" if plan.sigmas is None else " ".join(f"{sigma:.4f}" for sigma in plan.sigmas)
-    yield "sigmas", f"{config.algorithm.passes} trained in an iteration, out of {sigmas}"
+    drawn_from = "drawn anew" if plan.sigmas is None else f"out of {' '.join(f'{sigma:.4f}' for sigma in plan.sigmas)}"
+    yield "sigmas", f"{config.algorithm.passes} trained in an iteration, {drawn_from}"
     when = f"every {evaluation.every} steps" if evaluation.every else "at start and end"
     drawn = f"{evaluation.num_prompts} x {evaluation.images_per_prompt} images of {evaluation.steps} solver steps"
     yield "evaluation", f"{drawn} {when}, not in the figures below"
     if cost is not None:
-        often = f"every {config.checkpoints.every} steps, {cost.checkpoint_bytes / GB:.2g} GB each"
+        gigabytes = cost.checkpoint_bytes / GB
+        often = f"every {config.checkpoints.every} steps, {gigabytes:.{0 if gigabytes > 10 else 2}f} GB each"
         kept = config.checkpoints.keep_last + 2
         yield "checkpoints", f"{often}, up to {kept} on disk at once: the last, the best, and one in the making"
         for throughput in plan.throughputs:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import StableDiffusion3Pipeline
+from pydantic import ValidationError
 from safetensors import SafetensorError
 
-from dgpo_fast.config import Config, ModelConfig, load_recipe
+from dgpo_fast.config import EvaluationConfig, ModelConfig, RolloutConfig, read_recipe_file
 from dgpo_fast.errors import UserError
 from dgpo_fast.export import CONFIG_FILE
 from dgpo_fast.flow.diffusers_schedulers import Scheduler, find_scheduler
@@ -56,7 +59,7 @@ class SampleOptions:
             check_resolution(
                 resolution, vae_factor=vae.factor, patch=shape.patch, pos_embed_max_size=shape.pos_embed_max_size
             )
-        run = _run_of(lora, source)
+        run = _settings_of(lora, source)
         scheduler = find_scheduler(run.rollout) if run else None
         model = ModelConfig(
             name=name,
@@ -67,7 +70,7 @@ class SampleOptions:
         return cls(
             model=model,
             text_length=run.model.text_length if run else None,
-            steps=steps or (run.evaluation.steps if run and scheduler else DEFAULT_STEPS),
+            steps=steps or (run.steps if run and scheduler else DEFAULT_STEPS),
             guidance=guidance or (run.rollout.guidance if run else DEFAULT_GUIDANCE),
             lora=lora,
             scheduler=scheduler,
@@ -101,14 +104,36 @@ def draw(options: SampleOptions, prompt: str, *, out: Path, num: int, seed: int)
         yield path
 
 
-def _run_of(lora: Path | None, source: ModelSource) -> Config | None:
-    """The configuration beside an exported LoRA or model, or of the run that holds `checkpoints/step-NNNNNN/lora`."""
+class _Settings(NamedTuple):
+    """What of a run's configuration says how its images are drawn."""
+
+    model: ModelConfig
+    rollout: RolloutConfig
+    steps: int
+    """Of evaluations."""
+
+
+def _settings_of(lora: Path | None, source: ModelSource) -> _Settings | None:
+    """Those beside an exported LoRA or model, or of the run that holds `checkpoints/step-NNNNNN/lora`."""
     if lora is not None:
         lora = lora.resolve()
         files = [lora / CONFIG_FILE, *(parent / "config.yaml" for parent in lora.parents[2:3])]
     else:
         files = [Path(source.location) / CONFIG_FILE] if source.kind == "directory" else []
-    return next((load_recipe(config) for config in files if config.is_file()), None)
+    return next((_read_settings(file) for file in files if file.is_file()), None)
+
+
+def _read_settings(file: Path) -> _Settings:
+    """From a configuration of whatever method and rewards, which need not be here, nor known to this version."""
+    sections = {name: json.dumps(value) for name, value in read_recipe_file(file).items()}
+    try:
+        return _Settings(
+            model=ModelConfig.model_validate_json(sections.get("model", "{}")),
+            rollout=RolloutConfig.model_validate_json(sections.get("rollout", "{}")),
+            steps=EvaluationConfig.model_validate_json(sections.get("evaluation", "{}")).steps,
+        )
+    except ValidationError as error:
+        raise UserError(f"{file}: no configuration of a run: {' '.join(str(error).split())}") from None
 
 
 def _load_lora(pipeline: StableDiffusion3Pipeline, lora: Path) -> None:

@@ -34,7 +34,7 @@ class Throughput:
 
 
 def expected_throughputs(config: Config, *, num_ranks: int) -> Iterator[Throughput]:
-    """That of this machine; where it has no GPU of the table and the recipe is for one, that of an H100 as well.
+    """That of this machine's GPU, or of its CPU; for recipes in bfloat16, where the table has no such GPU, of an H100.
 
     None where a GPU is to compute in float32, of which the table says nothing.
     """

@@ -25,7 +25,7 @@ from dgpo_fast.held_out import headline, untold_terms
 from dgpo_fast.interruption import Interrupted, Interruption
 from dgpo_fast.learner import Learner
 from dgpo_fast.metrics import read_evaluations
-from dgpo_fast.models.engines import View
+from dgpo_fast.models.engines import View, describe_engine
 from dgpo_fast.models.lora import read_lora
 from dgpo_fast.models.sources import commit_of
 from dgpo_fast.ops.registry import describe_serving
@@ -81,8 +81,7 @@ class Trainer:
         with stage("loading"):
             self.learner = Learner(config, self.world)
             self.policy = self.learner.policy
-            # From now on this commit, whatever is pushed until the run is evaluated, or goes on.
-            self.config = config.at_commit(commit_of(config.model.name, revision=config.model.revision))
+            self.config = config.at_commit(self._commit(config))
             self.unconditional = self.policy.model.encode([""])
         self.guard = Guard(config)
         self.step, self.saved_step, self.wall_s = 0, 0, 0.0
@@ -108,7 +107,8 @@ class Trainer:
             clock=self.clock, start_step=self.step, past=self.past, resumed=self.resumed, is_first=first,
         )  # fmt: skip
         with self.scorer, run, self.interruption:
-            run.say(f"{describe_serving(self.world.device.type)}\n{self.readiness}")
+            engine = describe_engine(self.policy.model)
+            run.say(f"{describe_serving(self.world.device.type)}\n{engine}\n{self.readiness}")
             try:
                 self._look_up_from_work(run)
                 while self.step < self.config.steps:
@@ -153,6 +153,15 @@ class Trainer:
             )
             for step, train_metrics in enumerate(of_steps, start=first + 1)
         ]  # fmt: skip
+
+    def _commit(self, config: Config) -> str | None:
+        """Of the model, if it is the hub's: from now on this one, whatever is pushed until the run is over."""
+        model = config.model
+        commits = self.world.gather_objects(commit_of(model.name, revision=model.revision))
+        if len({*commits}) > 1:
+            found = ", ".join(sorted(map(str, {*commits})))
+            raise UserError(f"model.revision: ranks have different commits of {model.name}, {found}: name one of them")
+        return commits[0]
 
     @property
     def iteration(self) -> int:

@@ -367,6 +367,9 @@ def test_what_is_advised_where_memory_lacks_may_change_on_resume(recipe: str) ->
     }  # fmt: skip
     named = [f"{key}={value}" for key, value in changes.items() if key in advised]
     assert len(named) == {"tiny-dgpo": 4, "tiny-flow-grpo": 2, "full": 5}[recipe]
+    if recipe == "full":
+        sharded = load_recipe("tiny-dgpo", [*full, "parallel.zero_stage=3", "parallel.offload_optimizer=cpu"])
+        assert "parallel." not in cli._remedies(sharded, True)
     assert ("model.checkpointing" in advised) == (recipe != "full")
     changed = load_recipe("tiny-dgpo", [*full, *named]) if recipe == "full" else load_recipe(recipe, named)
     assert resume_conflicts(saved, changed) == []

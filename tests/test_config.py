@@ -240,12 +240,11 @@ MISTAKES = {
     "optimizer: {lr: .inf}": "optimizer.lr: input should be a finite number, got inf",
     "model: {engine: eager, sampling: fp8}": "model.sampling fp8 is of model.engine fused alone, got eager",
     "model: {engine: compile, sampling: merged}": "model.sampling merged is of model.engine fused alone, got compile",
-    "algorithm: {name: diffusion_dpo, trunc: 9}": "unknown key 'algorithm.trunc'",
-    "parallel: {gradients: bfloat16}": "parallel.gradients bfloat16 needs parallel.zero_stage 1, 2 or 3, got 0",
+    "algorithm: {name: diffusion_dpo, trunc: 9}": "unknown key 'algorithm.trunc': this method draws no noise levels",
+    "parallel: {gradients: bfloat16}": "parallel.gradients must be float32 with parallel.zero_stage 0, got bfloat16",
     "parallel: {gradients: bfloat16, zero_stage: 1}": "parallel.gradients bfloat16 is for full fine-tuning",
     "model: {engine: eager, dtype: float32}\nadapter: null\nparallel: {gradients: bfloat16, zero_stage: 1}": "parallel."
     "gradients bfloat16 needs model.dtype bfloat16, got float32",
-    "parallel: {nvme_path: /tmp}": "parallel.nvme_path is for parallel.offload_weights nvme, got none",
     "model: {resolution: 100}": "model.resolution: input should be a multiple of 8, got 100",
     "adapter: {targets: []}": "adapter.targets:",
     "rewards: {terms: []}": "rewards.terms:",
@@ -304,8 +303,9 @@ def test_a_wrong_setting_is_one_line_that_names_it(text: str, message: str, fold
 
 def test_another_method_leaves_the_settings_of_the_recipes() -> None:
     """As a recipe does that extends another."""
-    config = load_recipe("sd35m-geneval", ["algorithm.name=diffusion_nft", "algorithm.beta=0.1"])
-    assert config.algorithm == DiffusionNFTConfig(beta=0.1)
+    overrides = ["algorithm.name=diffusion_nft", "algorithm.beta=0.1"]
+    for ordered in (overrides, overrides[::-1]):
+        assert load_recipe("sd35m-geneval", ordered).algorithm == DiffusionNFTConfig(beta=0.1)
     assert load_recipe("sd35m-geneval", ["algorithm.name=dgpo"]) == load_recipe("sd35m-geneval")
 
 

@@ -73,6 +73,7 @@ def test_a_recipe_replaces_what_it_gives_and_options_that(run: Path) -> None:
         ("kind: evaluation\nrewards: null", "rewards: .* got None"),
         ("kind: evaluation\nrewards: {terms: [pickscore]}", "rewards.terms.0: .* got 'pickscore'"),
         ("kind: evaluation\nrewards: {terms: pickscore}", "rewards.terms: .* got 'pickscore'"),
+        ("kind: evaluation\nrewards: {terms: 3}", "rewards.terms: .* got 3"),
         ("- kind", "a recipe is a mapping of sections, got list"),
         ("a: b: c", "not YAML"),
     ],
@@ -104,6 +105,8 @@ def test_places_of_rewards_that_are_not_asked_are_forgotten(run: Path) -> None:
     assert [*evaluation_config(run).rewards.running] == ["shapes", "jpeg_compressibility"]
     other = "rewards.terms=[{name: jpeg_compressibility}]"
     assert [*evaluation_config(run, overrides=[other]).rewards.running] == ["jpeg_compressibility"]
+    watched = evaluation_config(run, overrides=[other, "rewards.monitors=[shapes]"]).rewards
+    assert [*watched.running] == ["shapes", "jpeg_compressibility"]
     with pytest.raises(UserError, match=r"no term has the reward 'shapes'; terms: pickscore"):
         evaluation_config(run, rewards=["pickscore"], overrides=["rewards.running.shapes.processes=1"])
 

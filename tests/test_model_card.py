@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from PIL import Image
 
 from dgpo_fast import load_recipe
 from dgpo_fast.cli import main
-from dgpo_fast.config import Config
-from dgpo_fast.export import export_run
+from dgpo_fast.config import Config, dump_config
+from dgpo_fast.export import CONFIG_FILE, export_run
 from dgpo_fast.metrics import read_evaluations
 from dgpo_fast.model_card import model_card
 
@@ -31,13 +32,40 @@ def test_the_card_says_what_it_is_and_what_it_scores(straight_run: Path, tmp_pat
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.base_model, card.data.library_name, card.data.pipeline_tag) == (hub, "diffusers", "text-to-image")
     assert "lora" in card.data.tags
-    assert f"A LoRA of `{hub}`, fine-tuned by [DGPO](" in card.text and "for 6 optimizer steps" in card.text
+    assert f"A LoRA of {hub}, fine-tuned by [DGPO](" in card.text and "for 6 optimizer steps" in card.text
     last = read_evaluations(straight_run)[-1]
     for metric, tuned in last["tuned"].items():
         assert f"| {metric} | {last['base'][metric]:.3f} | {tuned:.3f} |" in card.text
     assert "optimizer steps" in model_card(straight_run, with_model(straight_run, "embedded"), step=5), "not evaluated"
     embedded = ModelCard(model_card(straight_run, with_model(straight_run, "embedded"), step=5))
     assert embedded.data.base_model is None and "held-out" not in embedded.text
+
+
+def test_a_card_names_a_hubs_model_at_its_commit_and_no_path(straight_run: Path) -> None:
+    """A directory may look like a name of the hub; only what has a commit is one."""
+    local, pinned = (
+        with_model(straight_run, "models/mine"),
+        with_model(straight_run, "some/model").at_commit(40 * "1"),
+    )
+    card = model_card(straight_run, pinned, step=6)
+    assert ModelCard(card).data.base_model == "some/model" and f'"some/model", revision="{40 * "1"}"' in card
+    card = model_card(straight_run, local, step=6)
+    assert ModelCard(card).data.base_model is None and "models/mine" not in card and "a local model" in card
+
+
+def test_a_run_is_exported_and_drawn_with_where_its_model_and_method_are_not(
+    straight_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its weights are a LoRA, which needs neither; what says how it is drawn does not name them."""
+    run = shutil.copytree(straight_run, tmp_path / "run", symlinks=True)
+    (run / "config.yaml").write_text(dump_config(with_model(run, "/gone/model")))
+    lora = export_run(run, tmp_path / "lora")
+    saved = lora / CONFIG_FILE
+    saved.write_text(saved.read_text().replace("name: dgpo\n", "name: gone:Method\n"))
+    arguments = ["--prompt", "a red circle", "--lora", str(lora), "--out", str(tmp_path / "images")]
+    with pytest.raises(SystemExit):
+        main(["sample", "embedded", *arguments])
+    assert capsys.readouterr().out == f"{tmp_path / 'images' / '0000.png'}\n"
 
 
 def test_its_lines_draw_what_sample_draws(straight_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -83,9 +85,9 @@ def killed_run(
         text=True,
     )
     assert process.returncode == -signal.SIGKILL, process.stderr
-    serving, ratio, samples, *others = process.stderr.splitlines()
-    assert serving == describe_serving("cpu")
-    assert ratio.startswith("engine fused, attention cpu: ") and samples.startswith("samples are drawn with ")
+    serving, engine, ratio, samples, *others = process.stderr.splitlines()
+    assert (serving, engine) == (describe_serving("cpu"), "engine fused, attention cpu")
+    assert ratio.startswith("the likelihood ratio ") and samples.startswith("samples are drawn with ")
     said = ("step ", "rewards.terms: which of the metrics ")
     assert [line for line in others if not line.startswith(said)] == [], "libraries are silent"
     return out
@@ -219,7 +221,7 @@ COMMIT, PUSHED = 40 * "1", 40 * "2"
 def test_a_run_goes_on_with_the_commit_that_it_began_with(
     tmp_path: Path, quick: tuple[str, ...], child_environment: dict[str, str]
 ) -> None:
-    """Of a model of the hub to which another was pushed meanwhile, though a branch is named; and so is it evaluated."""
+    """Of a model of the hub to which another was pushed meanwhile; and so is it evaluated."""
     repository, out = tmp_path / "hub" / "models--some--model", tmp_path / "run"
     shutil.copytree(EMBEDDED, repository / "snapshots" / COMMIT)
     (repository / "snapshots" / PUSHED).mkdir()  # it holds nothing that could be loaded
@@ -237,7 +239,7 @@ def test_a_run_goes_on_with_the_commit_that_it_began_with(
     main.write_text(COMMIT)
     dgpo_fast("train", "tiny-dgpo", *named, "--steps=3", f"--out={out}")
     main.write_text(PUSHED)
-    dgpo_fast("train", "tiny-dgpo", *named, "--set=model.revision=main", "--steps=4", f"--out={out}", "--resume")
+    dgpo_fast("train", "tiny-dgpo", *named, "--steps=4", f"--out={out}", "--resume")
     assert load_recipe(out / "config.yaml").model.revision == COMMIT
     dgpo_fast("eval", str(out), "--json")
 
@@ -246,8 +248,29 @@ def test_a_run_does_not_go_on_with_another_commit(straight_run: Path, tmp_path: 
     config = load_recipe(straight_run / "config.yaml")
     (tmp_path / "config.yaml").write_text(dump_config(config.at_commit(COMMIT)))
     assert begun_with(tmp_path, config) == COMMIT
-    with pytest.raises(UserError, match=f"--resume cannot change model.revision: '{COMMIT}' -> '{PUSHED}'"):
-        begun_with(tmp_path, config.at_commit(PUSHED))
+    for other in (PUSHED, "experimental"):
+        with pytest.raises(UserError, match=f"--resume cannot change model.revision: '{COMMIT}' -> '{other}'"):
+            begun_with(tmp_path, config.at_commit(other))
+
+
+def test_what_decides_nothing_may_change(tmp_path: Path) -> None:
+    """Runs of earlier versions have it in their configuration."""
+    saved = load_recipe("tiny-awm", ["rollout.switch_step=1000000"])
+    (tmp_path / "config.yaml").write_text(dump_config(saved))
+    begun_with(tmp_path, load_recipe("tiny-awm"))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(straight_run: Path, tmp_path: Path) -> None:
+    """It names no constants."""
+    now = straight_run / "checkpoints" / "step-000003"
+    directory = shutil.copytree(now, tmp_path / now.name)
+    state, manifest = directory / "state" / "state.json", directory / "manifest.json"
+    values, files = json.loads(state.read_text()), json.loads(manifest.read_text())
+    del values["constants"]
+    state.write_text(json.dumps(values))
+    files["state/state.json"] = [state.stat().st_size, hashlib.sha256(state.read_bytes()).hexdigest()]
+    manifest.write_text(json.dumps(files))
+    assert load(directory).tensors("ema").keys() == load(now).tensors("ema").keys()
 
 
 def test_a_run_is_its_own_recipe(straight_run: Path) -> None:

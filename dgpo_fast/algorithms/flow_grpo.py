@@ -34,7 +34,7 @@ from dgpo_fast.algorithms.group_sampler import Check, Deliver
 from dgpo_fast.config import Config
 from dgpo_fast.flow.rollout import initial_noise
 from dgpo_fast.flow.sde import SDESampler
-from dgpo_fast.models.engines import View, describe_engine
+from dgpo_fast.models.engines import View
 from dgpo_fast.models.policy import ModelCall, Policy
 from dgpo_fast.ops.sde_step import SDEStep
 from dgpo_fast.parallel.world import ALONE, World
@@ -58,7 +58,7 @@ class FlowGRPO:
         policy.check_trained()
         drift, clip = self.drift(policy), self.settings.clip
         found = "is exactly 1" if drift == 0 else f"misses 1 by {drift:.1e}, where algorithm.clip is {clip:g}"
-        return f"{describe_engine(policy.model)}: the likelihood ratio of a policy that has not changed {found}"
+        return f"the likelihood ratio of a policy that has not changed {found}"
 
     def sampling_view(self, step: int) -> View:
         return "policy"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dgpo_fast import rng
 from dgpo_fast.config import Config
+from dgpo_fast.errors import UserError
 from dgpo_fast.flow.rollout import Sampler, model_timesteps
 from dgpo_fast.ops.flow_interpolate import flow_interpolate
 from dgpo_fast.parallel.placement import Placement
@@ -49,6 +50,10 @@ class NoisedBatches:
         drawn: Literal["group", "sample"] = "group",
         points: Callable[[list[rng.Stream]], Tensor] | None = None,
     ) -> None:
+        if points is None and config.algorithm.trained_points is None:
+            raise UserError(
+                f"algorithm {config.algorithm.name}: its trained_points are None: NoisedBatches needs points"
+            )
         self.config, self.placement, self.rank = config, placement, rank
         self._guides_reference, self._drawn, self._points = guides_reference, drawn, points or self._chosen_points
         # Of each point of the schedule.

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
-from dgpo_fast.models.engines import describe_engine
 from dgpo_fast.models.policy import Policy
 from dgpo_fast.ops.velocity_errors import velocity_errors
 from dgpo_fast.parallel.world import ALONE, World
@@ -43,7 +42,6 @@ def check_ratio(policy: Policy, config: Config, *, clip: float | None, world: Wo
     Raises:
         UserError: their ratio differs from 1 by more than the clip can bear, also without gradients.
     """
-    engine = describe_engine(policy.model)
     if clip is None:
         return RatioCheck(errors="training", line="nothing is clipped, so the likelihood ratio is not asked for")
 
@@ -51,14 +49,14 @@ def check_ratio(policy: Policy, config: Config, *, clip: float | None, world: Wo
         return float(np.max(world.gather_objects(_drift(policy, config, with_gradients=with_gradients))))
 
     drift = drift_of_ranks(with_gradients=True)
-    ratio = f"{engine}: the likelihood ratio of equal policies"
+    ratio = "the likelihood ratio of equal policies"
     if drift == 0:
         return RatioCheck(errors="training", line=f"{ratio} is exactly 1")
     if clip > MARGIN * drift:
         return RatioCheck(errors="training", line=f"{ratio} misses 1 by {drift:.1e}, far below algorithm.clip")
     if drift_of_ranks(with_gradients=False) == 0:
         line = (
-            f"{engine}: with gradients the likelihood ratio of equal policies misses 1 by {drift:.1e}, so the "
+            f"with gradients the likelihood ratio of equal policies misses 1 by {drift:.1e}, so the "
             "policy runs once more without them, at the cost of a forward for each micro-batch"
         )
         return RatioCheck(errors="again", line=line)

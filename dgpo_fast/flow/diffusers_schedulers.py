@@ -24,7 +24,10 @@ class Scheduler(NamedTuple):
 
 
 def find_scheduler(rollout: RolloutConfig) -> Scheduler | None:
-    """The scheduler that takes the rollout's steps at its noise levels; None: diffusers has none."""
+    """The scheduler that takes the rollout's steps at its noise levels; None: diffusers has none.
+
+    Those of multistep solvers tell the model its timestep in whole numbers, as `rollout.timesteps: integer` does.
+    """
     multistep = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": rollout.shift}
     return {
         ("dpm++2m", "dpm"): Scheduler("DPMSolverMultistepScheduler", multistep),

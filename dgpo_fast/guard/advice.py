@@ -64,9 +64,8 @@ def _earlier_points(config: Config) -> Iterator[str]:
         if algorithm.trained_steps > (algorithm.window or 1):
             fewer = max(algorithm.window or 1, algorithm.trained_steps * 2 // 3)
             yield _change("algorithm.trained_steps", algorithm.trained_steps, fewer)
-    elif isinstance(algorithm, Noised):
-        first = algorithm.trained_points.start
-        least = first + algorithm.train_timesteps - 1
+    elif isinstance(algorithm, Noised) and (points := algorithm.trained_points) is not None:
+        least = points.start + algorithm.train_timesteps - 1
         if algorithm.trunc > least:
             yield _change("algorithm.trunc", algorithm.trunc, max(least, algorithm.trunc * 2 // 3))
 

@@ -15,6 +15,8 @@ from dgpo_fast.models.architectures import SD35_SHAPES, TransformerShape, VAESha
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "tiny-sd3"
 PIPELINE_CLASS = "StableDiffusion3Pipeline"
+COMMIT = re.compile(r"[0-9a-f]{40}")
+"""What names a commit of the hub, and no branch that may move."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 RANDOM_PREFIX = "random:"
 RANDOM_SEED = 0
@@ -112,19 +114,21 @@ def hub_commit(source: ModelSource, *, revision: str | None = None) -> str:
     return index.parent.name
 
 
-def download_command(repository: str) -> str:
+def download_command(repository: str, *, revision: str | None = None) -> str:
     """Downloads of a pipeline on the hub what is loaded: beside it lie the same weights for other programs."""
     folders = ("scheduler", "transformer", "vae", *TEXT_FOLDERS)
     wanted = [
         word for pattern in ("model_index.json", *(f"{name}/*" for name in folders)) for word in ("--include", pattern)
     ]
-    return shlex.join(["hf", "download", repository, *wanted, "--exclude", "*.fp16*"])
+    at = [] if revision is None else ["--revision", revision]
+    return shlex.join(["hf", "download", repository, *at, *wanted, "--exclude", "*.fp16*"])
 
 
 def commit_of(name: str, *, revision: str | None = None) -> str | None:
-    """The commit of the model that `name` means, once that is in the local cache; None where it is none of the hub."""
+    """The commit of a hub's model, as the local cache has it; None of another model, or where it is not there."""
     source = find_model(name, revision=revision)
-    return hub_commit(source, revision=revision) if source.kind == "hub" else None
+    index = cached_file(source, "model_index.json", revision=revision) if source.kind == "hub" else None
+    return None if index is None else index.parent.name
 
 
 def text_identity(source: ModelSource, *, revision: str | None = None) -> dict[str, str | int]:
