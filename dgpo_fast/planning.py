@@ -198,9 +198,10 @@ def cost(config: Config, source: ModelSource, shape: TransformerShape, vae: VAES
 
 
 def _checkpoint_bytes(config: Config, shape: TransformerShape) -> int:
-    """Masters, Adam's two averages, the old policy and the evaluation's; with adapters the last as diffusers', too."""
-    copies = 5 if config.adapter is None else 6
-    return 4 * copies * trained_parameters(config, shape)
+    """Masters, Adam's two averages, the old policy and the evaluation's: with adapters the last as diffusers', too, of
+    full fine-tuning with the model's positions."""
+    trained = trained_parameters(config, shape)
+    return 4 * (5 * trained + shape.position_values if config.adapter is None else 6 * trained)
 
 
 def text_tokens(config: Config, source: ModelSource) -> int:

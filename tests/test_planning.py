@@ -97,6 +97,20 @@ def test_parameters_of_the_published_recipe() -> None:
     assert (cost.parameters, cost.trained_parameters, cost.trained_tensors) == (2_243_171_520, 37_552_128, 382)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "model", "said"),
+    [
+        ("sd35m-geneval", "medium", "0.90 GB"),
+        ("sd35m-geneval-full", "medium", "46 GB"),
+        ("sd35l-geneval-full", "large", "161 GB"),
+    ],
+)
+def test_a_plan_says_how_large_checkpoints_are(recipe: str, model: str, said: str) -> None:
+    """By the counts of parameters: 6 x 37.6 M floats; 5 x 2.24 billion, and 5 x 8.06, with a table of positions."""
+    found = planned(recipe, *RANDOM_GENEVAL, f"model.name=random:sd35-{model}")
+    assert re.search(rf"every 60 steps, {said} each, up to 4 on disk", " ".join(shown(found).split()))
+
+
 def test_trained_sigmas_are_the_first_of_the_schedule() -> None:
     assert [f"{sigma:.4f}" for sigma in planned("sd35m-geneval", *RANDOM_GENEVAL).sigmas] == [
         "0.9997", "0.9639", "0.9227", "0.8746", "0.8178",
