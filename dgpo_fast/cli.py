@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dgpo_fast import launcher
-from dgpo_fast.config import Config, ParallelConfig, dump_config, load_recipe, load_rewards, recipe_names, refuse_used
+from dgpo_fast.config import Config, dump_config, load_recipe, load_rewards, recipe_names, refuse_used
 from dgpo_fast.errors import UserError
 from dgpo_fast.files import write_atomically
 from dgpo_fast.parallel import failures
@@ -430,7 +430,7 @@ def _remedies(config: Config, is_training: bool) -> str:
     batches = "a smaller optimizer.images_per_micro_batch or rollout.images_per_forward"
     less = [] if config.model.checkpointing == "full" else ["model.checkpointing=full"]
     if config.adapter is None:
-        less += _sharded_further(config.parallel)
+        less += _sharded_further(config)
     if not config.algorithm.depends_on_batches:
         less.append(batches)
     less.append("a smaller rollout.images_per_decode")
@@ -440,14 +440,23 @@ def _remedies(config: Config, is_training: bool) -> str:
     return f"{', or '.join(less)}, {goes_on} (--dry-run foresees it)"
 
 
-def _sharded_further(parallel: ParallelConfig) -> Iterator[str]:
-    if parallel.zero_stage == 0:
-        yield "parallel.zero_stage=1 on several ranks, and with it parallel.offload_optimizer=cpu"
+def _sharded_further(config: Config) -> Iterator[str]:
+    """What of `parallel` the configuration still has to offer."""
+    parallel, stage = config.parallel, config.parallel.zero_stage
+    if stage == 0:
+        yield "parallel.zero_stage=1 on several ranks or with parallel.offload_optimizer=cpu"
         return
-    if parallel.zero_stage < 3:
-        yield f"parallel.zero_stage={parallel.zero_stage + 1}"
+    yield "more ranks"
+    if stage == 1:
+        yield "parallel.zero_stage=2"
+    if stage == 2 and config.model.engine == "eager" and config.algorithm.name != "flow_grpo":
+        yield "parallel.zero_stage=3"
     if parallel.offload_optimizer == "none":
         yield "parallel.offload_optimizer=cpu"
+    if stage == 3 and parallel.frozen == "replicas" and not config.rollout.cuda_graphs:
+        yield "parallel.frozen=sharded"
+    if stage == 3 and parallel.offload_weights == "none":
+        yield "parallel.offload_weights=cpu"
 
 
 def _print_outcome(out: Path) -> None:

@@ -24,6 +24,7 @@ from dgpo_fast.algorithm_config import (
     AWMConfig,
     DGPOConfig,
     DiffusionDPOConfig,
+    DiffusionNFTConfig,
     FlowGRPOConfig,
     own_settings,
 )
@@ -53,6 +54,9 @@ class ModelConfig(Section):
     name: str = "stabilityai/stable-diffusion-3.5-medium"
     """A hub name, a local directory in diffusers' format, `embedded`, or `random:sd35-medium` / `random:sd35-large`."""
     revision: str | None = None
+    """Of a model of the hub: a branch, a tag or a commit; null means main."""
+    commit: str | None = None
+    """Of the hub, that it is loaded at: a run writes down the one it began with, whatever `revision` means later."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the frozen base and of the compute copy of the adapters; adapters themselves are float32."""
     resolution: Annotated[int, Field(ge=8, multiple_of=8)] = 512
@@ -81,6 +85,11 @@ class ModelConfig(Section):
 
     1.7 MB for a prompt in SD3.5's bfloat16. No number of a run depends on it.
     """
+
+    @property
+    def version(self) -> str | None:
+        """What the hub is asked for."""
+        return self.commit or self.revision
 
     @model_validator(mode="after")
     def _copies_have_an_engine(self) -> ModelConfig:
@@ -433,10 +442,8 @@ class Config(Section):
         return self.groups.size * self.groups.per_iteration
 
     def at_commit(self, commit: str | None) -> Config:
-        """The same with the model's revision at `commit`; None changes nothing."""
-        if commit is None:
-            return self
-        return self.model_copy(update={"model": self.model.model_copy(update={"revision": commit})})
+        """The same with the model at `commit`."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"commit": commit})})
 
     @property
     def begins_with(self) -> Path | None:
@@ -496,6 +503,8 @@ def _nearest_divisor(number: int, wanted: int) -> int:
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))
 
 
+OF_ONE_VIEW = (FlowGRPOConfig, DiffusionNFTConfig, AWMConfig, DiffusionDPOConfig)
+"""Methods that draw through one view from first to last, whatever `rollout.switch_step` says."""
 BATCHES = ("rollout.images_per_forward", "optimizer.images_per_micro_batch")
 """How many samples are computed at once: a matter of memory and of ranks, unless `depends_on_batches`."""
 MAY_CHANGE_ON_RESUME = (
@@ -642,18 +651,12 @@ def resume_conflicts(saved: Config, wanted: Config, *, has_begun: bool = True) -
         has_begun: whether there is a checkpoint, which knows the run's prompts, wherever they come from.
     """
     batches = BATCHES if saved.algorithm.depends_on_batches else ()
-    idle = () if _switches_view(saved) else ("rollout.switch_step",)
+    idle = ("rollout.switch_step",) if isinstance(saved.algorithm, OF_ONE_VIEW) else ()
     return [
         f"{key}: {before!r} -> {after!r}"
         for key, (before, after) in differences(saved, wanted).items()
         if key in batches or not (_may_change(key) or key in idle) or (key.startswith("prompts.") and not has_begun)
     ]
-
-
-def _switches_view(config: Config) -> bool:
-    """Whether `rollout.switch_step` decides anything."""
-    first, second = (config.algorithm.sampling_view(0, switch_step=step) for step in (0, 1))
-    return first != second
 
 
 def _may_change(key: str) -> bool:
@@ -726,8 +729,11 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply(data: dict[str, Any], overrides: Sequence[str]) -> None:
-    """All overrides in their order, but for the method's name, which decides what settings there are."""
-    for override in sorted(overrides, key=lambda each: not each.startswith(("algorithm.name=", "algorithm="))):
+    """All overrides in their order, once the one is that names a method: its name decides what settings there are."""
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    if keys.count("algorithm.name") == 1 and "algorithm" not in keys:
+        apply_override(data, overrides[keys.index("algorithm.name")])
+    for override in overrides:
         apply_override(data, override)
 
 
@@ -757,9 +763,9 @@ def apply_override(data: dict[str, Any], override: str) -> None:
 REMOVED = {
     "rewards.on_failure": ", of an earlier version: rewards.max_failed_share=0 ends a run at the first failure, as "
     "stop did, and a larger share leaves such samples out, as skip did",
-    "algorithm.trunc": ": this method draws no noise levels from the first points of the schedule; leave it out",
+    "algorithm.diffusion_dpo.trunc": ", of an earlier version, which diffusion_dpo made no use of: leave it out",
 }
-"""Keys of earlier versions, or of other methods, and what to write instead."""
+"""Keys of earlier versions, behind `algorithm` with the method's name, and what to write instead."""
 
 
 def _path(key: str) -> list[str]:
@@ -782,7 +788,7 @@ def _explain(error: ValidationError, model: type[Config]) -> str:
         return f"algorithm.name: input should be one of {names}, got {given!r}{suggest(given, ALGORITHM_NAMES)}"
     if first["type"] == "extra_forbidden":
         *sections, name = location
-        return f"unknown key {key!r}{REMOVED.get(key) or suggest(name, _keys_of(sections, model))}"
+        return f"unknown key {key!r}{REMOVED.get('.'.join(location)) or suggest(name, _keys_of(sections, model))}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return message

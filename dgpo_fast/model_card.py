@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 from dgpo_fast.config import Config, ModelConfig
 from dgpo_fast.flow.diffusers_schedulers import find_scheduler
 from dgpo_fast.metrics import read_evaluations
-from dgpo_fast.models.sources import COMMIT, KNOWN_HUB_NAMES
+from dgpo_fast.models.sources import KNOWN_HUB_NAMES, RANDOM_PREFIX
 
 DEFAULT_STEPS = 28
 """Of diffusers' pipeline, with the scheduler that a model comes with."""
@@ -40,8 +40,7 @@ def model_card(run_dir: Path, config: Config, *, step: int) -> str:
         f"# {config.name}",
         _description(base, config, step=step),
         *([_scores(evaluations[step])] if step in evaluations else []),
-        "## Use",
-        f"```python\n{_usage(base, config)}\n```",
+        *([] if config.model.name.startswith(RANDOM_PREFIX) else ["## Use", f"```python\n{_usage(base, config)}\n```"]),
         *([_INTERVAL] if config.rollout.guidance_interval is not None else []),
     ]
     return "\n\n".join(parts) + "\n"
@@ -57,10 +56,11 @@ def _base_of(model: ModelConfig) -> _Base:
     if model.name == "embedded":
         code = ("from dgpo_fast.models.sources import EMBEDDED",)
         return _Base("dgpo-fast's embedded pipeline", False, code, "EMBEDDED")
-    if model.name in KNOWN_HUB_NAMES or COMMIT.fullmatch(model.revision or ""):  # which only models of the hub have
-        at = "" if model.revision is None else f', revision="{model.revision}"'
+    if model.commit is not None or (model.name in KNOWN_HUB_NAMES and not Path(model.name).is_dir()):
+        at = "" if model.version is None else f', revision="{model.version}"'
         return _Base(model.name, True, (), f'"{model.name}"{at}')
-    return _Base("a local model", False, (), '"the model that this was trained on"')
+    what = "random weights" if model.name.startswith(RANDOM_PREFIX) else "a local model"
+    return _Base(what, False, (), '"the model that this was trained on"')
 
 
 def _front_matter(base: _Base, *, is_lora: bool) -> str:

@@ -108,11 +108,11 @@ def plan(config: Config, *, num_ranks: int | None = None) -> Plan:
         UserError: the model, its size, the adapter, a reward or a prompt file cannot be what the recipe says, or an
             iteration does not divide among the ranks.
     """
-    source = find_model(config.model.name, revision=config.model.revision)
+    source = find_model(config.model.name, revision=config.model.version)
     num_ranks = num_ranks or launcher.world_size()
     check_ranks(config, num_ranks)
-    shape = transformer_shape(source, revision=config.model.revision)
-    vae = vae_shape(source, revision=config.model.revision)
+    shape = transformer_shape(source, revision=config.model.version)
+    vae = vae_shape(source, revision=config.model.version)
     if shape is not None:
         check_resolution(
             config.model.resolution,
@@ -206,7 +206,7 @@ def _checkpoint_bytes(config: Config, shape: TransformerShape) -> int:
 
 def text_tokens(config: Config, source: ModelSource) -> int:
     """Tokens of a prompt: CLIP's, both encoders' side by side, and T5's."""
-    return clip_tokens(source, revision=config.model.revision) + config.model.text_length
+    return clip_tokens(source, revision=config.model.version) + config.model.text_length
 
 
 def _stages(
@@ -246,11 +246,11 @@ def _describe_model(source: ModelSource, config: Config) -> tuple[str, list[str]
         )
     if source.kind == "directory":
         return f"local directory {source.location}", []
-    if cached_file(source, "model_index.json", revision=config.model.revision) is not None:
+    if cached_file(source, "model_index.json", revision=config.model.version) is not None:
         return f"{source.location}, in the local Hugging Face cache", []
     from huggingface_hub import get_token
 
-    download = download_command(source.location, revision=config.model.revision)
+    download = download_command(source.location, revision=config.model.version)
     warning = f"{source.location} is not in the local cache: `{download}` or the first run fetches it"
     if get_token() is None:
         warning += (
@@ -344,7 +344,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "evaluation", f"{drawn} {when}, not in the figures below"
     if cost is not None:
         gigabytes = cost.checkpoint_bytes / GB
-        often = f"every {config.checkpoints.every} steps, {gigabytes:.{0 if gigabytes > 10 else 2}f} GB each"
+        size = f"{gigabytes:,.0f}" if gigabytes > 10 else f"{gigabytes:.2g}"
+        often = f"every {config.checkpoints.every} steps, {size} GB each"
         kept = config.checkpoints.keep_last + 2
         yield "checkpoints", f"{often}, up to {kept} on disk at once: the last, the best, and one in the making"
         for throughput in plan.throughputs:

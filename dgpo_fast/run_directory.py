@@ -19,7 +19,6 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.files import write_atomically
 from dgpo_fast.guard import Finding, Guard
 from dgpo_fast.metrics import MetricsLog
-from dgpo_fast.models.sources import commit_of
 from dgpo_fast.profiling import StageClock, stage
 from dgpo_fast.progress import TrainingProgress
 from dgpo_fast.records import StepReport
@@ -177,8 +176,8 @@ def begun_with(out: Path, wanted: Config) -> str | None:
     if not (out / "config.yaml").is_file():
         raise UserError(f"nothing to resume in {out}: it has no config.yaml")
     saved, has_begun = load_recipe(out / "config.yaml"), bool(list_checkpoints(out))
-    commit, model = saved.model.revision, wanted.model
-    if model.revision is None or commit_of(model.name, revision=model.revision) == commit:
+    commit = saved.model.commit
+    if wanted.model.commit is None:
         wanted = wanted.at_commit(commit)
     conflicts = resume_conflicts(saved, wanted, has_begun=has_begun)
     if conflicts:

@@ -63,7 +63,7 @@ class SampleOptions:
         scheduler = find_scheduler(run.rollout) if run else None
         model = ModelConfig(
             name=name,
-            revision=run.model.revision if run and run.model.name == name else None,
+            revision=run.model.version if run and run.model.name == name else None,
             dtype=run.model.dtype if run else ("bfloat16" if torch.cuda.is_available() else "float32"),
             resolution=resolution or (run.model.resolution if run else shape.sample_size * vae.factor),
         )
@@ -133,7 +133,9 @@ def _read_settings(file: Path) -> _Settings:
             steps=EvaluationConfig.model_validate_json(sections.get("evaluation", "{}")).steps,
         )
     except ValidationError as error:
-        raise UserError(f"{file}: no configuration of a run: {' '.join(str(error).split())}") from None
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{file}: no configuration of a run that this version knows: {key}: {first['msg']}") from None
 
 
 def _load_lora(pipeline: StableDiffusion3Pipeline, lora: Path) -> None:

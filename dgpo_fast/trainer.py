@@ -157,10 +157,10 @@ class Trainer:
     def _commit(self, config: Config) -> str | None:
         """Of the model, if it is the hub's: from now on this one, whatever is pushed until the run is over."""
         model = config.model
-        commits = self.world.gather_objects(commit_of(model.name, revision=model.revision))
+        commits = self.world.gather_objects(commit_of(model.name, revision=model.version))
         if len({*commits}) > 1:
             found = ", ".join(sorted(map(str, {*commits})))
-            raise UserError(f"model.revision: ranks have different commits of {model.name}, {found}: name one of them")
+            raise UserError(f"model.commit: ranks have different commits of {model.name}, {found}: name one of them")
         return commits[0]
 
     @property

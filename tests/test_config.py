@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgpo_fast.algorithm_config import AWMConfig, DiffusionDPOConfig, DiffusionNFTConfig, FlowGRPOConfig
+from dgpo_fast.algorithm_config import AWMConfig, DGPOConfig, DiffusionDPOConfig, DiffusionNFTConfig, FlowGRPOConfig
 from dgpo_fast.config import (
     Config,
     OptimizerConfig,
@@ -240,7 +240,8 @@ MISTAKES = {
     "optimizer: {lr: .inf}": "optimizer.lr: input should be a finite number, got inf",
     "model: {engine: eager, sampling: fp8}": "model.sampling fp8 is of model.engine fused alone, got eager",
     "model: {engine: compile, sampling: merged}": "model.sampling merged is of model.engine fused alone, got compile",
-    "algorithm: {name: diffusion_dpo, trunc: 9}": "unknown key 'algorithm.trunc': this method draws no noise levels",
+    "algorithm: {name: diffusion_dpo, trunc: 9}": "unknown key 'algorithm.trunc', of an earlier version",
+    "algorithm: {name: flow_grpo, trunc: 9}": "unknown key 'algorithm.trunc'",
     "parallel: {gradients: bfloat16}": "parallel.gradients must be float32 with parallel.zero_stage 0, got bfloat16",
     "parallel: {gradients: bfloat16, zero_stage: 1}": "parallel.gradients bfloat16 is for full fine-tuning",
     "model: {engine: eager, dtype: float32}\nadapter: null\nparallel: {gradients: bfloat16, zero_stage: 1}": "parallel."
@@ -306,6 +307,10 @@ def test_another_method_leaves_the_settings_of_the_recipes() -> None:
     overrides = ["algorithm.name=diffusion_nft", "algorithm.beta=0.1"]
     for ordered in (overrides, overrides[::-1]):
         assert load_recipe("sd35m-geneval", ordered).algorithm == DiffusionNFTConfig(beta=0.1)
+    both = load_recipe("sd35m-geneval", ["algorithm.name=awm", "algorithm.first=2", "algorithm.name=dgpo"])
+    assert both.algorithm == DGPOConfig(), "the last counts"
+    whole = load_recipe("sd35m-geneval", ["algorithm.beta=1", "algorithm={name: dgpo, beta: 5}"])
+    assert whole.algorithm == DGPOConfig(beta=5)
     assert load_recipe("sd35m-geneval", ["algorithm.name=dgpo"]) == load_recipe("sd35m-geneval")
 
 

@@ -46,7 +46,8 @@ def line_of(rank: int, size: int, cause: str) -> str:
 
 def own_lines(stderr: str) -> list[str]:
     """Lines on stderr without what a run says of its start and its progress."""
-    said = ("operators on ", "engine ", "samples are drawn ", "step ", "rewards.terms: which of the metrics ")
+    start = ("operators on ", "engine ", "the likelihood ratio ", "samples are drawn ")
+    said = (*start, "step ", "rewards.terms: which of the metrics ")
     return [line for line in stderr.splitlines(keepends=True) if not line.startswith(said)]
 
 

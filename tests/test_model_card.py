@@ -51,9 +51,11 @@ def test_a_card_names_a_hubs_model_at_its_commit_and_no_path(straight_run: Path)
     assert ModelCard(card).data.base_model == "some/model" and f'"some/model", revision="{40 * "1"}"' in card
     card = model_card(straight_run, local, step=6)
     assert ModelCard(card).data.base_model is None and "models/mine" not in card and "a local model" in card
+    card = model_card(straight_run, with_model(straight_run, "random:sd35-medium"), step=6)
+    assert "random weights" in card and "## Use" not in card
 
 
-def test_a_run_is_exported_and_drawn_with_where_its_model_and_method_are_not(
+def test_a_run_is_exported_where_its_model_is_not_and_drawn_with_where_its_method_is_not(
     straight_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its weights are a LoRA, which needs neither; what says how it is drawn does not name them."""
@@ -61,9 +63,11 @@ def test_a_run_is_exported_and_drawn_with_where_its_model_and_method_are_not(
     (run / "config.yaml").write_text(dump_config(with_model(run, "/gone/model")))
     lora = export_run(run, tmp_path / "lora")
     saved = lora / CONFIG_FILE
-    saved.write_text(saved.read_text().replace("name: dgpo\n", "name: gone:Method\n"))
+    there = saved.read_text()
+    assert there.count("  name: dgpo\n") == 1
+    saved.write_text(there.replace("  name: dgpo\n", "  name: gone:Method\n"))
     arguments = ["--prompt", "a red circle", "--lora", str(lora), "--out", str(tmp_path / "images")]
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=r"None|0"):
         main(["sample", "embedded", *arguments])
     assert capsys.readouterr().out == f"{tmp_path / 'images' / '0000.png'}\n"
 

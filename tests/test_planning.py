@@ -100,7 +100,7 @@ def test_parameters_of_the_published_recipe() -> None:
 @pytest.mark.parametrize(
     ("recipe", "model", "said"),
     [
-        ("sd35m-geneval", "medium", "0.90 GB"),
+        ("sd35m-geneval", "medium", "0.9 GB"),
         ("sd35m-geneval-full", "medium", "46 GB"),
         ("sd35l-geneval-full", "large", "161 GB"),
     ],

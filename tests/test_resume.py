@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dgpo_fast import Trainer, load_recipe
 from dgpo_fast.checkpoint import list_checkpoints
 from dgpo_fast.checkpoint import load_checkpoint as load
-from dgpo_fast.config import Config, dump_config
+from dgpo_fast.config import Config, change_config, dump_config
 from dgpo_fast.errors import UserError
 from dgpo_fast.metrics import read_evaluations, read_metrics
 from dgpo_fast.models.sources import EMBEDDED
@@ -221,14 +222,14 @@ COMMIT, PUSHED = 40 * "1", 40 * "2"
 def test_a_run_goes_on_with_the_commit_that_it_began_with(
     tmp_path: Path, quick: tuple[str, ...], child_environment: dict[str, str]
 ) -> None:
-    """Of a model of the hub to which another was pushed meanwhile; and so is it evaluated."""
+    """Of a branch of the hub to which another was pushed meanwhile; and so is it evaluated."""
     repository, out = tmp_path / "hub" / "models--some--model", tmp_path / "run"
     shutil.copytree(EMBEDDED, repository / "snapshots" / COMMIT)
     (repository / "snapshots" / PUSHED).mkdir()  # it holds nothing that could be loaded
     shutil.copy(EMBEDDED / "model_index.json", repository / "snapshots" / PUSHED)
     (repository / "refs").mkdir()
     main = repository / "refs" / "main"
-    named = [f"--set={key}" for key in (*quick, "model.name=some/model")]
+    named = [f"--set={key}" for key in (*quick, "model.name=some/model", "model.revision=main")]
 
     def dgpo_fast(*arguments: str) -> None:
         subprocess.run(
@@ -240,7 +241,7 @@ def test_a_run_goes_on_with_the_commit_that_it_began_with(
     dgpo_fast("train", "tiny-dgpo", *named, "--steps=3", f"--out={out}")
     main.write_text(PUSHED)
     dgpo_fast("train", "tiny-dgpo", *named, "--steps=4", f"--out={out}", "--resume")
-    assert load_recipe(out / "config.yaml").model.revision == COMMIT
+    assert load_recipe(out / "config.yaml").model.commit == COMMIT
     dgpo_fast("eval", str(out), "--json")
 
 
@@ -248,9 +249,20 @@ def test_a_run_does_not_go_on_with_another_commit(straight_run: Path, tmp_path: 
     config = load_recipe(straight_run / "config.yaml")
     (tmp_path / "config.yaml").write_text(dump_config(config.at_commit(COMMIT)))
     assert begun_with(tmp_path, config) == COMMIT
-    for other in (PUSHED, "experimental"):
-        with pytest.raises(UserError, match=f"--resume cannot change model.revision: '{COMMIT}' -> '{other}'"):
-            begun_with(tmp_path, config.at_commit(other))
+    with pytest.raises(UserError, match=f"--resume cannot change model.commit: '{COMMIT}' -> '{PUSHED}'"):
+        begun_with(tmp_path, config.at_commit(PUSHED))
+    other = change_config(config, {"model": {"revision": "experimental"}}, source="test")
+    with pytest.raises(UserError, match=r"--resume cannot change model\.revision: None -> 'experimental'"):
+        begun_with(tmp_path, other)
+
+
+def test_ranks_with_different_commits_are_told(config: Config) -> None:
+    class Ranks:
+        def gather_objects(self, mine: str | None) -> list[str]:
+            return [COMMIT, PUSHED]
+
+    with pytest.raises(UserError, match=f"ranks have different commits of embedded, {COMMIT}, {PUSHED}: name one"):
+        Trainer._commit(SimpleNamespace(world=Ranks()), config)  # type: ignore[arg-type]
 
 
 def test_what_decides_nothing_may_change(tmp_path: Path) -> None:

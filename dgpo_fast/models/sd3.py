@@ -112,7 +112,7 @@ def load_model(config: ModelConfig, *, device: torch.device | str) -> StableDiff
         UserError: no such model, not a Stable Diffusion 3, gated without a token, or weights that cannot be read. Those
             of the text encoders are read by `encode`, which raises the same.
     """
-    revision, target, dtype = config.revision, torch.device(device), DTYPES[config.dtype]
+    revision, target, dtype = config.version, torch.device(device), DTYPES[config.dtype]
     source = find_model(config.name, revision=revision)
     if source.kind == "random":
         pipeline = random_pipeline(source.location, dtype=dtype, device=target, seed=RANDOM_SEED)
@@ -142,11 +142,11 @@ def load_pipeline(config: ModelConfig, *, device: torch.device | str) -> StableD
     Raises:
         UserError: as `load_model` does.
     """
-    source, dtype = find_model(config.name, revision=config.revision), DTYPES[config.dtype]
+    source, dtype = find_model(config.name, revision=config.version), DTYPES[config.dtype]
     if source.kind == "random":
         pipeline = random_pipeline(source.location, dtype=dtype, device=device, seed=RANDOM_SEED)
     else:
-        pipeline = _load_pipeline(source, config, config.revision, {})
+        pipeline = _load_pipeline(source, config, config.version, {})
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()

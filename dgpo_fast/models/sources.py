@@ -15,8 +15,6 @@ from dgpo_fast.models.architectures import SD35_SHAPES, TransformerShape, VAESha
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "tiny-sd3"
 PIPELINE_CLASS = "StableDiffusion3Pipeline"
-COMMIT = re.compile(r"[0-9a-f]{40}")
-"""What names a commit of the hub, and no branch that may move."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 RANDOM_PREFIX = "random:"
 RANDOM_SEED = 0
