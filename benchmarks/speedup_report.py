@@ -53,7 +53,7 @@ def way_to(target: float, of_seeds: Sequence[Result], of: Callable[[Point], floa
     found, middle = arrivals(of_seeds, target), typical(of_seeds, target)
     assert middle is not None
     shown = [f"{arrival.bound} {of(arrival.point):.0f}".lstrip() for arrival in (middle, found[0], found[-1])]
-    return shown[0] if len(found) == 1 else f"{shown[0]} ({shown[1]} to {shown[2]})"
+    return shown[0] if len({*shown}) == 1 else f"{shown[0]} ({shown[1]} to {shown[2]})"
 
 
 def seconds_of(point: Point) -> float:
