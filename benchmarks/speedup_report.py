@@ -270,8 +270,10 @@ AXES = {"seconds": "seconds of training, one core", "images": "images", "flops":
 
 
 def pictures(directory: Path = RESULTS) -> dict[str, str]:
-    """Strict scores of the runs that methods are shown by, over each of `AXES`."""
-    chosen = shown(directory).soon
+    """Strict scores of the runs that methods are shown by, over each of `AXES`, as long as all of them last."""
+    chosen = {
+        name: [result.until(HORIZON_S) for result in of_seeds] for name, of_seeds in shown(directory).soon.items()
+    }
     return {
         against: draw(
             [
