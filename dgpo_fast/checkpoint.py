@@ -107,11 +107,11 @@ def save_checkpoint(run_dir: Path, state: State, world: World, *, save_weights: 
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "state").mkdir(parents=True)
         save_weights(partial)
-        for kind, name in files.items():
-            create_file(partial / name, shapes[kind])
+        constant_pieces = [Piece(name, 0, tensor.flatten()) for name, tensor in state.constants.items()]
+        for kind, file in files.items():
+            create_file(partial / file, shapes[kind])
             if kind in state.files:
-                pieces = [Piece(name, 0, tensor.flatten()) for name, tensor in state.constants.items()]
-                write_pieces(partial / name, pieces, shapes[kind])
+                write_pieces(partial / file, constant_pieces, shapes[kind])
         values = {"step": state.step, "files": files, "constants": [*constants], **state.values}
         (partial / "state" / "state.json").write_text(json.dumps(values, indent=2) + "\n")
 

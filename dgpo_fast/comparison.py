@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -68,8 +68,7 @@ class Evaluation:
         return {
             "split": self.split,
             "num_prompts": len(self.prompts),
-            "base": {metric: json_number(one.base.mean) for metric, one in found.items()},
-            "tuned": {metric: json_number(one.tuned.mean) for metric, one in found.items()},
+            **_means(found),
             "base_interval": {metric: _ends(one.base) for metric, one in found.items()},
             "tuned_interval": {metric: _ends(one.tuned) for metric, one in found.items()},
             "difference": {metric: _difference(one) for metric, one in found.items()},
@@ -81,33 +80,21 @@ class Evaluation:
 
     def _kinds_as_json(self) -> dict[str, Any]:
         found = {kind: (len(of.prompts), of.comparisons) for kind, of in self.kinds.items()}
+        means = _means_of_kinds([comparisons for _, comparisons in found.values()])
         return {
             "key": self.by,
             "kinds": {
                 kind: {
                     "num_prompts": num_prompts,
-                    "base": {metric: json_number(each.base.mean) for metric, each in comparisons.items()},
-                    "tuned": {metric: json_number(each.tuned.mean) for metric, each in comparisons.items()},
+                    **_means(comparisons),
                     "difference": {metric: _difference(each) for metric, each in comparisons.items()},
                 }
                 for kind, (num_prompts, comparisons) in found.items()
             },
             "mean_of_kinds": {
-                side: {metric: json_number(of[place]) for metric, of in self.means_of_kinds.items()}
+                side: {metric: json_number(of[place]) for metric, of in means.items()}
                 for place, side in enumerate(("base", "tuned"))
             },
-        }
-
-    @property
-    def means_of_kinds(self) -> dict[str, tuple[float, float]]:
-        """Of each metric the mean of the kinds' means, base's and tuned: every kind counts alike, as in GenEval."""
-        found = [of.comparisons for of in self.kinds.values()]
-        return {
-            metric: (
-                fmean(of_kind[metric].base.mean for of_kind in found),
-                fmean(of_kind[metric].tuned.mean for of_kind in found),
-            )
-            for metric in self.base
         }
 
     def as_csv(self) -> str:
@@ -151,7 +138,7 @@ class Evaluation:
         for column in ("prompts", "base", "tuned", "change", INTERVAL):
             table.add_column(column, justify="right", no_wrap=column != INTERVAL)
         found = {kind: (len(of.prompts), of.comparisons) for kind, of in self.kinds.items()}
-        of_all, means = self.comparisons, self.means_of_kinds
+        of_all, means = self.comparisons, _means_of_kinds([comparisons for _, comparisons in found.values()])
         for metric, (base, tuned) in means.items():
             name, digits = escape(metric), _decimals(of_all[metric].change)
             for kind, (num_prompts, comparisons) in found.items():
@@ -173,6 +160,21 @@ def kind_of(prompt: str, key: str) -> str:
         known = f"; its metadata have {', '.join(metadata)}" if metadata else ", and no metadata"
         raise UserError(f"--by {key}: the prompt {str(prompt)!r} has none{known}")
     return str(metadata[key])
+
+
+def _means(found: Mapping[str, Comparison]) -> dict[str, dict[str, float | None]]:
+    return {
+        "base": {metric: json_number(one.base.mean) for metric, one in found.items()},
+        "tuned": {metric: json_number(one.tuned.mean) for metric, one in found.items()},
+    }
+
+
+def _means_of_kinds(kinds: Sequence[Mapping[str, Comparison]]) -> dict[str, tuple[float, float]]:
+    """Of each metric the mean of the kinds' means, base's and tuned: every kind counts alike, as in GenEval."""
+    return {
+        metric: (fmean(of[metric].base.mean for of in kinds), fmean(of[metric].tuned.mean for of in kinds))
+        for metric in kinds[0]
+    }
 
 
 def format_p(p: float) -> str:
