@@ -27,7 +27,7 @@ from dgpo_fast.learner import Learner
 from dgpo_fast.metrics import read_evaluations
 from dgpo_fast.models.engines import View, describe_engine
 from dgpo_fast.models.lora import read_lora
-from dgpo_fast.models.sources import commit_of
+from dgpo_fast.models.sources import find_model, hub_commit
 from dgpo_fast.ops.registry import describe_serving
 from dgpo_fast.parallel.placement import placement_of
 from dgpo_fast.parallel.world import World
@@ -157,7 +157,8 @@ class Trainer:
     def _commit(self, config: Config) -> str | None:
         """Of the model, if it is the hub's: from now on this one, whatever is pushed until the run is over."""
         model = config.model
-        commits = self.world.gather_objects(commit_of(model.name, revision=model.version))
+        source = find_model(model.name, revision=model.version)
+        commits = self.world.gather_objects(hub_commit(source, revision=model.version))
         if len({*commits}) > 1:
             found = ", ".join(sorted(map(str, {*commits})))
             raise UserError(f"model.commit: ranks have different commits of {model.name}, {found}: name one of them")

@@ -120,6 +120,7 @@ def load_model(config: ModelConfig, *, device: torch.device | str) -> StableDiff
         pipeline = _load_pipeline(source, config, revision, dict.fromkeys((*ENCODERS, *TOKENIZERS)))
     if source.kind == "hub":  # from now on this commit, whatever is pushed meanwhile
         revision = hub_commit(source, revision=revision)
+        assert revision is not None, f"{source.location} is not in the cache"
 
     def with_encoders() -> StableDiffusion3Pipeline:
         if source.kind == "random":

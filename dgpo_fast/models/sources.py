@@ -105,11 +105,13 @@ def clip_tokens(source: ModelSource, *, revision: str | None = None) -> int:
     return 77 if config is None else int(config["max_position_embeddings"])
 
 
-def hub_commit(source: ModelSource, *, revision: str | None = None) -> str:
-    """The commit of a hub model that lies in the local cache, which names its snapshots by them."""
-    index = cached_file(source, "model_index.json", revision=revision)
-    assert index is not None, f"{source.location} is not in the cache"
-    return index.parent.name
+def hub_commit(source: ModelSource, *, revision: str | None = None) -> str | None:
+    """The commit of a hub's model, as the local cache has it, which names its snapshots by them.
+
+    None of another model, or where it is not there.
+    """
+    index = cached_file(source, "model_index.json", revision=revision) if source.kind == "hub" else None
+    return None if index is None else index.parent.name
 
 
 def download_command(repository: str, *, revision: str | None = None) -> str:
@@ -122,17 +124,12 @@ def download_command(repository: str, *, revision: str | None = None) -> str:
     return shlex.join(["hf", "download", repository, *at, *wanted, "--exclude", "*.fp16*"])
 
 
-def commit_of(name: str, *, revision: str | None = None) -> str | None:
-    """The commit of a hub's model, as the local cache has it; None of another model, or where it is not there."""
-    source = find_model(name, revision=revision)
-    index = cached_file(source, "model_index.json", revision=revision) if source.kind == "hub" else None
-    return None if index is None else index.parent.name
-
-
 def text_identity(source: ModelSource, *, revision: str | None = None) -> dict[str, str | int]:
     """What tells a model's text encoders and tokenizers from all others. A hub model is in the local cache by now."""
     if source.kind == "hub":
-        return {"hub": source.location, "commit": hub_commit(source, revision=revision)}
+        commit = hub_commit(source, revision=revision)
+        assert commit is not None, f"{source.location} is not in the cache"
+        return {"hub": source.location, "commit": commit}
     if source.kind == "random":
         return {"random": source.location, "seed": RANDOM_SEED}
     return {"files": _fingerprint(Path(source.location))}
