@@ -181,9 +181,8 @@ class Run:
     def small(self) -> int:
         """Collectives of a few values: rewards, metrics, the norm, signals, and scores of groups over ranks."""
         placed = placement_of(self.config, self.num_ranks)
-        micro_steps = self.micro_batches
-        rounds = micro_steps // placed.steps_per_round
-        return 4 + rounds + (0 if placed.case == "a" else rounds)
+        rounds = self.micro_batches // placed.steps_per_round
+        return 5 + (0 if placed.case == "a" else rounds)
 
     def seconds(self, stage: int, network: Network) -> float:
         """Of all collectives of an optimizer step, none of them hidden behind computation."""

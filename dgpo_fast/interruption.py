@@ -59,6 +59,11 @@ class Interruption:
             raise Interrupted(128 + code)
         return code == FAILED
 
+    def check_alone(self) -> None:
+        """As `check` in a process alone; among several, each of which would wait for the slowest, nothing."""
+        if self.world.size == 1:
+            self.check()
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
         signal.signal(number, self._usual[number])  # type: ignore[arg-type]

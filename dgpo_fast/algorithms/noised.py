@@ -66,8 +66,9 @@ class NoisedBatches:
         """This rank's micro-batches of an optimizer step, in rounds that close their groups, sigma after sigma."""
         prompts, placement = scored.rollout.prompts, self.placement
         num_steps = prompts.num_samples // placement.micro // self.config.optimizer.steps_per_iteration
-        for point_B in self.points(prompts).unbind(1):
-            now = self._pass(prompts, point_B, device=scored.reward_B.device)
+        # All before the first: a copy to the device waits for what that still has to do.
+        passes = [self._pass(prompts, each, device=scored.reward_B.device) for each in self.points(prompts).unbind(1)]
+        for now in passes:
             for first in range(update * num_steps, (update + 1) * num_steps, placement.steps_per_round):
                 steps = range(first, first + placement.steps_per_round)
                 groups = placement.groups(steps, rank=self.rank)

@@ -11,8 +11,8 @@ from torch import Tensor
 from dgpo_fast.parallel.weights import Held, Piece
 from dgpo_fast.parallel.world import World
 
-BUCKET = 2**26
-"""Elements that each rank sends at once: what bounds the memory of it."""
+BUCKET = 2**28
+"""Elements that each rank receives at once: what bounds the memory of it, on however many ranks."""
 
 
 class _Run(NamedTuple):
@@ -44,8 +44,9 @@ class Assembly:
         like = next(iter(parameters.values()))
         longest = max(runs[-1].stop if runs else 0 for runs in self._runs_of_ranks)
         mine = torch.cat([values.to(like) for _, _, values in pieces]) if pieces else like.new_empty(0)
-        for first in range(0, longest, BUCKET):
-            length = min(BUCKET, longest - first)
+        at_once = BUCKET // self._world.size
+        for first in range(0, longest, at_once):
+            length = min(at_once, longest - first)
             sent = like.new_zeros(length)
             part = mine[first : first + length]
             sent[: len(part)] = part

@@ -21,6 +21,8 @@ from dgpo_fast.parallel.failures import collective
 
 T = TypeVar("T")
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
@@ -51,7 +53,11 @@ class World:
         if store is not None:
             if backend == "auto":
                 backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+            # Told its device, NCCL connects now: a network that does not work is seen before anything is loaded.
+            eager = device if backend == "nccl" and size > 1 else None
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=eager
+            )  # fmt: skip
         return cls(rank=rank, size=size, device=device)
 
     @property
@@ -74,18 +80,18 @@ class World:
         """The largest of the ranks' values: a one-element all-reduce."""
         if self.size == 1:
             return value
-        largest = torch.tensor([value], device=self.device)
+        largest = torch.full((1,), value, device=self.device)  # filled there: a copy would wait for the device
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest.item())
 
     @collective
     def gather(self, tensor: Tensor) -> Tensor:
-        """The ranks' tensors of equal shape, concatenated in the order of ranks."""
+        """The ranks' tensors of equal shape, which is not that of a scalar, concatenated in the order of ranks."""
         if self.size == 1:
             return tensor
-        gathered = tensor.new_empty(self.size, *tensor.shape)
-        dist.all_gather([*gathered.unbind()], tensor.contiguous())
-        return gathered.flatten(0, 1)
+        gathered = tensor.new_empty(self.size * len(tensor), *tensor.shape[1:])
+        _all_gather(gathered, tensor.contiguous())
+        return gathered
 
     @collective
     def gather_objects(self, value: T) -> list[T]:

@@ -11,11 +11,13 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
+from datetime import timedelta
 from io import StringIO
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError, suggest
@@ -92,6 +94,7 @@ class ZeroEngine:
                 )  # fmt: skip
         except (ValueError, AssertionError, TypeError, deepspeed.DeepSpeedConfigError) as error:
             raise UserError(f"parallel.deepspeed: {' '.join(str(error).split())}") from error
+        _wait_as_long(config.parallel.timeout_s)
         self._optimizer = self._engine.optimizer
         self._flats: list[Tensor] = self._flat_masters()
         self._states = [zero_state(self._optimizer.optimizer, flat) for flat in self._flats]
@@ -329,6 +332,13 @@ def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any
         is_section = isinstance(value, Mapping) and isinstance(ours.get(name), dict)
         merged[name] = _merged(ours[name], value) if is_section else value
     return merged
+
+
+def _wait_as_long(seconds: float) -> None:
+    """Gives DeepSpeed's group of all ranks, a copy of ours, the same patience; NCCL's own would be ten minutes."""
+    from deepspeed.utils import groups
+
+    distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), groups._clone_world_group())
 
 
 def _import_deepspeed(world: World) -> Any:

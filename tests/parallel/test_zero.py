@@ -28,6 +28,7 @@ Distance = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], float]
 KINDS = {"adapters": (), "full": ("adapter=null", "model.engine=eager")}
 STAGES = (0, 1, 2, 3)
 SAME_SAMPLING = "model.sampling=same"
+PATIENCE_S = 1500
 
 # Adam divides by the root of its second average: where a gradient is about zero, its rounding decides the sign of a
 # whole step. An eps above such gradients keeps weights as close as gradients are.
@@ -35,7 +36,8 @@ COMMON = (
     f"steps={STEPS}", f"checkpoints.every={SAVED}", "checkpoints.keep_last=9", "evaluation.every=0",
     "algorithm.train_timesteps=2", "model.resolution=24", "evaluation.images_per_prompt=1",
     "optimizer.eps=1e-3", "optimizer.lr=1e-3",
-    SAME_SAMPLING, "rewards.terms=[{name: 'misbehaving:Brightness'}]", "logging.samples_every=0",
+    f"parallel.timeout_s={PATIENCE_S}", SAME_SAMPLING,
+    "rewards.terms=[{name: 'misbehaving:Brightness'}]", "logging.samples_every=0",
 )  # fmt: skip
 
 # From what run, on how many ranks, under what stage another goes on.
@@ -194,6 +196,11 @@ def test_what_the_recipe_decides_and_what_nobody_reads_is_refused(
     config = load_recipe("tiny-dgpo", of_kind(overrides, "full", 1, f"parallel.deepspeed={given}"))
     with pytest.raises(UserError, match=re.escape(said)):
         deepspeed_config(config, is_low=False, num_values=1000)
+
+
+@pytest.mark.parametrize("name", ["adapters-1", "full-3", "sharded"])
+def test_deepspeed_waits_as_long_as_we_do(runs: Path, name: str) -> None:
+    assert [float((runs / name / f"patience-{rank}.txt").read_text()) for rank in (0, 1)] == [PATIENCE_S] * 2
 
 
 def test_weights_go_where_the_recipe_says(overrides: tuple[str, ...]) -> None:

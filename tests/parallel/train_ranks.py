@@ -55,6 +55,8 @@ def train(plan: dict[str, Any]) -> None:
     trainer._score = spoilt_score  # type: ignore[method-assign]
     trainer.policy.engine.velocity = counted_velocity  # type: ignore[method-assign]
     trainer.train()
+    if trainer.config.parallel.zero_stage > 0:
+        (Path(plan["out"]) / f"patience-{rank}.txt").write_text(str(patience_s()))
     (Path(plan["out"]) / f"forwards-{rank}.txt").write_text(" ".join(forwards))
 
 
@@ -63,6 +65,14 @@ def perturb(trainer: Trainer) -> None:
     trainable = trainer.policy.trainable.data  # type: ignore[attr-defined]
     trainable.add_(torch.randn(len(trainable), generator=torch.Generator().manual_seed(0)), alpha=0.05)
     trainer.policy.refresh("policy")
+
+
+def patience_s() -> float:
+    """For which the group that DeepSpeed made waits for a rank."""
+    from deepspeed.utils import groups
+
+    backend = groups._clone_world_group()._get_backend(torch.device("cpu"))
+    return float(backend.options._timeout.total_seconds())
 
 
 if __name__ == "__main__":
