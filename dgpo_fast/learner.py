@@ -13,7 +13,7 @@ from dgpo_fast.config import Config
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.policy import TRAINED, Policy
 from dgpo_fast.models.training import load_policy, train_policy
-from dgpo_fast.parallel.weights import Held
+from dgpo_fast.parallel.weights import Held, fingerprint
 from dgpo_fast.parallel.world import World
 
 
@@ -27,6 +27,7 @@ class Learner:
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world = config, world
         self.policy = load_policy(config, world)
+        _refuse_other_weights(self.policy, world)
         self.engine = train_policy(self.policy, config, world)
         self.skipped, self.skipped_in_a_row = 0, 0
         """Steps that were not made: `skipped_in_a_row` are those whose gradient was not finite."""
@@ -116,3 +117,14 @@ class Learner:
     def _held(self) -> dict[str, Held]:
         """What this rank holds of all that learns: the policy, Adam's averages, the policy's."""
         return {"policy": self.engine.masters(), **self.engine.moments(), **dict(self.policy.averages().items())}
+
+
+def _refuse_other_weights(policy: Policy, world: World) -> None:
+    """Makes sure that ranks, each of which loads the model for itself, have the same."""
+    if world.size == 1:
+        return
+    pipeline = policy.model.pipeline
+    parts = (pipeline.transformer, pipeline.vae)
+    mine = fingerprint(parameter for part in parts for parameter in part.parameters())
+    if len({*world.gather_objects(mine)}) > 1:
+        raise UserError("model.name: ranks have loaded different weights; it must be the same model on every machine")

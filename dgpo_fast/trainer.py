@@ -67,6 +67,7 @@ class Trainer:
         self.samples_of_ranks = placement.samples_of_ranks(total=config.images_per_iteration)
         test, train = (_prompts(config, split) for split in ("test", "train"))
         self.prompt_digests = {"test": digest_of(test), "train": digest_of(train)}
+        _refuse_unlike_prompts(self.prompt_digests, self.world)
         if (saved := load_newest(out, self.world) if resume else None) is not None:
             _refuse_other_prompts(saved, self.prompt_digests)
         self.test_prompts = test[: config.evaluation.num_prompts]
@@ -196,18 +197,13 @@ class Trainer:
     def _draw(self, view: View) -> tuple[Rollout, Scores | None]:
         """This rank's samples, and their scores, unless a signal came: then some may lack."""
 
-        def check() -> None:
-            # Several ranks agree on a signal by a collective, which would make each forward wait for the slowest.
-            if self.world.size == 1:
-                self.interruption.check()
-
         at_once = self.config.rollout.decoded_at_once
         with OverlappedScoring(
             self.scorer, self.policy.model, images_per_decode=at_once, num_images=self.config.images_per_iteration,
             is_over=lambda: self.interruption.is_requested,
         ) as scoring, stage("rollout"):  # fmt: skip
             rollout = self.algorithm.rollout(
-                self.policy, view, self._next_prompts(), deliver=scoring.add, check=check
+                self.policy, view, self._next_prompts(), deliver=scoring.add, check=self.interruption.check_alone
             )  # fmt: skip
         return rollout, None if self.interruption.is_requested else scoring.scores()
 
@@ -248,7 +244,9 @@ class Trainer:
                 with stage("backward"):
                     self.learner.backward(outputs[-1].loss)
             if update == 0:  # behind a step the iteration is finished first: runs go on between iterations alone
-                self.interruption.check()
+                self.interruption.check_alone()
+        if update == 0:
+            self.interruption.check()
         with stage("optimizer"):
             made = self.learner.step(self.step, after_step=self.algorithm.after_step, lr_factor=self.guard.lr_factor)
         self.step += 1
@@ -336,6 +334,14 @@ def _refuse_other_prompts(saved: Checkpoint, digests: Mapping[str, str]) -> None
     for split, digest in saved.values.get("prompts", {}).items():
         if digest != digests[split]:
             raise UserError(f"prompts.{split}: these are other prompts than those that the run began with")
+
+
+def _refuse_unlike_prompts(digests: Mapping[str, str], world: World) -> None:
+    """Makes sure that ranks, each of which reads them for itself, have the same."""
+    of_ranks = world.gather_objects(digests)
+    for split in digests:
+        if len({each[split] for each in of_ranks}) > 1:
+            raise UserError(f"prompts.{split}: ranks read different prompts; they must be the same on every machine")
 
 
 def _prompts(config: Config, split: Literal["test", "train"]) -> list[str]:

@@ -81,15 +81,18 @@ class FullPolicy(Policy):
 
     Args:
         is_trained: False for one that only evaluates: it has the policy and the base in one.
+        waits_on_host: whether base and replica lie in the host's memory until `train_with` shards them: a device that
+            will hold shards may have no room for all three.
     """
 
     ema_file = "transformer/diffusion_pytorch_model.safetensors"
 
-    def __init__(self, model: StableDiffusion3, *, is_trained: bool = True) -> None:
+    def __init__(self, model: StableDiffusion3, *, is_trained: bool = True, waits_on_host: bool = False) -> None:
         assert model.config.engine != "fused"  # it computes no gradients of the weights
-        self.trained = model.transformer
+        self.trained = model.transformer.to("cpu") if waits_on_host else model.transformer
         reference = deepcopy(self.trained) if is_trained else self.trained
         shown = deepcopy(self.trained)
+        self.trained.to(model.device)
         for transformer in dict.fromkeys((self.trained, reference, shown)):
             if model.config.checkpointing == "full":
                 transformer.enable_gradient_checkpointing()

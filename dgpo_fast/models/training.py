@@ -25,7 +25,8 @@ def load_policy(config: Config, world: World, *, is_trained: bool = True) -> Pol
     """
     model = load_model(config.model, device=world.device)
     if config.adapter is None:
-        return FullPolicy(model, is_trained=is_trained)
+        is_sharded = is_trained and config.parallel.frozen == "sharded"
+        return FullPolicy(model, is_trained=is_trained, waits_on_host=is_sharded)
     return AdapterPolicy(model, config.adapter, seed=config.seed)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -30,6 +30,17 @@ class Held(NamedTuple):
     pieces: Sequence[Piece]
     is_sharded: bool
     """Whether ranks hold different pieces; else each holds all."""
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> int:
+    """A number that tells weights from others: a sum of their bits, the same on every device."""
+    sums = [
+        tensor.detach().contiguous().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors
+    ]
+    return int(torch.stack(sums).sum().item())
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def cut(run: Tensor, start: int, shapes: Shapes) -> list[Piece]:
