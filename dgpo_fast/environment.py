@@ -54,8 +54,9 @@ def num_cores() -> int:
 
 def share_of_cores() -> int:
     """Cores for this process, where other ranks here, and other workers of a reward, take as many; at least 1."""
-    sharers = launcher.local_size() * int(os.environ.get(WORKERS_VARIABLE, "1"))
-    return max(1, num_cores() // sharers)
+    cores = num_cores()
+    sharers = launcher.sharing_cores(cores) * int(os.environ.get(WORKERS_VARIABLE, "1"))
+    return max(1, cores // sharers)
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -30,6 +30,13 @@ def local_size() -> int:
     return next((int(os.environ[name]) for name in names if name in os.environ), 1)
 
 
+def sharing_cores(num_cores: int) -> int:
+    """How many of them share the `num_cores` that this process may use: to its tasks SLURM gives cores of their own."""
+    is_slurm = not any(name in os.environ for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+    own = int(os.environ.get("SLURM_CPUS_PER_TASK", "0")) if is_slurm else 0
+    return 1 if num_cores <= own else local_size()
+
+
 def is_first() -> bool:
     """Whether this process speaks for all."""
     return rank() == 0

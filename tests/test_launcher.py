@@ -6,7 +6,7 @@ import pytest
 
 from dgpo_fast import cli, environment, launcher
 
-VARIABLES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+VARIABLES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK")
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,29 @@ def test_ranks_of_a_machine_share_its_cores(given: dict[str, str], size: int, mo
         monkeypatch.setenv(name, value)
     assert launcher.local_size() == size
     assert environment.share_of_cores() == 96 // size
+
+
+@pytest.mark.parametrize(
+    ("launched", "cores", "share"),
+    [
+        ({"SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "12"}, 12, 12),  # bound to its own
+        ({"SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "12"}, 96, 12),  # bound to none
+        (
+            {"LOCAL_WORLD_SIZE": "8", "SLURM_NTASKS_PER_NODE": "1", "SLURM_CPUS_PER_TASK": "96"},
+            96,
+            12,
+        ),  # torchrun in it
+    ],
+)
+def test_a_task_of_slurm_may_have_cores_of_its_own(
+    launched: dict[str, str], cores: int, share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "num_cores", lambda: cores)
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"WORLD_SIZE": "64", **launched}.items():
+        monkeypatch.setenv(name, value)
+    assert environment.share_of_cores() == share
 
 
 @pytest.mark.parametrize(("status", "told"), [(130, ["it was interrupted"]), (0, []), (None, [])])

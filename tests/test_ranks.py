@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -16,10 +17,16 @@ from dgpo_fast import Trainer, load_recipe
 from dgpo_fast.checkpoint import last_checkpoint, list_checkpoints, load_checkpoint
 from dgpo_fast.config import check_ranks
 from dgpo_fast.errors import UserError
+from dgpo_fast.learner import Learner
 from dgpo_fast.metrics import read_evaluations, read_metrics
 from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.sd3 import load_model
+from dgpo_fast.parallel.weights import fingerprint
 from dgpo_fast.parallel.world import World
+from dgpo_fast.trainer import _refuse_unlike_prompts
+
+T = TypeVar("T")
+CPU = torch.device("cpu")
 
 # An eps far above every gradient makes Adam's step proportional to the gradient: with the usual one it is nearly the
 # gradient's sign, which rounding flips where that is about zero.
@@ -135,7 +142,58 @@ def test_ranks_wait_for_each_others_rewards(quick: tuple[str, ...]) -> None:
         check_ranks(recipe, 2)
 
 
+def test_a_reward_on_the_gpu_of_one_rank_is_refused(quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that no rank of the machine trains on may have the rewards of all."""
+
+    def check(number: int, num_ranks: int) -> None:
+        running = f"rewards.running={{shapes: {{device: 'cuda:{number}'}}}}"
+        check_ranks(load_recipe("tiny-dgpo", [*quick, running]), num_ranks)
+
+    refused = r"^rewards\.running\.shapes\.device: cuda:1 is the GPU of one rank, .*; auto is each rank's own$"
+    check(1, 1)
+    check(2, 2)
+    with pytest.raises(UserError, match=refused):
+        check(1, 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    check(1, 2)
+
+
 def test_every_rank_draws_a_held_out_prompt(quick: tuple[str, ...]) -> None:
     changes = ["groups.per_iteration=4", "evaluation.num_prompts=3"]
     with pytest.raises(UserError, match=r"evaluation\.num_prompts must be at least the number of ranks, 4, .* got 3"):
         check_ranks(load_recipe("tiny-dgpo", [*quick, *changes]), 4)
+
+
+class Pair(World):
+    """Rank 0 of two, the other of which has read something else."""
+
+    def gather_objects(self, value: T) -> list[T]:
+        return [value, self.spoilt(value)]
+
+    def spoilt(self, value: T) -> T:
+        return {"train": "other", "test": value["test"]} if isinstance(value, dict) else value + 1  # type: ignore
+
+
+def test_ranks_must_read_the_same_prompts() -> None:
+    pair, digests = Pair(rank=0, size=2, device=CPU), {"train": "some", "test": "more"}
+    with pytest.raises(UserError, match=r"^prompts\.train: ranks read different prompts"):
+        _refuse_unlike_prompts(digests, pair)
+    _refuse_unlike_prompts(digests, World(rank=0, size=1, device=CPU))
+
+
+def test_ranks_must_load_the_same_model(quick: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match=r"^model\.name: ranks have loaded different weights"):
+        Learner(load_recipe("tiny-dgpo", quick), Pair(rank=0, size=2, device=CPU))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_fingerprint_tells_weights_from_others(dtype: torch.dtype) -> None:
+    """To the last bit, and wherever it is; views are what they show."""
+    weights = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = fingerprint([weights, weights[0]])
+    assert found == fingerprint([weights.T, weights[0].clone()])
+    changed = weights.clone()
+    bits = changed.view(-1)[-1:].view(torch.uint8)
+    bits[0] ^= 1
+    assert found != fingerprint([changed, weights[0]])

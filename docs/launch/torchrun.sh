@@ -15,6 +15,10 @@ FIRST=${FIRST:-localhost}         # the machine where the others meet
 PORT=${PORT:-29400}               # a free one there
 RUN_ID=${RUN_ID:-$OUT}            # the same on all machines, and no other run's
 
+# Threads of a rank's CPU, where the optimizer is offloaded, say: torchrun would set 1.
+cores=$(($(nproc) / GPUS))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 0 ? cores : 1))}
+
 # How long a stopped run may save before torchrun kills it: by itself it would wait 30 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
