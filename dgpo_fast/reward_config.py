@@ -121,7 +121,7 @@ class JudgeConfig(Section):
     max_tokens: Count = 1024
     temperature: NonNegative = 0.0
     concurrency: Count = 16
-    """Requests at a time."""
+    """Requests at a time, of each rank."""
     timeout_s: Positive = 60.0
     """For how long the server may be silent before the request counts as failed."""
     deadline_s: Positive = 300.0

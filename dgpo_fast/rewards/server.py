@@ -39,7 +39,9 @@ from dgpo_fast.rewards.calling import Metrics, call
 from dgpo_fast.rewards.remote import token_of_environment
 
 MAX_WAITING = 4
-"""Requests besides the one that is scored, each with its images in memory; the next is told to come again."""
+"""Requests besides the one that is scored, each with its images in memory; the next wait before they are read."""
+HOLD_S = 60.0
+"""So long; then they are told to come again."""
 RETRY_AFTER_S = 1
 MAX_CONNECTIONS = 256
 """Of as many ranks: each keeps one open, and waits there for its turn."""
@@ -231,7 +233,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _score(self) -> bytes:
         length = self._length()
-        if not self.server.places.acquire(blocking=False):
+        if not self.server.places.acquire(timeout=HOLD_S):
             raise _Refused(503, f"{1 + MAX_WAITING} requests are waiting")
         try:
             body = self._body(length)

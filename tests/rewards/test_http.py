@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -371,17 +371,40 @@ def test_the_wait_for_a_busy_server_grows(monkeypatch: pytest.MonkeyPatch) -> No
     assert waits == [1.0, 1.0, 1.0, 2.0, 4.0]
 
 
-def test_a_busy_server_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One request is scored and none waits: the other is told to come again, and does."""
-    monkeypatch.setattr(server, "MAX_WAITING", 0)
-    statuses: list[int] = []
+@pytest.fixture
+def statuses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of the answers of servers, as they are sent."""
+    sent = list[int]()
     send = server._Handler._send
 
     def seen(handler: server._Handler, status: int, answer: bytes, *, is_last: bool) -> None:
-        statuses.append(status)
+        sent.append(status)
         send(handler, status, answer, is_last=is_last)
 
     monkeypatch.setattr(server._Handler, "_send", seen)
+    return sent
+
+
+def test_many_ranks_wait_for_a_place(statuses: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request is scored and none waits read: the others are held as they are, and nobody sends anything twice."""
+    monkeypatch.setattr(server, "MAX_WAITING", 0)
+    with serving(lambda images_BCHW, prompts: [1.0] * len(prompts)) as own, ExitStack() as stack:
+        askers = [stack.enter_context(asking(own.url)) for _ in range(4)]
+        statuses.clear()
+        assert own.places.acquire(timeout=TOO_LONG_S)
+        threads = [threading.Thread(target=each, args=(IMAGES, PROMPTS)) for each in askers]
+        for thread in threads:
+            thread.start()
+        own.places.release()
+        for thread in threads:
+            thread.join(TOO_LONG_S)
+    assert statuses == [200] * 4
+
+
+def test_a_busy_server_is_asked_again(statuses: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request is scored and none waits: the other is told to come again, and does."""
+    monkeypatch.setattr(server, "MAX_WAITING", 0)
+    monkeypatch.setattr(server, "HOLD_S", 0.0)
 
     def reward(images_BCHW: Tensor, prompts: Sequence[str]) -> list[float]:
         end = time.monotonic() + TOO_LONG_S
