@@ -17,6 +17,10 @@ from dgpo_fast.kernels.layer_norm import load_row, with_rows
 ELEMENTS_PER_THREAD = 16
 MAX_WARPS = 16
 
+READ_AT_ONCE = 256
+"""Scales that a product of CUTLASS reads for a tile, also behind the last token's: github.com/pytorch/pytorch/issues/133334
+of sm_90 before CUDA 12.9, and of sm_89."""
+
 
 @triton.jit
 def round_to_e4m3(x):
@@ -63,7 +67,9 @@ def quantise_rows_kernel(
 def quantise_rows(x_BND: Tensor) -> tuple[Tensor, Tensor]:
     """The rows in fp8 and their scales; the argument is checked by the caller."""
     values = torch.empty_like(x_BND, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format)
-    scale = x_BND.new_empty((*x_BND.shape[:2], 1), dtype=torch.float32)
+    num_scales = x_BND.shape[0] * x_BND.shape[1]
+    room = -(-num_scales // READ_AT_ONCE) * READ_AT_ONCE
+    scale = x_BND.new_empty(room, dtype=torch.float32)[:num_scales].view(*x_BND.shape[:2], 1)
     if values.numel():
         x = with_rows(x_BND)
         num_samples, num_rows, width = x.shape

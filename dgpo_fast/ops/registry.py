@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -240,7 +241,15 @@ def _triton_is_interpreted() -> bool:
 
 
 def _triton_can_run() -> bool:
-    return _triton_is_interpreted() or (find_spec("triton") is not None and torch.cuda.is_available())
+    return _triton_is_interpreted() or (_missing_for_triton() is None and torch.cuda.is_available())
+
+
+def _missing_for_triton() -> str | None:
+    """Why Triton launches nothing on CUDA: the first launch compiles a little C."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    has_compiler = "CC" in os.environ or which("gcc") or which("clang")
+    return None if has_compiler else "triton finds no C compiler: install gcc, or set CC"
 
 
 def _has_native_cpu_kernel(name: str) -> bool:
@@ -282,9 +291,8 @@ def _choice_for_cuda(name: str) -> tuple[str, str]:
         return ("native", forced) if has_native else ("reference", without_native)
     if has_native and name in NATIVE_WINS_ON_CUDA:
         return "native", NATIVE_WINS_ON_CUDA[name]
-    if find_spec("triton") is None:
-        triton_is_missing = "triton is not installed"
-        return ("native", triton_is_missing) if has_native else ("reference", f"{triton_is_missing}; {without_native}")
+    if (missing := _missing_for_triton()) is not None:
+        return ("native", missing) if has_native else ("reference", f"{missing}; {without_native}")
     return "triton", "not timed against CUDA C++ yet" if has_native else _FUSED
 
 

@@ -225,6 +225,8 @@ def test_auto_prefers_in_the_order_of_the_table(monkeypatch: pytest.MonkeyPatch)
     installed: set[str] = set()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("dgpo_fast.models.fused.attention.find_spec", lambda module: module in installed or None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
     cuda = torch.device("cuda")
     assert find_attention("auto", device=cuda, dtype=torch.bfloat16).name == "cudnn"
     installed.add("flash_attn_interface")
@@ -239,6 +241,28 @@ def test_auto_prefers_in_the_order_of_the_table(monkeypatch: pytest.MonkeyPatch)
         find_attention("flash2", device=cuda, dtype=torch.bfloat16)
     with pytest.raises(UserError, match=r"cudnn has no float32; here runs efficient, math, or auto$"):
         find_attention("cudnn", device=cuda, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "cudnn", "is_enabled", "said"),
+    [
+        ("13.0", 91501, True, None),
+        ("12.9", 92000, True, None),
+        ("12.8", 91501, True, "needs CUDA 12.9 and cuDNN 9.15.1"),
+        ("13.0", 91500, True, "needs CUDA 12.9 and cuDNN 9.15.1"),
+        ("13.0", None, True, "needs CUDA 12.9 and cuDNN 9.15.1"),
+        ("13.0", 91501, False, "is switched off"),
+    ],
+)
+def test_cudnn_serves_where_torch_would_let_it(
+    cuda: str, cudnn: int | None, is_enabled: bool, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: is_enabled)
+    missing = ATTENTIONS["cudnn"].missing(torch.device("cuda"), torch.bfloat16)
+    assert missing == said or (missing is not None and said is not None and missing.startswith(said))
 
 
 def test_a_name_that_does_not_exist_is_refused_with_the_nearest() -> None:

@@ -111,9 +111,22 @@ def test_what_serves_cuda_and_why(
     monkeypatch.setattr(registry, "_CHOICE", choice)
     monkeypatch.setattr(registry, "_MISSING", {"cpu": None, "cuda": "not built"})
     monkeypatch.setattr(registry, "_has_native_cuda_kernel", lambda name: native)
-    monkeypatch.setattr(registry, "find_spec", lambda name: object() if triton else None)
+    monkeypatch.setattr(registry, "_missing_for_triton", lambda: None if triton else "triton is not installed")
     monkeypatch.setattr(registry, "NATIVE_WINS_ON_CUDA", {"step": "results/step.csv"} if wins else {})
     assert registry._choice_for_cuda("step") == expected
+
+
+def test_triton_wants_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    compilers = {"clang"}
+    monkeypatch.setattr(registry, "which", lambda name: name if name in compilers else None)
+    assert registry._missing_for_triton() is None
+    compilers.clear()
+    assert registry._missing_for_triton() == "triton finds no C compiler: install gcc, or set CC"
+    monkeypatch.setenv("CC", "cc")
+    assert registry._missing_for_triton() is None
+    monkeypatch.setattr(registry, "find_spec", lambda name: None)
+    assert registry._missing_for_triton() == "triton is not installed"
 
 
 @pytest.mark.parametrize("gelu", [ops.bias_gelu, torch.ops.dgpo_fast.bias_gelu.default], ids=["short", "dispatcher"])

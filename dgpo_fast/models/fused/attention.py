@@ -201,6 +201,18 @@ def _needs(
 
 
 _HALF = (torch.bfloat16, torch.float16)
+_ON_AMPERE = _needs(device="cuda", dtypes=_HALF, capability=(8, 0))
+
+
+def _cudnn_missing(on: torch.device, dtype: torch.dtype) -> str | None:
+    if (missing := _ON_AMPERE(on, dtype)) is not None:
+        return missing
+    # Its operator, called by its name, asks for nothing of what scaled_dot_product_attention does before it chooses it.
+    cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
+    if cuda < (12, 9) or (torch.backends.cudnn.version() or 0) < 91501:
+        return "needs CUDA 12.9 and cuDNN 9.15.1: its earlier kernels may read outside of their tensors"
+    return None if torch.backends.cuda.cudnn_sdp_enabled() else "is switched off (torch.backends.cuda.enable_cudnn_sdp)"
+
 
 ATTENTIONS = {
     attention.name: attention
@@ -215,13 +227,13 @@ ATTENTIONS = {
             name="cudnn",
             forward=_cudnn_forward,
             backward=_cudnn_backward,
-            missing=_needs(device="cuda", dtypes=_HALF, capability=(8, 0)),
+            missing=_cudnn_missing,
         ),
         Attention(
             name="flash",
             forward=_flash_forward,
             backward=_flash_backward,
-            missing=_needs(device="cuda", dtypes=_HALF, capability=(8, 0)),
+            missing=_ON_AMPERE,
         ),
         Attention(
             name="flash2",
