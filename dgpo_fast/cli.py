@@ -175,7 +175,7 @@ def evaluate(
     _check_file("--csv", csv, example="eval.csv")
     if lossless and gallery is None:
         raise UserError("--lossless is for the images of --gallery DIR")
-    if gallery is not None:
+    if gallery is not None and launcher.is_first():  # the directory of all ranks, whose files it may see
         _check_writable(gallery)
         if any(gallery.iterdir()):
             raise UserError(f"--gallery {gallery} holds something already; name a new directory")

@@ -337,6 +337,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "iteration", f"{groups.per_iteration} prompts x {groups.size} images = {images}, shared by {ranks}"
     yield "groups", f"case ({plan.placement.case}): {plan.placement.why}"
     yield "backwards", f"{plan.micro_batches} of {config.optimizer.images_per_micro_batch} images, on each rank"
+    yield "scoring", _scoring(config, config.images_per_iteration // plan.num_ranks)
     drawn_from = "drawn anew" if plan.sigmas is None else f"out of {' '.join(f'{sigma:.4f}' for sigma in plan.sigmas)}"
     yield "sigmas", f"{config.algorithm.passes} trained in an iteration, {drawn_from}"
     when = f"every {evaluation.every} steps" if evaluation.every else "at start and end"
@@ -355,6 +356,14 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
             yield "time", f"{_duration(each)} an iteration, {total}: {throughput.source}"
         if not plan.throughputs:
             yield "time", "not estimated of float32 on a GPU: dgpo-fast profile measures it"
+
+
+def _scoring(config: Config, share: int) -> str:
+    """When a rank's `share` of the images is decoded and scored."""
+    at_once = config.rollout.images_per_forward
+    if share > at_once:
+        return f"of {at_once} images while the next are drawn, on each rank"
+    return f"after the rollout: a rank's {share} images are one forward (rollout.images_per_forward={at_once})"
 
 
 def _parameters(cost: Cost) -> str:

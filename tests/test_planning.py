@@ -111,6 +111,19 @@ def test_a_plan_says_how_large_checkpoints_are(recipe: str, model: str, said: st
     assert re.search(rf"every 60 steps, {said} each, up to 4 on disk", " ".join(shown(found).split()))
 
 
+@pytest.mark.parametrize(
+    ("ranks", "more", "said"),
+    [
+        (4, (), "of 16 images while the next are drawn"),
+        (8, (), "after the rollout: a rank's 16 images are one forward (rollout.images_per_forward=16)"),
+        (8, ("rollout.images_per_forward=8",), "of 8 images while the next are drawn"),
+    ],
+)
+def test_a_plan_says_when_images_are_scored(ranks: int, more: tuple[str, ...], said: str) -> None:
+    found = plan(load_recipe("sd35m-geneval", ["model.name=random:sd35-medium", *more]), num_ranks=ranks)
+    assert dict(planning._facts(found))["scoring"].startswith(said)
+
+
 def test_trained_sigmas_are_the_first_of_the_schedule() -> None:
     assert [f"{sigma:.4f}" for sigma in planned("sd35m-geneval", *RANDOM_GENEVAL).sigmas] == [
         "0.9997", "0.9639", "0.9227", "0.8746", "0.8178",
