@@ -1,6 +1,6 @@
 """What the paper compares DGPO with: samples of an SDE, samples of the base, and pairs in place of groups.
 
-None is an option of the package: they are worse, and are here to show by how much.
+None is an option of the package; docs/benchmarks.md shows what each makes of it.
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 ROUNDS = 7
 FILE = "costs.csv"
+AGAIN = "costs-again.csv"
+"""What the same command measured on another day, by which nothing is timed: how far the clock can be trusted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,9 +74,9 @@ def flops_of(config: Config) -> float:
     return cost(config, source, shape, vae_shape(source)).flops
 
 
-def read_costs(results: Path) -> dict[Kind, Cost]:
+def read_costs(results: Path, file: str = FILE) -> dict[Kind, Cost]:
     """What was measured; nothing where nothing was."""
-    path = results / FILE
+    path = results / file
     if not path.exists():
         return {}
     types: dict[str, Any] = {"method": str, "flops": float, "updates": int}

@@ -27,6 +27,7 @@ from benchmarks.ablated_samplers import ablate  # noqa: E402
 from benchmarks.held_out import diversity, held_out, patch_distance  # noqa: E402
 from benchmarks.pages import filled  # noqa: E402
 from benchmarks.speedup_costs import Cost, add_costs, against_known, kind_of, read_costs  # noqa: E402
+from benchmarks.speedup_report import Row  # noqa: E402
 from benchmarks.speedup_results import Point, Result, queue, read, write  # noqa: E402
 from benchmarks.speedup_runs import ABLATIONS, EULER, METHODS, Run, every_kind, short  # noqa: E402
 from dgpo_fast import Trainer  # noqa: E402
@@ -493,7 +494,7 @@ def test_what_is_not_reached_is_longer_than_is_known() -> None:
     assert not quick.arrival(inf).is_reached
 
 
-def test_factors_multiply_to_the_time() -> None:
+def test_factors_multiply_to_the_time(tmp_path: Path) -> None:
     """Also where the target lies within an iteration: after 7.5 of ours and 11.5 of theirs."""
 
     def at(seconds: float, strict: float, iteration: int, of_each: float) -> Point:
@@ -503,30 +504,46 @@ def test_factors_multiply_to_the_time() -> None:
         "dgpo", point(0, 0.5), at(10, 0.7, 5, 1e9), at(20, 0.9, 10, 1e9), at(40, 0.8, 20, 1e9)
     )  # fmt: skip
     theirs = result("awm", point(0, 0.5), at(42, 0.7, 7, 2e9), at(96, 0.9, 16, 2e9), at(102, 0.8, 17, 2e9))
-    table = speedup_report.table_of_factors({"dgpo": [ours], "awm": [theirs]}, 0.8)
+    table = speedup_report.table_of_factors([Row("DGPO", [ours]), Row("AWM", [theirs])], 0.8, tmp_path)
     time, iterations, work, engine = (float(cell) for cell in table.splitlines()[-1].split("|")[2:6])
     assert (time, iterations, work, engine) == (4.6, 1.5, 2.0, 1.5)
     assert 11.5 / 7.5 * work * engine == pytest.approx(time)
 
 
-def test_a_factor_of_a_run_that_was_stopped_is_a_bound() -> None:
+def test_a_factor_of_a_run_that_was_stopped_is_a_bound(tmp_path: Path) -> None:
     """So is one of a run that was there before anybody looked; two bounds may say nothing."""
     reached = [point(0, 0.5), point(10, 0.5), point(20, 0.8), point(40, 0.8)]
     stopped = [point(0, 0.5), point(100, 0.7), point(120, 0.7)]
     at_once = [point(0, 0.5), point(10, 0.8), point(40, 0.8)]
 
     def row(ours: list[Point], theirs: list[Point]) -> str:
-        chosen = {"dgpo": [result("dgpo", *ours)], "awm": [result("awm", *theirs)]}
-        return speedup_report.table_of_factors(chosen, 0.8).splitlines()[-1]
+        rows = [Row("DGPO", [result("dgpo", *ours)]), Row("AWM", [result("awm", *theirs)])]
+        return speedup_report.table_of_factors(rows, 0.8, tmp_path).splitlines()[-1]
 
-    assert row(reached, stopped) == "| AWM | > 5.0 | > 5.0 | 1.00 | 1.00 |"
-    assert row(stopped, reached) == "| AWM | < 0.2 | < 0.2 | 1.00 | 1.00 |"
-    assert row(stopped, stopped) == "| AWM | ? | ? | 1.00 | 1.00 |"
-    assert row(reached, reached) == "| AWM | 1.0 | 1.0 | 1.00 | 1.00 |"
-    assert row(at_once, reached) == "| AWM | > 2.0 | > 2.0 | 1.00 | 1.00 |"
-    assert row(reached, at_once) == "| AWM | < 0.5 | < 0.5 | 1.00 | 1.00 |"
-    assert row(at_once, stopped) == "| AWM | > 10.0 | > 10.0 | 1.00 | 1.00 |"
-    assert row(at_once, at_once) == "| AWM | ? | ? | 1.00 | 1.00 |"
+    assert row(reached, stopped) == "| AWM | > 5.0 | > 5.0 | 1.00 | 1.00 | > 5.0 |"
+    assert row(stopped, reached) == "| AWM | < 0.2 | < 0.2 | 1.00 | 1.00 | < 0.2 |"
+    assert row(stopped, stopped) == "| AWM | ? | ? | 1.00 | 1.00 | ? |"
+    assert row(reached, reached) == "| AWM | 1.0 | 1.0 | 1.00 | 1.00 | 1.0 |"
+    assert row(at_once, reached) == "| AWM | > 2.0 | > 2.0 | 1.00 | 1.00 | > 2.0 |"
+    assert row(reached, at_once) == "| AWM | < 0.5 | < 0.5 | 1.00 | 1.00 | < 0.5 |"
+    assert row(at_once, stopped) == "| AWM | > 10.0 | > 10.0 | 1.00 | 1.00 | > 10.0 |"
+    assert row(at_once, at_once) == "| AWM | ? | ? | 1.00 | 1.00 | ? |"
+
+
+def test_the_time_by_costs_that_were_measured_again(tmp_path: Path) -> None:
+    ours, theirs = (
+        result(name, point(0, 0.5), point(10, 0.5), point(seconds, 0.8), point(2 * seconds, 0.8))
+        for name, seconds in (("dgpo", 20), ("awm", 100))
+    )
+    for file, costs in ((speedup_costs.FILE, (2.0, 3.0)), (speedup_costs.AGAIN, (4.0, 3.0))):
+        kinds = [kind_of(each.run) for each in (ours, theirs)]
+        found = [Cost(kind=kind, seconds=cost, median=cost) for kind, cost in zip(kinds, costs, strict=True)]
+        add_costs(tmp_path, found, {})
+        (tmp_path / speedup_costs.FILE).rename(tmp_path / f"{file}.kept")
+    for kept in tmp_path.glob("*.kept"):
+        kept.rename(kept.with_suffix(""))
+    row = speedup_report.table_of_factors([Row("DGPO", [ours]), Row("AWM", [theirs])], 0.8, tmp_path).splitlines()[-1]
+    assert row.startswith("| AWM | 5.0 |") and row.endswith("| 2.5 |")
 
 
 def test_the_beginning_of_a_run_is_a_shorter_run() -> None:
@@ -553,6 +570,8 @@ def test_what_is_kept_is_shown_of_both_settings() -> None:
     three, swept = [falls] * 3, replace(falls, run=replace(soon, seed=0))
     *_, row = speedup_report.table_of_what_is_kept({"dgpo": three}, {"dgpo": [swept]}, 0.8).splitlines()
     assert row.startswith("| DGPO | `lr=3e-3` | 3 |"), "its final runs, where those of the steadiest are to come"
+    *_, row = speedup_report.table_of_what_is_kept({"dgpo": [swept]}, {"dgpo": [swept]}, 0.8).splitlines()
+    assert row.startswith("| DGPO | `lr=3e-3` | 1, of the sweep |")
     assert len(speedup_report.table_of_what_is_kept({"dgpo": [falls]}, {"dgpo": [falls]}, 0.8).splitlines()) == 3
 
 
@@ -597,10 +616,34 @@ def test_the_readme_says_how_many_times_longer_others_take() -> None:
     ours = result("dgpo", point(0, 0.5), point(10, 0.5), point(20, 0.8), point(40, 0.8))
     reached = result("awm", point(0, 0.5), point(10, 0.5), point(90, 0.8), point(100, 0.8))
     stopped = result("flow-grpo", point(0, 0.5), point(100, 0.7), point(120, 0.7))
-    found = {"dgpo": [ours], "awm": [reached], "flow-grpo": [stopped], "diffusion-nft": []}
-    assert speedup_report.table_of_speed(found, 0.8).splitlines()[2:] == [
-        "| DGPO | 1 | 20 | 1 | 1 |", "| AWM | 1 | 90 | 4.5 | 4.5 |", "| Flow-GRPO | 1 | > 100 | > 5.0 | > 5.0 |",
-    ]  # fmt: skip
+    rows = [Row("DGPO", [ours]), Row("AWM", [reached]), Row("Flow-GRPO", [stopped, reached, stopped])]
+    assert speedup_report.table_of_speed(rows, 0.8).splitlines()[2:] == [
+        "| DGPO | 1 | 20 | 1 | 1 |",
+        "| AWM | 1 | 90 | 4.5 | 4.5 |",
+        "| Flow-GRPO | 1 of 3 | > 100 (90 to > 100) | > 5.0 (4.5 to > 5.0) | > 5.0 (4.5 to > 5.0) |",
+    ]
+
+
+def test_times_are_of_medians_between_those_of_any_two_runs() -> None:
+    def at(seconds: float) -> Result:
+        return result("dgpo", point(0, 0.5), point(seconds / 2, 0.5), point(seconds, 0.8), point(2 * seconds, 0.8))
+
+    ours, theirs = ([at(seconds) for seconds in of] for of in ((25, 20, 16), (100, 120, 80)))
+    assert speedup_report.times(theirs, ours, 0.8, speedup_report.seconds_of) == "5.0 (3.2 to 7.5)"
+
+
+def test_a_method_that_is_lost_is_also_compared_at_the_setting_that_keeps_most() -> None:
+    reached = result("dgpo", point(0, 0.5), point(10, 0.5), point(20, 0.8), point(40, 0.8))
+    lost = result("awm", point(0, 0.5), point(100, 0.7), point(120, 0.7))
+    other = replace(reached, run=replace(reached.run, method="awm", setting=("optimizer.lr=3e-4",)))
+
+    def titles(soon: list[Result], steady: list[Result]) -> list[str]:
+        both = ({"dgpo": [reached], "awm": of_seeds} for of_seeds in (soon, steady))
+        return [row.title for row in speedup_report.compared(*both, 0.8)]
+
+    assert titles([lost, lost, reached], [other]) == ["DGPO", "AWM", "AWM, its steadiest setting"]
+    assert titles([lost, reached, reached], [other]) == ["DGPO", "AWM"]
+    assert titles([lost], [lost]) == ["DGPO", "AWM"]
 
 
 def test_settings_keep_their_names() -> None:
