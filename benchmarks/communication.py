@@ -179,7 +179,7 @@ class Run:
         )  # fmt: skip
 
     def small(self) -> int:
-        """Collectives of a few values: rewards, metrics, the norm, signals, and scores of groups over ranks."""
+        """Collectives of a few values: rewards, metrics, the norm, signals twice, and scores of groups over ranks."""
         placed = placement_of(self.config, self.num_ranks)
         rounds = self.micro_batches // placed.steps_per_round
         return 5 + (0 if placed.case == "a" else rounds)

@@ -245,8 +245,6 @@ class Trainer:
                     self.learner.backward(outputs[-1].loss)
             if update == 0:  # behind a step the iteration is finished first: runs go on between iterations alone
                 self.interruption.check_alone()
-        if update == 0:
-            self.interruption.check()
         with stage("optimizer"):
             made = self.learner.step(self.step, after_step=self.algorithm.after_step, lr_factor=self.guard.lr_factor)
         self.step += 1

@@ -17,6 +17,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
+from dgpo_fast.config import ModelConfig
 from dgpo_fast.models.block_ranges import announce_blocks
 from dgpo_fast.models.engines import ReplicaEngine, View, compile_blocks
 from dgpo_fast.models.policy import Average, Policy, ReadPieces
@@ -40,17 +41,17 @@ class Sharded(Protocol):
 
 
 class Replica:
-    """A transformer that shows the weights of one view at a time."""
+    """A transformer that shows the weights of one view at a time.
 
-    def __init__(self, transformer: SD3Transformer2DModel) -> None:
-        self.transformer: nn.Module = transformer
+    Args:
+        shard: has them lie in shards, which pieces are written to without any exchange.
+    """
+
+    def __init__(self, transformer: SD3Transformer2DModel, shard: Callable[[nn.Module], Sharded] | None = None) -> None:
         self.shown: View | None = None
         self._parameters = dict(transformer.named_parameters())
-        self._sharded: Sharded | None = None
-
-    def shard(self, sharded: Sharded) -> None:
-        """From now on the weights lie in shards, which pieces are written to without any exchange."""
-        self.transformer, self._sharded = sharded.module, sharded
+        self._sharded = None if shard is None else shard(transformer)
+        self.transformer: nn.Module = transformer if self._sharded is None else self._sharded.module
 
     def show(self, view: View, pieces: Sequence[Piece], assembly: Assembly) -> None:
         """Becomes `view`, from its pieces."""
@@ -81,35 +82,32 @@ class FullPolicy(Policy):
 
     Args:
         is_trained: False for one that only evaluates: it has the policy and the base in one.
-        waits_on_host: whether base and replica lie in the host's memory until `train_with` shards them: a device that
-            will hold shards may have no room for all three.
+        shard: shards the base and the replica. Each is copied and cut up before the next: the device may have no room
+            for three whole transformers.
     """
 
     ema_file = "transformer/diffusion_pytorch_model.safetensors"
 
-    def __init__(self, model: StableDiffusion3, *, is_trained: bool = True, waits_on_host: bool = False) -> None:
+    def __init__(
+        self,
+        model: StableDiffusion3,
+        *,
+        is_trained: bool = True,
+        shard: Callable[[nn.Module], Sharded] | None = None,
+    ) -> None:
         assert model.config.engine != "fused"  # it computes no gradients of the weights
-        self.trained = model.transformer.to("cpu") if waits_on_host else model.transformer
-        reference = deepcopy(self.trained) if is_trained else self.trained
-        shown = deepcopy(self.trained)
-        self.trained.to(model.device)
-        for transformer in dict.fromkeys((self.trained, reference, shown)):
-            if model.config.checkpointing == "full":
-                transformer.enable_gradient_checkpointing()
-            if model.config.engine == "compile":
-                compile_blocks(transformer)
-            else:
-                announce_blocks(transformer)
-            # Of all: torch chooses a product's kernel by whether its weight requires gradients, and does so where
-            # none are recorded, too (`should_fold` in ATen's LinearAlgebra.cpp). Equal weights are to give equal bits.
-            transformer.requires_grad_(True)
+        self.trained = model.transformer
+        self._reference: nn.Module = self.trained
+        if is_trained:
+            reference = _prepared(deepcopy(self.trained), model.config)
+            self._reference = reference if shard is None else shard(reference).module
+        self._replica = Replica(_prepared(deepcopy(self.trained), model.config), shard)
+        _prepared(self.trained, model.config)
         # A released table of positions need not be the one that diffusers would compute.
         persistent = self.trained.state_dict().keys()
         self.ema_constants = {
             name: buffer.float() for name, buffer in self.trained.named_buffers() if name in persistent
         }
-        self._reference: nn.Module = reference
-        self._replica = Replica(shown)
         self._module: nn.Module = self.trained
         self._samples_from_replica = False
         super().__init__(model, ReplicaEngine(model, self._errors_module), ReplicaEngine(model, self._sampling_module))
@@ -121,18 +119,13 @@ class FullPolicy(Policy):
         *,
         module: nn.Module,
         samples_from_replica: bool,
-        shard: Callable[[nn.Module], Sharded] | None = None,
     ) -> None:
         """Begins averages of the masters that `engine` holds.
 
         Args:
             module: what computes the policy: the trained transformer, or what the engine put around it.
             samples_from_replica: draw the policy's samples with the replica, not with `module`.
-            shard: shards the base and the replica, too.
         """
-        if shard is not None:
-            self._reference = shard(self._reference).module
-            self._replica.shard(shard(self._replica.transformer))
         self._engine, self._module, self._samples_from_replica = engine, module, samples_from_replica
         masters = engine.masters()
         self._averages: dict[Average, Held] = {view: _copy(masters) for view in get_args(Average)}
@@ -202,6 +195,19 @@ class FullPolicy(Policy):
             self._replica.show(view, held.pieces, self._assembly)
         transformer: nn.Module = self._replica.transformer
         return transformer
+
+
+def _prepared(transformer: SD3Transformer2DModel, config: ModelConfig) -> SD3Transformer2DModel:
+    """The transformer as the engine runs it."""
+    if config.checkpointing == "full":
+        transformer.enable_gradient_checkpointing()
+    if config.engine == "compile":
+        compile_blocks(transformer)
+    else:
+        announce_blocks(transformer)
+    # Of all views: torch chooses a product's kernel by whether its weight requires gradients, and does so where none
+    # are recorded, too (`should_fold` in ATen's LinearAlgebra.cpp). Equal weights are to give equal bits.
+    return transformer.requires_grad_(True)
 
 
 def _copy(held: Held) -> Held:

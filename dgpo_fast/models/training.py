@@ -25,8 +25,12 @@ def load_policy(config: Config, world: World, *, is_trained: bool = True) -> Pol
     """
     model = load_model(config.model, device=world.device)
     if config.adapter is None:
-        is_sharded = is_trained and config.parallel.frozen == "sharded"
-        return FullPolicy(model, is_trained=is_trained, waits_on_host=is_sharded)
+        shard = None
+        if is_trained and config.parallel.frozen == "sharded":
+            from dgpo_fast.parallel.zero import ShardedModule
+
+            shard = partial(ShardedModule, world=world)
+        return FullPolicy(model, is_trained=is_trained, shard=shard)
     return AdapterPolicy(model, config.adapter, seed=config.seed)
 
 
@@ -48,10 +52,9 @@ def train_policy(policy: Policy, config: Config, world: World) -> TrainingEngine
         engine = ReplicatedEngine(TrainedWeights(dict(policy.trained.named_parameters())), config.optimizer, world)
         policy.train_with(engine, world, module=policy.trained, samples_from_replica=False)
         return engine
-    from dgpo_fast.parallel.zero import ShardedModule, ZeroEngine
+    from dgpo_fast.parallel.zero import ZeroEngine
 
     zero = ZeroEngine(policy.trained, config, world)
-    shard = partial(ShardedModule, world=world) if config.parallel.frozen == "sharded" else None
     is_replica = stage == 3 and config.parallel.rollout == "replica"
-    policy.train_with(zero, world, module=zero.module, samples_from_replica=is_replica, shard=shard)
+    policy.train_with(zero, world, module=zero.module, samples_from_replica=is_replica)
     return zero

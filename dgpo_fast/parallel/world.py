@@ -53,8 +53,8 @@ class World:
         if store is not None:
             if backend == "auto":
                 backend = "nccl" if device.type == "cuda" else "gloo"
-            # Told its device, NCCL connects now: a network that does not work is seen before anything is loaded.
-            eager = device if backend == "nccl" and size > 1 else None
+            # So that NCCL begins now, not with whatever is exchanged first. (Of one rank alone it cannot be told.)
+            eager = device if backend == "nccl" and device.type == "cuda" and size > 1 else None
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=eager
             )  # fmt: skip
