@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
-from dgpo_fast import launcher
 from dgpo_fast.algorithm_config import (
     ALGORITHM_NAMES,
     AlgorithmConfig,
@@ -457,11 +456,13 @@ def check_ranks(config: Config, num_ranks: int) -> None:
 
     Raises:
         UserError: it does not; the nearest value that does is named. Or a micro-batch lacks what the method compares,
-            there are fewer held-out prompts than ranks, other ranks would not wait as long as a reward may take, or
-            all would put a reward on the GPU of one.
+            there are fewer held-out prompts than ranks, or other ranks would not wait as long as a reward may take.
     """
-    if num_ranks > 1:
-        _check_rewards_of_ranks(config, num_ranks)
+    if num_ranks > 1 and config.rewards.timeout_s >= config.parallel.timeout_s:
+        raise UserError(
+            f"rewards.timeout_s must be below parallel.timeout_s, {config.parallel.timeout_s:g}, for which other ranks "
+            f"wait; got {config.rewards.timeout_s:g}"
+        )
     updates, size, micro = (
         config.optimizer.steps_per_iteration,
         config.groups.size,
@@ -490,23 +491,6 @@ def check_ranks(config: Config, num_ranks: int) -> None:
             f"evaluation.num_prompts must be at least the number of ranks, {num_ranks}, since each draws some; "
             f"got {config.evaluation.num_prompts}"
         )
-
-
-def _check_rewards_of_ranks(config: Config, num_ranks: int) -> None:
-    """Makes sure that ranks wait for each other's rewards, and do not put them all on the GPU of one."""
-    if config.rewards.timeout_s >= config.parallel.timeout_s:
-        raise UserError(
-            f"rewards.timeout_s must be below parallel.timeout_s, {config.parallel.timeout_s:g}, for which other ranks "
-            f"wait; got {config.rewards.timeout_s:g}"
-        )
-    of_this_machine = launcher.local_size() if launcher.world_size() == num_ranks else num_ranks
-    for name, running in config.rewards.running.items():
-        number = running.device.partition(":")[2]
-        if number and int(number) < of_this_machine:
-            raise UserError(
-                f"rewards.running.{name}.device: {running.device} is the GPU of one rank, and every rank would put its "
-                "reward there; auto is each rank's own"
-            )
 
 
 def _learned_from(updates: int) -> tuple[str, str]:

@@ -142,23 +142,6 @@ def test_ranks_wait_for_each_others_rewards(quick: tuple[str, ...]) -> None:
         check_ranks(recipe, 2)
 
 
-def test_a_reward_on_the_gpu_of_one_rank_is_refused(quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU that no rank of the machine trains on may have the rewards of all."""
-
-    def check(number: int, num_ranks: int) -> None:
-        running = f"rewards.running={{shapes: {{device: 'cuda:{number}'}}}}"
-        check_ranks(load_recipe("tiny-dgpo", [*quick, running]), num_ranks)
-
-    refused = r"^rewards\.running\.shapes\.device: cuda:1 is the GPU of one rank, .*; auto is each rank's own$"
-    check(1, 1)
-    check(2, 2)
-    with pytest.raises(UserError, match=refused):
-        check(1, 2)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    check(1, 2)
-
-
 def test_every_rank_draws_a_held_out_prompt(quick: tuple[str, ...]) -> None:
     changes = ["groups.per_iteration=4", "evaluation.num_prompts=3"]
     with pytest.raises(UserError, match=r"evaluation\.num_prompts must be at least the number of ranks, 4, .* got 3"):

@@ -392,9 +392,19 @@ def test_many_ranks_wait_for_a_place(statuses: list[int], monkeypatch: pytest.Mo
         askers = [stack.enter_context(asking(own.url)) for _ in range(4)]
         statuses.clear()
         assert own.places.acquire(timeout=TOO_LONG_S)
+        waiting, all_wait, acquire = [], threading.Event(), own.places.acquire
+
+        def counted(**options: Any) -> bool:
+            waiting.append(options)
+            if len(waiting) == len(askers):
+                all_wait.set()
+            return acquire(**options)
+
+        monkeypatch.setattr(own.places, "acquire", counted)
         threads = [threading.Thread(target=each, args=(IMAGES, PROMPTS)) for each in askers]
         for thread in threads:
             thread.start()
+        assert all_wait.wait(TOO_LONG_S) and statuses == []
         own.places.release()
         for thread in threads:
             thread.join(TOO_LONG_S)

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from dgpo_fast import Trainer, load_recipe
 from dgpo_fast.cli import main
+from dgpo_fast.errors import UserError
 from dgpo_fast.metrics import read_evaluations, read_metrics
+from dgpo_fast.reward_config import RunningConfig
+from dgpo_fast.rewards import places
 
 NAME = "misbehaving:Brightness"
 SETTINGS = (
@@ -149,3 +152,29 @@ def test_serving_is_refused(
     monkeypatch.delenv("DGPO_FAST_REWARD_TOKEN", raising=False)
     line = refused(capfd, "serve-reward", "--port", "0", *arguments)
     assert line.startswith("error: ") and message in line
+
+
+@pytest.mark.parametrize(
+    ("asked", "policys", "ranks_here", "found"),
+    [
+        ("auto", "cuda:1", 2, "cuda:1"),
+        ("cuda", "cuda:1", 2, "cuda:1"),  # without a number it would be the first for all
+        ("cuda:2", "cuda:1", 2, "cuda:2"),  # which no rank trains on
+        ("cuda:0", "cuda:0", 1, "cuda:0"),
+        ("cuda:0", "cpu", 2, "cuda:0"),
+        ("cpu", "cuda:1", 2, "cpu"),
+        ("cuda:0", "cuda:1", 2, None),
+        ("cuda:1", "cuda:1", 2, None),
+    ],
+)
+def test_no_gpu_gets_the_rewards_of_every_rank(
+    asked: str, policys: str, ranks_here: int, found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places.launcher, "local_size", lambda: ranks_here)
+    running, device = RunningConfig(device=asked), torch.device(policys)
+    if found is None:
+        refused = rf"^rewards\.running\.shapes\.device: a rank trains on {asked}, .*; auto is each rank's own GPU$"
+        with pytest.raises(UserError, match=refused):
+            places._device_of("shapes", running, device)
+    else:
+        assert places._device_of("shapes", running, device) == torch.device(found)
