@@ -31,10 +31,12 @@ def local_size() -> int:
 
 
 def sharing_cores(num_cores: int) -> int:
-    """How many of them share the `num_cores` that this process may use: to its tasks SLURM gives cores of their own."""
+    """How many of them share the `num_cores` that this process may use."""
     is_slurm = not any(name in os.environ for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
-    own = int(os.environ.get("SLURM_CPUS_PER_TASK", "0")) if is_slurm else 0
-    return 1 if num_cores <= own else local_size()
+    if is_slurm and (own := os.environ.get("SLURM_CPUS_PER_TASK")):
+        # SLURM gives a task cores of its own, one more than asked where these have two threads; or binds it to none.
+        return min(local_size(), max(1, num_cores // int(own)))
+    return local_size()
 
 
 def is_first() -> bool:

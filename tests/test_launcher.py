@@ -34,6 +34,7 @@ def test_ranks_of_a_machine_share_its_cores(given: dict[str, str], size: int, mo
     ("launched", "cores", "share"),
     [
         ({"SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "12"}, 12, 12),  # bound to its own
+        ({"SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "11"}, 12, 12),  # which are whole cores of two threads
         ({"SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "12"}, 96, 12),  # bound to none
         (
             {"LOCAL_WORLD_SIZE": "8", "SLURM_NTASKS_PER_NODE": "1", "SLURM_CPUS_PER_TASK": "96"},
