@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dgpo_fast import rng
+from dgpo_fast.algorithm_config import SDEType
 from dgpo_fast.config import RolloutConfig, load_recipe
 from dgpo_fast.errors import UserError
 from dgpo_fast.flow.rollout import model_timesteps
@@ -109,12 +110,24 @@ def test_preserving_steps_are_the_written_ones() -> None:
         assert sampler.squared_noise(number) == pytest.approx(std**2, rel=1e-12)
 
 
-def test_means_and_variances_follow_the_recursion() -> None:
+def written_preserving_step(sigma: float, sigma_next: float) -> tuple[float, float, float]:
+    """CPS (arXiv 2509.05952): of the predicted image and of the predicted noise, part of which is drawn anew."""
+    std = sigma_next * math.sin(LEVEL * math.pi / 2)
+    of_image, of_noise = 1 - sigma_next, math.sqrt(sigma_next**2 - std**2)
+    return of_image + of_noise, of_noise * (1 - sigma) - of_image * sigma, std
+
+
+@pytest.mark.parametrize("sde_type", ["sde", "cps"])
+def test_means_and_variances_follow_the_recursion(sde_type: SDEType) -> None:
     """Of 32768 pixels, to five of their standard errors: linear in x, the velocity keeps them Gaussian."""
-    _, trajectory = draw(SDESampler.from_config(ROLLOUT, noise_level=LEVEL), range(STEPS))
+    _, trajectory = draw(SDESampler.from_config(ROLLOUT, noise_level=LEVEL, sde_type=sde_type), range(STEPS))
     pixels, mean, variance = SAMPLES * math.prod(SHAPE), 0.0, 1.0
     for number in range(STEPS):
-        of_x, of_velocity, std = written_step(*SIGMAS[number : number + 2].tolist(), sigma_max_next=SIGMAS[1])
+        sigma, sigma_next = SIGMAS[number : number + 2].tolist()
+        of_x, of_velocity, std = (
+            written_step(sigma, sigma_next, sigma_max_next=SIGMAS[1]) if sde_type == "sde"
+            else written_preserving_step(sigma, sigma_next)
+        )  # fmt: skip
         slope, offset = line(SIGMAS[number])
         mean = (of_x + of_velocity * slope) * mean + of_velocity * offset
         variance = (of_x + of_velocity * slope) ** 2 * variance + std**2
