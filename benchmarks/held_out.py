@@ -15,7 +15,7 @@ from torch.nn.functional import unfold
 
 from dgpo_fast.shapes.captions import parse_caption
 from dgpo_fast.shapes.render import render
-from dgpo_fast.shapes.verifier import verify
+from dgpo_fast.shapes.verifier import Verdict, verify
 
 PATCH, STRIDE = 9, 3
 """Sides of a patch, and of the grid that patches begin at, in pixels: an object is about 18 across."""
@@ -39,16 +39,22 @@ class HeldOut:
 
 def held_out(images_BCHW: Tensor, prompts: Sequence[str], *, per_prompt: int) -> HeldOut:
     """Of images in [0, 1], `per_prompt` of each prompt, one after the other."""
-    captions = [parse_caption(prompt) for prompt in prompts for _ in range(per_prompt)]
-    verdicts = [verify(image, caption) for image, caption in zip(images_BCHW.cpu().numpy(), captions, strict=True)]
+    found = verdicts(images_BCHW, prompts, per_prompt=per_prompt)
     drawn_by = np.random.default_rng(0)
+    captions = [parse_caption(prompt) for prompt in prompts for _ in range(per_prompt)]
     rendered = torch.from_numpy(np.stack([render(caption, drawn_by) for caption in captions]))
     return HeldOut(
-        strict=sum(verdict.strict for verdict in verdicts) / len(verdicts),
-        soft=sum(verdict.soft for verdict in verdicts) / len(verdicts),
+        strict=sum(verdict.strict for verdict in found) / len(found),
+        soft=sum(verdict.soft for verdict in found) / len(found),
         distance=patch_distance(images_BCHW.cpu(), rendered),
         diversity=diversity(images_BCHW.unflatten(0, (-1, per_prompt))),
     )
+
+
+def verdicts(images_BCHW: Tensor, prompts: Sequence[str], *, per_prompt: int) -> list[Verdict]:
+    """Whether each image shows what is asked, and how nearly."""
+    captions = [parse_caption(prompt) for prompt in prompts for _ in range(per_prompt)]
+    return [verify(image, caption) for image, caption in zip(images_BCHW.cpu().numpy(), captions, strict=True)]
 
 
 def patch_distance(one_BCHW: Tensor, other_BCHW: Tensor) -> float:

@@ -4,6 +4,7 @@
                                                       or less where costs.csv has some of them
     python -m benchmarks.speedup run [--most N]       the next runs of the queue that have no result
     python -m benchmarks.speedup status               what is done, and how far each run came
+    python -m benchmarks.speedup engines              what an iteration of each would cost on diffusers' code
 
 A run trains on one core. Its clock are its iterations, each of which lasts what `calibrate` measured while nothing else
 ran: what else runs on the machine during hours of training does not count. Evaluations do not count either. Each result
@@ -26,10 +27,23 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from benchmarks.speedup_costs import add_costs, against_known, calibrate, flops_of, kind_of, read_costs
+from benchmarks.speedup_costs import (
+    add_costs,
+    against_known,
+    calibrate,
+    flops_of,
+    kind_of,
+    read_costs,
+    time_engines,
+    write_engines,
+)
 from benchmarks.speedup_results import Point, Result, queue, read, results_here, write
 from benchmarks.speedup_runs import HORIZON_S, METHODS, SWEEP_S, Run, every_kind
+
+if TYPE_CHECKING:
+    from dgpo_fast.config import Config
 
 EVALUATIONS = ((180.0, 30.0), (SWEEP_S, 60.0))
 FINAL_EVALUATIONS = ((120.0, 15.0), (300.0, 30.0), (HORIZON_S, 60.0), (float("inf"), 120.0))
@@ -54,13 +68,11 @@ def train(run: Run, cost_s: float) -> Iterator[Point]:
     from dgpo_fast.errors import UserError
     from dgpo_fast.evaluate import draw_images
     from dgpo_fast.models.engines import View
-    from dgpo_fast.prompts import load_prompts
 
     torch.set_num_threads(1)
     config = load_recipe(METHODS[run.method].recipe, run.overrides)
     # Final runs are judged from another noise than settings were chosen by.
-    judge = load_recipe("tiny-dgpo", [*JUDGE, f"seed={int(run.is_final)}"])
-    prompts = load_prompts(judge.prompts.test, key="prompts.test")[:NUM_PROMPTS]
+    judge, prompts = judge_of(int(run.is_final))
     per_prompt, flops = judge.evaluation.images_per_prompt, flops_of(config)
     core_s = wall_s = 0.0
     rewards: list[float] = []
@@ -96,6 +108,15 @@ def train(run: Run, cost_s: float) -> Iterator[Point]:
                 print(f"{run.name} ends after {trainer.iteration} iterations: {error}", flush=True)
                 return
             yield point()
+
+
+def judge_of(noise: int) -> tuple[Config, list[str]]:
+    """What images are drawn by to be judged, from that noise, and the prompts."""
+    from dgpo_fast import load_recipe
+    from dgpo_fast.prompts import load_prompts
+
+    judge = load_recipe("tiny-dgpo", [*JUDGE, f"seed={noise}"])
+    return judge, load_prompts(judge.prompts.test, key="prompts.test")[:NUM_PROMPTS]
 
 
 def evaluation_times(run: Run) -> Iterator[float]:
@@ -227,7 +248,7 @@ def status(results: Path) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("calibrate", "run", "status", "one"))
+    parser.add_argument("command", choices=("calibrate", "run", "status", "engines", "one"))
     parser.add_argument("name", nargs="?", help="of the run, for `one`")
     parser.add_argument("--most", type=int, default=-1, help="runs to measure before this process ends")
     parser.add_argument("--out", type=Path, help="where results lie (benchmarks/results/speedup-cpu; of a GPU apart)")
@@ -237,6 +258,9 @@ def main() -> None:
         measure(next(run for run in queue(options.out).runs if run.name == options.name), options.out)
     elif options.command == "calibrate":
         measure_costs(options.out)
+    elif options.command == "engines":
+        chosen = {run.method: run for run in queue(options.out).finals}
+        write_engines(options.out, time_engines([*chosen.values()]), origin())
     elif options.command == "run":
         work(options.out, most=options.most)
     else:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import geometric_mean, median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from benchmarks.speedup_runs import METHODS, Run
 
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 ROUNDS = 7
 FILE = "costs.csv"
+ENGINES = {"eager": ("model.engine=eager", "model.sampling=same"), "fused": ()}
+"""diffusers' code as it is, and the recipes' own engine."""
+ENGINE_FILE = "engines.csv"
+Key = TypeVar("Key")
 AGAIN = "costs-again.csv"
 """What the same command measured on another day, by which nothing is timed: how far the clock can be trusted."""
 
@@ -74,9 +78,9 @@ def flops_of(config: Config) -> float:
     return cost(config, source, shape, vae_shape(source)).flops
 
 
-def read_costs(results: Path, file: str = FILE) -> dict[Kind, Cost]:
+def read_costs(results: Path, name: str = FILE) -> dict[Kind, Cost]:
     """What was measured; nothing where nothing was."""
-    path = results / file
+    path = results / name
     if not path.exists():
         return {}
     types: dict[str, Any] = {"method": str, "flops": float, "updates": int}
@@ -121,7 +125,50 @@ def against_known(known: Mapping[Kind, Cost], runs: Sequence[Run]) -> list[Cost]
 
 
 def calibrate(runs: Sequence[Run]) -> Iterator[Cost]:
-    """The cost of an iteration of every kind among the runs, once around each round; on one thread, or the GPU."""
+    """The cost of an iteration of every kind among the runs."""
+    of_kind = {kind_of(run): (run, ()) for run in reversed(runs)}  # the first of each kind
+    for kind, seconds in _by_turns(of_kind).items():
+        yield Cost(kind=kind, seconds=min(seconds), median=median(seconds))
+
+
+class EngineCost(NamedTuple):
+    """Seconds of an iteration of a method by one of `ENGINES`, in a round in which all took their turns."""
+
+    method: str
+    engine: str
+    round: int
+    seconds: float
+
+
+def time_engines(runs: Sequence[Run]) -> list[EngineCost]:
+    """The iterations of every run by either engine."""
+    settings = {(run.method, engine): (run, more) for run in runs for engine, more in ENGINES.items()}
+    return [
+        EngineCost(method, engine, number, seconds)
+        for (method, engine), measured in _by_turns(settings).items()
+        for number, seconds in enumerate(measured)
+    ]
+
+
+def write_engines(results: Path, costs: Iterable[EngineCost], origin: dict[str, str]) -> None:
+    with (results / ENGINE_FILE).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=[*EngineCost._fields, *origin])
+        writer.writeheader()
+        writer.writerows({**cost._asdict(), "seconds": f"{cost.seconds:.4g}", **origin} for cost in costs)
+
+
+def read_engines(results: Path) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each round, by method and engine; nothing where nothing was measured."""
+    found: dict[str, dict[str, list[float]]] = {}
+    if (path := results / ENGINE_FILE).exists():
+        with path.open(encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                found.setdefault(row["method"], {}).setdefault(row["engine"], []).append(float(row["seconds"]))
+    return found
+
+
+def _by_turns(settings: Mapping[Key, tuple[Run, Sequence[str]]]) -> dict[Key, list[float]]:
+    """Seconds of an iteration of each run, with more overrides, once around each round; on one thread, or the GPU."""
     import torch
 
     from benchmarks.ablated_samplers import ablate
@@ -129,20 +176,18 @@ def calibrate(runs: Sequence[Run]) -> Iterator[Cost]:
 
     torch.set_num_threads(1)
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    of_kind = {kind_of(run): run for run in reversed(runs)}  # the first of each kind
     with tempfile.TemporaryDirectory() as out:
         trainers = {}
-        for number, (kind, run) in enumerate(of_kind.items()):
-            config = load_recipe(METHODS[run.method].recipe, run.overrides)
-            trainers[kind] = Trainer(config, Path(out) / str(number))
-            ablate(trainers[kind], run)
-            trainers[kind].run_iteration()  # allocates, and compiles what is compiled
+        for number, (key, (run, more)) in enumerate(settings.items()):
+            config = load_recipe(METHODS[run.method].recipe, [*run.overrides, *more])
+            trainers[key] = Trainer(config, Path(out) / str(number))
+            ablate(trainers[key], run)
+            trainers[key].run_iteration()  # allocates, and compiles what is compiled
         gc.collect()
-        seconds: dict[Kind, list[float]] = {kind: [] for kind in of_kind}
+        seconds: dict[Key, list[float]] = {key: [] for key in settings}
         for _ in range(ROUNDS):
-            for kind, trainer in trainers.items():
+            for key, trainer in trainers.items():
                 start = clock()
                 trainer.run_iteration()
-                seconds[kind].append(clock() - start)
-    for kind, measured in seconds.items():
-        yield Cost(kind=kind, seconds=min(measured), median=median(measured))
+                seconds[key].append(clock() - start)
+    return seconds

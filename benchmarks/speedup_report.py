@@ -13,13 +13,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import NamedTuple
 
+from benchmarks import claim_history, judge_noise
+from benchmarks.operator_table import commit
 from benchmarks.pages import filled
 from benchmarks.speedup_chart import Curve, draw
-from benchmarks.speedup_costs import AGAIN, Cost, Kind, kind_of, read_costs
+from benchmarks.speedup_costs import AGAIN, Cost, Kind, kind_of, read_costs, read_engines
 from benchmarks.speedup_results import (
     RESULTS,
     Arrival,
@@ -69,13 +72,13 @@ def times(theirs: Sequence[Result], ours: Sequence[Result], target: float, of: C
     return f"{middle} ({ratio(their[0], our[-1], of)} to {ratio(their[-1], our[0], of)})"
 
 
-def ratio(theirs: Arrival, ours: Arrival, of: Callable[[Point], float]) -> str:
-    """How many times ours theirs is, or a bound of it; "?" where two bounds say nothing of it."""
+def ratio(theirs: Arrival, ours: Arrival, of: Callable[[Point], float], *, factor: float = 1.0) -> str:
+    """How many times ours theirs is, times a factor, or a bound of it; "?" where two bounds say nothing of it."""
     opposite = {"<": ">", ">": "<", "": ""}[ours.bound]
     signs = {theirs.bound, opposite} - {""}
     if len(signs) > 1:
         return "?"
-    return f"{''.join(signs)} {of(theirs.point) / of(ours.point):.1f}".lstrip()
+    return f"{''.join(signs)} {factor * of(theirs.point) / of(ours.point):.1f}".lstrip()
 
 
 def table_of_targets(chosen: Mapping[str, Sequence[Result]]) -> str:
@@ -136,11 +139,16 @@ def compared(soon: Mapping[str, Sequence[Result]], steady: Mapping[str, Sequence
     """
     rows = []
     for name, of_seeds in soon.items():
-        rows.append(Row(METHODS[name].title, of_seeds))
+        rows.append(Row(_titled(METHODS[name].title, of_seeds), of_seeds))
         is_lost = not _middle(arrivals(of_seeds, target)).is_reached
         if is_lost and steady[name][0].run.setting != of_seeds[0].run.setting:
-            rows.append(Row(f"{METHODS[name].title}, its steadiest setting", steady[name]))
+            rows.append(Row(_titled(f"{METHODS[name].title} at its steadiest setting", steady[name]), steady[name]))
     return rows
+
+
+def _titled(title: str, of_seeds: Sequence[Result]) -> str:
+    """With a word where it is no final run that is shown."""
+    return title if of_seeds[0].run.is_final else f"{title} (of the sweep)"
 
 
 def table_of_factors(rows: Sequence[Row], target: float, directory: Path = RESULTS) -> str:
@@ -163,18 +171,66 @@ def table_of_factors(rows: Sequence[Row], target: float, directory: Path = RESUL
         one, other = (found[0].points[1] for found in both)
         work = (one.flops / one.iteration) / (other.flops / other.iteration)
         engine = (one.seconds / one.flops) / (other.seconds / other.flops)
-        other_time = times(
-            *([_on_clock(result, known, again) for result in found] for found in both), target, seconds_of
-        )
+        other_time = "?"
+        if all(kind_of(found[0].run) in again for found in both):
+            theirs_then, ours_then = ([_on_clock(result, known, again) for result in found] for found in both)
+            other_time = times(theirs_then, ours_then, target, seconds_of)
         lines.append(f"| {title} | {time} | {iterations} | {work:.2f} | {engine:.2f} | {other_time} |")
     return "\n".join(lines)
 
 
 def _on_clock(result: Result, known: Mapping[Kind, Cost], other: Mapping[Kind, Cost]) -> Result:
-    """The run where iterations cost what `other` says; as it is where that says nothing."""
+    """The run where iterations cost what `other` says."""
     kind = kind_of(result.run)
-    factor = other[kind].seconds / known[kind].seconds if kind in other else 1.0
+    factor = other[kind].seconds / known[kind].seconds
     return replace(result, points=[replace(point, seconds=factor * point.seconds) for point in result.points])
+
+
+def table_of_engine(rows: Sequence[Row], target: float, measured: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """What the engine adds: the same iterations on diffusers' code, and how long a method takes to the target with it.
+
+    Args:
+        measured: seconds of iterations, by method and engine, the same round in the same place.
+    """
+    lines = [
+        "| | an iteration on diffusers' code, s | on the fused engine, s | engine "
+        f"| to {target:.0%} on diffusers' code, times DGPO's on the fused engine |",
+        "|---|---|---|---|---|",
+    ]
+    for title, of_seeds in rows:
+        # A method's other setting is not timed apart.
+        if (method := of_seeds[0].run.method) in measured and title.partition(" (")[0] == METHODS[method].title:
+            eager, fused = (measured[method][engine] for engine in ("eager", "fused"))
+            factor = median(one / other for one, other in zip(eager, fused, strict=True))
+            theirs, ours = (_middle(arrivals(found, target)) for found in (of_seeds, rows[0].of_seeds))
+            product = ratio(theirs, ours, seconds_of, factor=factor)
+            lines.append(f"| {title} | {median(eager):.2f} | {median(fused):.2f} | {factor:.2f} | {product} |")
+    return "\n".join(lines)
+
+
+def headline(rows: Sequence[Row], target: float) -> str:
+    """The answer, in a sentence."""
+    if len(rows) < 2:
+        return "To come."
+    ours, flow_grpo, *_ = rows
+    their, our = (_middle(arrivals(row.of_seeds, target)) for row in (flow_grpo, ours))
+    theirs_s, ours_s = (f"{arrival.bound} {arrival.point.seconds:.0f}".lstrip() for arrival in (their, our))
+    time, work = ratio(their, our, seconds_of), ratio(their, our, lambda point: point.flops)
+    return (
+        f"**{ours.title} is at {target:.0%} exact images after {ours_s} seconds of one core, {flow_grpo.title} after "
+        f"{theirs_s}: {time} times as long, for {work} times the FLOPs.**"
+    )
+
+
+def others(rows: Sequence[Row], target: float) -> str:
+    """What the answer is of the other methods, in a sentence; to come where there are none."""
+    if len(rows) < 3:
+        return "To come."
+    ours, _, *rest = rows
+    middles = [_middle(arrivals(row.of_seeds, target)) for row in rest]
+    our = _middle(arrivals(ours.of_seeds, target))
+    told = [f"{row.title} {ratio(middle, our, seconds_of)}" for row, middle in zip(rest, middles, strict=True)]
+    return f"The others, times {ours.title}'s seconds: {'; '.join(told)}."
 
 
 def table_of_quality(chosen: Mapping[str, Sequence[Result]], target: float) -> str:
@@ -262,12 +318,14 @@ def table_of_speed(rows: Sequence[Row], target: float) -> str:
 
 def readme_tables(directory: Path = RESULTS) -> dict[str, str]:
     """The tables of README.md, by name."""
-    return {"speed": table_of_speed(compared(*shown(directory), COMPARED), COMPARED)}
+    rows = compared(*shown(directory), COMPARED)
+    return {"speed": table_of_speed(rows, COMPARED), "headline": headline(rows, COMPARED)}
 
 
 def tables(directory: Path = RESULTS) -> dict[str, str]:
     """The tables of the page, by name."""
     runs, chosen = queue(directory), shown(directory)
+    rows = compared(*chosen, COMPARED)
     seeds = results(runs.finals, directory)
     begun = {name: [result.until(SWEEP_S) for result in of_seeds] for name, of_seeds in seeds.items()}
     changed = ablated(runs.ablations, directory)
@@ -277,10 +335,14 @@ def tables(directory: Path = RESULTS) -> dict[str, str]:
             | {ablation.title: changed[name] for name, ablation in ABLATIONS.items()}
             | {f"{METHODS[PAIRWISE].title}, as chosen": begun[PAIRWISE]}
         ),
+        "headline": headline(rows, COMPARED),
+        "others": others(rows, COMPARED),
         "targets": table_of_targets(chosen.soon),
-        "factors": table_of_factors(compared(*chosen, COMPARED), COMPARED, directory),
+        "factors": table_of_factors(rows, COMPARED, directory),
+        "engine": table_of_engine(rows, COMPARED, read_engines(directory)),
         "kept": table_of_what_is_kept(chosen.soon, chosen.steady, COMPARED),
         "quality": table_of_quality(chosen.soon, COMPARED),
+        "noise": judge_noise.sentence(judge_noise.read(directory)),
         "sweep": table_of_sweep(results(runs.sweep, directory)),
     }
 
@@ -353,6 +415,10 @@ def main() -> None:
             page.write_text(filled(page.read_text(encoding="utf-8"), found), encoding="utf-8")
         for against, picture in pictures().items():
             (DOCS / f"speedup-{against}.svg").write_text(picture, encoding="utf-8")
+        said = claim_history.claims(readme_tables()["speed"], date=date.today().isoformat(), commit=commit())
+        history = claim_history.added(claim_history.read(), said)
+        claim_history.write(history)
+        claim_history.PICTURE.write_text(claim_history.picture(history), encoding="utf-8")
         return
     for name, table in tables(options.results).items():
         print(f"{name}\n{table}\n")

@@ -176,6 +176,18 @@ def test_a_small_run_fills_its_tables(bench: Callable[..., Any], tmp_path: Path)
     assert variants <= texts
 
 
+def test_the_readme_has_the_measured_numbers() -> None:
+    results = ROOT / "benchmarks" / "results" / "cpu-2-cores-2026-11-23" / "engines.csv"
+    rows = {row["variant"]: row for row in read(results) if (row["model"], row["work"]) == ("embedded", "iteration")}
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").replace("> ", "").split())
+    fused, low = (float(rows[name]["speedup"]) for name in ("fused", "fused + bfloat16"))
+    assert f"1 / {fused:.2f} of the time of our rewrite of the published loop, 1 / {low:.2f} with" in readme
+    ours, published = (float(rows[name]["median_ms"]) / 1000 for name in ("fused + bfloat16", "published"))
+    assert (
+        f"takes {ours:.1f} s with samples drawn in bfloat16" in readme and f"takes {published:.1f} (`python" in readme
+    )
+
+
 def test_what_is_wrong_gets_no_number(
     bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import speedup, speedup_costs, speedup_report, speedup_results, speedup_runs  # noqa: E402
+from benchmarks import claim_history, judge_noise, speedup, speedup_costs, speedup_report, speedup_results, speedup_runs  # noqa: E402
 from benchmarks.ablated_samplers import ablate  # noqa: E402
 from benchmarks.held_out import diversity, held_out, patch_distance  # noqa: E402
 from benchmarks.pages import filled  # noqa: E402
@@ -31,6 +31,7 @@ from benchmarks.speedup_report import Row  # noqa: E402
 from benchmarks.speedup_results import Point, Result, queue, read, write  # noqa: E402
 from benchmarks.speedup_runs import ABLATIONS, EULER, METHODS, Run, every_kind, short  # noqa: E402
 from dgpo_fast import Trainer  # noqa: E402
+from dgpo_fast.algorithms.dgpo import DGPO  # noqa: E402
 from dgpo_fast.config import differences, load_recipe  # noqa: E402
 from dgpo_fast.errors import UserError  # noqa: E402
 from dgpo_fast.records import ScoredGroups  # noqa: E402
@@ -187,17 +188,39 @@ def ablated(name: str) -> Run:
     return Run(method="dgpo", setting=(), seed=1, budget_s=1.0, ablation=name)
 
 
-@pytest.mark.parametrize("name", ["sde", "offline"])
-def test_ablated_samples(name: str, tmp_path: Path, quick: tuple[str, ...]) -> None:
-    """The base's do not change with the policy; the SDE's are others than the ODE's, and the same again."""
-    euler = [*quick, *EULER, "rollout.steps=3"]
-    trainers = [Trainer(load_recipe("tiny-dgpo", euler), tmp_path / str(number)) for number in range(3)]
-    for trainer in trainers[1:]:
-        ablate(trainer, ablated(name))
-    plain, first, second = ([each.run_iteration()[0] for _ in range(2)] for each in trainers)
-    assert [report.reward_mean for report in first] == [report.reward_mean for report in second]
-    assert (first[0].reward_mean == plain[0].reward_mean) == (name == "offline")
-    assert first[1].reward_mean != plain[1].reward_mean
+def drawn_after_an_iteration(trainer: Trainer) -> torch.Tensor:
+    """The clean latents of the second iteration."""
+    trainer.run_iteration()
+    groups = cast(DGPO, trainer.algorithm).groups
+    prompts = trainer._next_prompts()
+    rollout = groups.draw(trainer.policy, groups.view(1), prompts, deliver=lambda *batch: None, check=lambda: None)
+    return rollout.x0_BCHW
+
+
+def test_offline_samples_are_the_bases(tmp_path: Path, quick: tuple[str, ...]) -> None:
+    """Also when the policy has learnt: those that a run of the same seed would draw without ever learning."""
+    config = load_recipe("tiny-dgpo", [*quick, *EULER, "rollout.steps=3"])
+    offline, policys, never = (Trainer(config, tmp_path / str(number)) for number in range(3))
+    ablate(offline, ablated("offline"))
+    never.learner.step = lambda *_, **__: {"grad_norm": 0.0, "lr": 0.0, "skipped_steps": 0}  # type: ignore[method-assign]
+    assert torch.equal(found := drawn_after_an_iteration(offline), drawn_after_an_iteration(never))
+    assert not torch.equal(found, drawn_after_an_iteration(policys))
+
+
+def test_samples_of_the_sde_are_flow_grpos(tmp_path: Path, quick: tuple[str, ...]) -> None:
+    """Of the same weights and streams, which the first group has in both; 0.7 is the noise level of its recipe."""
+    common = [item for item in quick if not item.startswith("algorithm.")]
+    common += [*EULER, "rollout.steps=3", "model.sampling=same", "optimizer.steps_per_iteration=1"]
+    ours = Trainer(load_recipe("tiny-dgpo", [*common, "algorithm.trunc=2"]), tmp_path / "ours")
+    flow_grpo = Trainer(load_recipe("tiny-flow-grpo", [*common, "algorithm.trained_steps=2"]), tmp_path / "theirs")
+    ablate(ours, ablated("sde"))
+    groups, prompts = cast(DGPO, ours.algorithm).groups, ours._next_prompts()
+    found = groups.draw(ours.policy, groups.view(0), prompts, deliver=lambda *batch: None, check=lambda: None)
+    expected = flow_grpo.algorithm.rollout(
+        flow_grpo.policy, "policy", flow_grpo._next_prompts(), deliver=lambda *batch: None, check=lambda: None
+    )
+    size = ours.config.groups.size
+    torch.testing.assert_close(found.x0_BCHW[:size], expected.x0_BCHW[:size], rtol=0, atol=1e-5)
 
 
 def test_ablated_groups(tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,13 +543,13 @@ def test_a_factor_of_a_run_that_was_stopped_is_a_bound(tmp_path: Path) -> None:
         rows = [Row("DGPO", [result("dgpo", *ours)]), Row("AWM", [result("awm", *theirs)])]
         return speedup_report.table_of_factors(rows, 0.8, tmp_path).splitlines()[-1]
 
-    assert row(reached, stopped) == "| AWM | > 5.0 | > 5.0 | 1.00 | 1.00 | > 5.0 |"
-    assert row(stopped, reached) == "| AWM | < 0.2 | < 0.2 | 1.00 | 1.00 | < 0.2 |"
+    assert row(reached, stopped) == "| AWM | > 5.0 | > 5.0 | 1.00 | 1.00 | ? |"
+    assert row(stopped, reached) == "| AWM | < 0.2 | < 0.2 | 1.00 | 1.00 | ? |"
     assert row(stopped, stopped) == "| AWM | ? | ? | 1.00 | 1.00 | ? |"
-    assert row(reached, reached) == "| AWM | 1.0 | 1.0 | 1.00 | 1.00 | 1.0 |"
-    assert row(at_once, reached) == "| AWM | > 2.0 | > 2.0 | 1.00 | 1.00 | > 2.0 |"
-    assert row(reached, at_once) == "| AWM | < 0.5 | < 0.5 | 1.00 | 1.00 | < 0.5 |"
-    assert row(at_once, stopped) == "| AWM | > 10.0 | > 10.0 | 1.00 | 1.00 | > 10.0 |"
+    assert row(reached, reached) == "| AWM | 1.0 | 1.0 | 1.00 | 1.00 | ? |"
+    assert row(at_once, reached) == "| AWM | > 2.0 | > 2.0 | 1.00 | 1.00 | ? |"
+    assert row(reached, at_once) == "| AWM | < 0.5 | < 0.5 | 1.00 | 1.00 | ? |"
+    assert row(at_once, stopped) == "| AWM | > 10.0 | > 10.0 | 1.00 | 1.00 | ? |"
     assert row(at_once, at_once) == "| AWM | ? | ? | 1.00 | 1.00 | ? |"
 
 
@@ -633,17 +656,93 @@ def test_times_are_of_medians_between_those_of_any_two_runs() -> None:
 
 
 def test_a_method_that_is_lost_is_also_compared_at_the_setting_that_keeps_most() -> None:
+    """What is no final run says so."""
     reached = result("dgpo", point(0, 0.5), point(10, 0.5), point(20, 0.8), point(40, 0.8))
     lost = result("awm", point(0, 0.5), point(100, 0.7), point(120, 0.7))
+    reached, lost = (replace(each, run=replace(each.run, seed=1)) for each in (reached, lost))
     other = replace(reached, run=replace(reached.run, method="awm", setting=("optimizer.lr=3e-4",)))
+    swept = replace(other, run=replace(other.run, seed=0))
 
     def titles(soon: list[Result], steady: list[Result]) -> list[str]:
         both = ({"dgpo": [reached], "awm": of_seeds} for of_seeds in (soon, steady))
         return [row.title for row in speedup_report.compared(*both, 0.8)]
 
-    assert titles([lost, lost, reached], [other]) == ["DGPO", "AWM", "AWM, its steadiest setting"]
+    assert titles([lost, lost, reached], [other]) == ["DGPO", "AWM", "AWM at its steadiest setting"]
+    assert titles([lost, lost, reached], [swept])[-1] == "AWM at its steadiest setting (of the sweep)"
     assert titles([lost, reached, reached], [other]) == ["DGPO", "AWM"]
     assert titles([lost], [lost]) == ["DGPO", "AWM"]
+
+
+def test_the_engines_share_multiplies_what_a_method_takes() -> None:
+    """The median of rounds in which both took their turns, whatever slowed one round down."""
+    ours = result("dgpo", point(0, 0.5), point(10, 0.5), point(20, 0.8), point(40, 0.8))
+    theirs = result("awm", point(0, 0.5), point(10, 0.5), point(50, 0.8), point(100, 0.8))
+    measured = {
+        "dgpo": {"eager": [3.0, 6.0, 3.0], "fused": [2.0, 4.0, 1.0]},
+        "awm": {"eager": [4.0, 8.0, 8.0], "fused": [2.0, 4.0, 8.0]},
+    }
+    rows = [Row("DGPO", [ours]), Row("AWM", [theirs]), Row("AWM at its steadiest setting", [theirs])]
+    assert speedup_report.table_of_engine(rows, 0.8, measured).splitlines()[2:] == [
+        "| DGPO | 3.00 | 2.00 | 1.50 | 1.5 |", "| AWM | 8.00 | 4.00 | 2.00 | 5.0 |",
+    ]  # fmt: skip
+    assert len(speedup_report.table_of_engine(rows, 0.8, {}).splitlines()) == 2
+
+
+def test_engines_are_written_and_read(tmp_path: Path) -> None:
+    costs = [
+        speedup_costs.EngineCost("dgpo", engine, number, seconds)
+        for engine, found in (("eager", (2.0, 3.0)), ("fused", (1.0, 1.5)))
+        for number, seconds in enumerate(found)
+    ]
+    assert speedup_costs.read_engines(tmp_path) == {}
+    speedup_costs.write_engines(tmp_path, costs, {"commit": "abc"})
+    assert speedup_costs.read_engines(tmp_path) == {"dgpo": {"eager": [2.0, 3.0], "fused": [1.0, 1.5]}}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_both_engines_run_the_same_iteration(name: str) -> None:
+    """But for the precision of samples, which diffusers' code draws in that of training."""
+    recipe = METHODS[name].recipe
+    fused, eager = (load_recipe(recipe, speedup_costs.ENGINES[engine]) for engine in ("fused", "eager"))
+    assert {*differences(fused, eager)} <= {"model.engine", "model.sampling"}
+    assert (fused.model.engine, eager.model.engine) == ("fused", "eager")
+
+
+def test_the_headline_is_of_the_table() -> None:
+    ours = result("dgpo", point(0, 0.5), point(10, 0.5), point(20, 0.8), point(40, 0.8))
+    theirs = result("awm", point(0, 0.5), point(10, 0.5), point(90, 0.8), point(100, 0.8))
+    rows = [Row("DGPO", [ours]), Row("Flow-GRPO", [theirs]), Row("AWM", [ours])]
+    said = "**DGPO is at 80% exact images after 20 seconds of one core, Flow-GRPO after 90: 4.5 times as long, for 4.5 "
+    assert speedup_report.headline(rows, 0.8) == f"{said}times the FLOPs.**"
+    assert speedup_report.others(rows, 0.8) == "The others, times DGPO's seconds: AWM 1.0."
+
+
+def test_the_claim_is_kept_by_day() -> None:
+    """What a day ends with replaces what it said before; a day that says nothing new has no row."""
+    table = "| | runs | seconds | times | FLOPs |\n|---|---|\n| DGPO | 1 | 20 | 1 | 1 |\n| AWM | 1 | {} | {} | 2 |"
+
+    def said(day: str, seconds: str, times: str) -> list[claim_history.Claim]:
+        return claim_history.claims(table.format(seconds, times), date=day, commit="abc")
+
+    first = said("2026-11-28", "> 90", "> 4.5")
+    assert [claim.says for claim in first] == [("DGPO", "1", "20", "1"), ("AWM", "1", "> 90", "> 4.5")]
+    history = claim_history.added(first, said("2026-11-29", "> 90", "> 4.5"))
+    assert history == first
+    history = claim_history.added(history, said("2026-11-30", "80", "4.0"))
+    history = claim_history.added(history, said("2026-11-30", "60 (50 to 70)", "3.0 (2.5 to 3.5)"))
+    assert [(claim.date, claim.times) for claim in history if claim.title == "AWM"] == [
+        ("2026-11-28", "> 4.5"), ("2026-11-30", "3.0 (2.5 to 3.5)"),
+    ]  # fmt: skip
+    assert claim_history.picture(history).count("<circle") == 3  # a bound is no point
+
+
+def test_what_an_evaluation_scatters_by(tmp_path: Path) -> None:
+    found = [judge_noise.Judged(1, 0.8, 0.03), judge_noise.Judged(2, 0.9, 0.05)]
+    said = judge_noise.sentence(found)
+    assert (
+        "at 85.0% with a standard deviation of 7.1 points (80.0% to 90.0%; " in said and "would be 4.0 points" in said
+    )
+    assert judge_noise.read(tmp_path) == []
 
 
 def test_settings_keep_their_names() -> None:
@@ -676,3 +775,7 @@ def test_the_page_is_made_of_the_committed_results() -> None:
         assert filled(page, tables) == page
     for against, picture in speedup_report.pictures().items():
         assert (speedup_report.DOCS / f"speedup-{against}.svg").read_text(encoding="utf-8") == picture
+    history = claim_history.read()
+    said = claim_history.claims(speedup_report.readme_tables()["speed"], date="", commit="")
+    assert [claim.says for claim in claim_history.newest(history)] == [claim.says for claim in said]
+    assert claim_history.PICTURE.read_text(encoding="utf-8") == claim_history.picture(history)

@@ -1,0 +1,86 @@
+"""What this repository has said, and when, of how much sooner DGPO is there than others: the claim by day.
+
+`python -m benchmarks.speedup_report --write` adds what it puts into README.md, where that differs from the last day's,
+and draws docs/claims.svg.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import date
+from pathlib import Path
+
+from benchmarks.speedup_chart import Curve, draw
+
+CLAIMS = Path(__file__).parent / "results" / "claims.csv"
+PICTURE = Path(__file__).resolve().parents[1] / "docs" / "claims.svg"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A row of README's table, as it stood there at the end of a day."""
+
+    date: str
+    commit: str
+    """Of the working tree: the one before that which brought it."""
+    title: str
+    runs: str
+    seconds: str
+    times: str
+    """DGPO's: of medians, which may be a bound, and in parentheses those of any two runs."""
+
+    @property
+    def says(self) -> tuple[str, ...]:
+        return self.title, self.runs, self.seconds, self.times
+
+
+def claims(table: str, *, date: str, commit: str) -> list[Claim]:
+    """Those of a table that `speedup_report.table_of_speed` made."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    return [
+        Claim(date=date, commit=commit, title=title, runs=runs, seconds=seconds, times=times)
+        for title, runs, seconds, times, *_ in rows
+    ]
+
+
+def newest(history: Sequence[Claim]) -> list[Claim]:
+    """Those of the last day."""
+    return [claim for claim in history if claim.date == history[-1].date]
+
+
+def added(history: Sequence[Claim], found: Sequence[Claim]) -> list[Claim]:
+    """The history with `found` in it, all of a day: in place of what that day said before, unless that is the same."""
+    if [claim.says for claim in newest(history)] == [claim.says for claim in found]:
+        return [*history]
+    return [*(claim for claim in history if claim.date != found[0].date), *found]
+
+
+def read(path: Path = CLAIMS) -> list[Claim]:
+    """The history, oldest first."""
+    with path.open(encoding="utf-8") as file:
+        return [Claim(**row) for row in csv.DictReader(file)]
+
+
+def write(history: Sequence[Claim], path: Path = CLAIMS) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=[field.name for field in fields(Claim)])
+        writer.writeheader()
+        writer.writerows(asdict(claim) for claim in history)
+
+
+def picture(history: Sequence[Claim]) -> str:
+    """How many times DGPO's time others take, by day; bounds are no point of a curve."""
+    first = date.fromisoformat(history[0].date)
+    curves = []
+    for title in dict.fromkeys(claim.title for claim in history):
+        known = [claim for claim in history if claim.title == title and claim.times[0].isdigit()]
+        curves.append(
+            Curve(
+                title=title,
+                places=tuple(float((date.fromisoformat(claim.date) - first).days) for claim in known),
+                values=tuple(float(claim.times.split()[0]) for claim in known),
+            )
+        )
+    return draw(curves, across=f"days since {first}", up="times DGPO's seconds to 80 %", value="{:.1f}")
