@@ -6,7 +6,7 @@ import csv
 import os
 import sys
 from dataclasses import asdict, replace
-from math import inf
+from math import inf, isnan
 from pathlib import Path
 from subprocess import CalledProcessError
 from typing import TYPE_CHECKING, Any, cast
@@ -397,17 +397,28 @@ def test_evaluations_are_dense_where_methods_are_fast() -> None:
     assert {*times(0, 600.0)} < {*final}
 
 
-@pytest.mark.slow
-def test_a_run_trains(tmp_path: Path) -> None:
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Iterations and evaluations of few images."""
+    few = ("groups.per_iteration=2", "optimizer.images_per_micro_batch=16")
+    monkeypatch.setattr(speedup_runs, "COMMON", (*speedup_runs.COMMON, *few))
+    monkeypatch.setattr(speedup, "JUDGE", (*speedup.JUDGE, "evaluation.steps=4"))
+    monkeypatch.setattr(speedup, "NUM_PROMPTS", 4)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_run_trains() -> None:
     run = Run(method="dgpo", setting=("optimizer.lr=1e-3",), seed=0, budget_s=5.0)
     first, last = speedup.train(run, 2.5)
     assert (first.step, first.seconds) == (0, 0.0)
     assert last.step == last.iteration == 2 and last.seconds == 5.0
     assert last.core_s > 0
     assert last.flops > 0
+    assert first.images == 0 and last.images == 2 * 2 * 8
+    assert isnan(first.reward) and 0 <= last.reward <= 1.5
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("small")
 def test_a_run_that_diverges_has_the_points_that_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
     iterations = []
 
