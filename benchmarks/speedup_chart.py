@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from dgpo_fast.charts import value_axis
 
-COLORS = ("#1f5fa8", "#c4622d", "#4f8f5b", "#8c6bb1", "#d9a22b", "#5fb3b3", "#8a8a8a")
+COLORS = ("#1f5fa8", "#c4622d", "#4f8f5b", "#8c6bb1", "#d9a22b", "#5fb3b3", "#8a8a8a", "#b03a5b", "#3b3b3b")
 PLOT, HEIGHT, LEFT, TOP, BOTTOM = 614, 420, 56, 28, 48
 LEGEND, LETTER = 52, 7
 """Pixels of the legend beside its titles, and of a letter of these, generously."""

@@ -81,13 +81,43 @@ def ratio(theirs: Arrival, ours: Arrival, of: Callable[[Point], float], *, facto
     return f"{''.join(signs)} {factor * of(theirs.point) / of(ours.point):.1f}".lstrip()
 
 
-def table_of_targets(chosen: Mapping[str, Sequence[Result]]) -> str:
+class Row(NamedTuple):
+    """A method's runs at one setting, and what a table calls them."""
+
+    title: str
+    of_seeds: Sequence[Result]
+
+    def those_that_reach(self, target: float) -> str:
+        """How many do: "3", or "1 of 3"."""
+        reached = sum(result.arrival(target).is_reached for result in self.of_seeds)
+        return str(reached) if reached == len(self.of_seeds) else f"{reached} of {len(self.of_seeds)}"
+
+
+def compared(soon: Mapping[str, Sequence[Result]], steady: Mapping[str, Sequence[Result]]) -> list[Row]:
+    """Each method at the setting that was soonest in the sweep, DGPO first, and at its steadiest where that is another.
+
+    Which of the two is sooner, one run of each could not tell.
+    """
+    rows = []
+    for name, of_seeds in soon.items():
+        rows.append(Row(_titled(METHODS[name].title, of_seeds), of_seeds))
+        if steady[name][0].run.setting != of_seeds[0].run.setting:
+            rows.append(Row(_titled(f"{METHODS[name].title} at its steadiest setting", steady[name]), steady[name]))
+    return rows
+
+
+def _titled(title: str, of_seeds: Sequence[Result]) -> str:
+    """With a word where it is no final run that is shown."""
+    return title if of_seeds[0].run.is_final else f"{title} (of the sweep)"
+
+
+def table_of_targets(rows: Sequence[Row]) -> str:
     heads = " | ".join(f"{target:.0%}" for target in TARGETS)
     lines = [f"| | setting | runs | {heads} |", "|---|---|---|" + "---|" * len(TARGETS)]
-    for name, of_seeds in chosen.items():
-        if of_seeds:
-            cells = " | ".join(way_to(target, of_seeds, seconds_of) for target in TARGETS)
-            lines.append(f"| {METHODS[name].title} | {_setting(of_seeds[0])} | {len(of_seeds)} | {cells} |")
+    for _, of_seeds in rows:
+        cells = " | ".join(way_to(target, of_seeds, seconds_of) for target in TARGETS)
+        title = METHODS[of_seeds[0].run.method].title
+        lines.append(f"| {title} | {_setting(of_seeds[0])} | {len(of_seeds)} | {cells} |")
     return "\n".join(lines)
 
 
@@ -119,36 +149,6 @@ def table_of_what_is_kept(
 
 def _setting(result: Result) -> str:
     return ", ".join(f"`{short(item)}`" for item in result.run.setting)
-
-
-class Row(NamedTuple):
-    """A method's runs at one setting, and what a table calls them."""
-
-    title: str
-    of_seeds: Sequence[Result]
-
-    def those_that_reach(self, target: float) -> str:
-        """How many do: "3", or "1 of 3"."""
-        reached = sum(result.arrival(target).is_reached for result in self.of_seeds)
-        return str(reached) if reached == len(self.of_seeds) else f"{reached} of {len(self.of_seeds)}"
-
-
-def compared(soon: Mapping[str, Sequence[Result]], steady: Mapping[str, Sequence[Result]], target: float) -> list[Row]:
-    """Each method at its soonest setting, DGPO first; where most runs of that are not at the target, and another keeps
-    more, at that as well.
-    """
-    rows = []
-    for name, of_seeds in soon.items():
-        rows.append(Row(_titled(METHODS[name].title, of_seeds), of_seeds))
-        is_lost = not _middle(arrivals(of_seeds, target)).is_reached
-        if is_lost and steady[name][0].run.setting != of_seeds[0].run.setting:
-            rows.append(Row(_titled(f"{METHODS[name].title} at its steadiest setting", steady[name]), steady[name]))
-    return rows
-
-
-def _titled(title: str, of_seeds: Sequence[Result]) -> str:
-    """With a word where it is no final run that is shown."""
-    return title if of_seeds[0].run.is_final else f"{title} (of the sweep)"
 
 
 def table_of_factors(rows: Sequence[Row], target: float, directory: Path = RESULTS) -> str:
@@ -212,7 +212,7 @@ def headline(rows: Sequence[Row], target: float) -> str:
     """The answer, in a sentence."""
     if len(rows) < 2:
         return "To come."
-    ours, flow_grpo, *_ = rows
+    ours, flow_grpo = rows[0], next(row for row in rows if row.of_seeds[0].run.method == "flow-grpo")
     their, our = (_middle(arrivals(row.of_seeds, target)) for row in (flow_grpo, ours))
     theirs_s, ours_s = (f"{arrival.bound} {arrival.point.seconds:.0f}".lstrip() for arrival in (their, our))
     time, work = ratio(their, our, seconds_of), ratio(their, our, lambda point: point.flops)
@@ -223,26 +223,26 @@ def headline(rows: Sequence[Row], target: float) -> str:
 
 
 def others(rows: Sequence[Row], target: float) -> str:
-    """What the answer is of the other methods, in a sentence; to come where there are none."""
-    if len(rows) < 3:
+    """What the answer is of the other methods and settings, in a sentence; to come where there are none."""
+    if len(rows) < 2:
         return "To come."
-    ours, _, *rest = rows
+    ours, *rest = rows
     middles = [_middle(arrivals(row.of_seeds, target)) for row in rest]
     our = _middle(arrivals(ours.of_seeds, target))
     told = [f"{row.title} {ratio(middle, our, seconds_of)}" for row, middle in zip(rest, middles, strict=True)]
-    return f"The others, times {ours.title}'s seconds: {'; '.join(told)}."
+    return f"Times {ours.title}'s seconds: {'; '.join(told)}."
 
 
-def table_of_quality(chosen: Mapping[str, Sequence[Result]], target: float) -> str:
+def table_of_quality(rows: Sequence[Row], target: float) -> str:
     """What else has changed where the target is reached: of the seeds that do, their mean and range.
 
     Without those that were above it when they were first evaluated: at the target nothing of them is known.
     """
     lines = ["| | runs | soft | distance to rendered images | diversity of a group |", "|---|---|---|---|---|"]
-    found = {"base": ("", [result.points[0] for of_seeds in chosen.values() for result in of_seeds][:1])}
-    for name, of_seeds in chosen.items():
+    found = {"base": ("", [result.points[0] for row in rows for result in row.of_seeds][:1])}
+    for title, of_seeds in rows:
         points = [arrival.point for arrival in arrivals(of_seeds, target) if not arrival.bound]
-        found[METHODS[name].title] = (f"{len(points)} of {len(of_seeds)}", points)
+        found[title] = (f"{len(points)} of {len(of_seeds)}", points)
     for title, (runs, points) in found.items():
         if points:
             columns = (
@@ -318,14 +318,14 @@ def table_of_speed(rows: Sequence[Row], target: float) -> str:
 
 def readme_tables(directory: Path = RESULTS) -> dict[str, str]:
     """The tables of README.md, by name."""
-    rows = compared(*shown(directory), COMPARED)
+    rows = compared(*shown(directory))
     return {"speed": table_of_speed(rows, COMPARED), "headline": headline(rows, COMPARED)}
 
 
 def tables(directory: Path = RESULTS) -> dict[str, str]:
     """The tables of the page, by name."""
     runs, chosen = queue(directory), shown(directory)
-    rows = compared(*chosen, COMPARED)
+    rows = compared(*chosen)
     seeds = results(runs.finals, directory)
     begun = {name: [result.until(SWEEP_S) for result in of_seeds] for name, of_seeds in seeds.items()}
     changed = ablated(runs.ablations, directory)
@@ -337,11 +337,11 @@ def tables(directory: Path = RESULTS) -> dict[str, str]:
         ),
         "headline": headline(rows, COMPARED),
         "others": others(rows, COMPARED),
-        "targets": table_of_targets(chosen.soon),
+        "targets": table_of_targets(rows),
         "factors": table_of_factors(rows, COMPARED, directory),
         "engine": table_of_engine(rows, COMPARED, read_engines(directory)),
         "kept": table_of_what_is_kept(chosen.soon, chosen.steady, COMPARED),
-        "quality": table_of_quality(chosen.soon, COMPARED),
+        "quality": table_of_quality(rows, COMPARED),
         "noise": judge_noise.sentence(judge_noise.read(directory)),
         "sweep": table_of_sweep(results(runs.sweep, directory)),
     }
