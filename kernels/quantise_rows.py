@@ -18,8 +18,8 @@ ELEMENTS_PER_THREAD = 16
 MAX_WARPS = 16
 
 READ_AT_ONCE = 256
-"""Scales that a product of CUTLASS reads for a tile, also behind the last token's: pytorch/pytorch#133334, of sm_90 before
-CUDA 12.9, and of sm_89."""
+"""Scales that a product of CUTLASS reads for a tile, also behind the last token's: pytorch/pytorch#133334, of sm_90
+before CUDA 12.9, and of sm_89."""
 
 
 @triton.jit
