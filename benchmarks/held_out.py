@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import unfold
 
-from dgpo_fast.shapes.captions import parse_caption
+from dgpo_fast.shapes.captions import Caption, parse_caption
 from dgpo_fast.shapes.render import render
 from dgpo_fast.shapes.verifier import Verdict, verify
 
@@ -39,9 +39,9 @@ class HeldOut:
 
 def held_out(images_BCHW: Tensor, prompts: Sequence[str], *, per_prompt: int) -> HeldOut:
     """Of images in [0, 1], `per_prompt` of each prompt, one after the other."""
-    found = verdicts(images_BCHW, prompts, per_prompt=per_prompt)
+    captions = captions_of(prompts, per_prompt=per_prompt)
+    found = verdicts(images_BCHW, captions)
     drawn_by = np.random.default_rng(0)
-    captions = [parse_caption(prompt) for prompt in prompts for _ in range(per_prompt)]
     rendered = torch.from_numpy(np.stack([render(caption, drawn_by) for caption in captions]))
     return HeldOut(
         strict=sum(verdict.strict for verdict in found) / len(found),
@@ -51,9 +51,13 @@ def held_out(images_BCHW: Tensor, prompts: Sequence[str], *, per_prompt: int) ->
     )
 
 
-def verdicts(images_BCHW: Tensor, prompts: Sequence[str], *, per_prompt: int) -> list[Verdict]:
+def captions_of(prompts: Sequence[str], *, per_prompt: int) -> list[Caption]:
+    """What each image should show."""
+    return [caption for caption in map(parse_caption, prompts) for _ in range(per_prompt)]
+
+
+def verdicts(images_BCHW: Tensor, captions: Sequence[Caption]) -> list[Verdict]:
     """Whether each image shows what is asked, and how nearly."""
-    captions = [parse_caption(prompt) for prompt in prompts for _ in range(per_prompt)]
     return [verify(image, caption) for image, caption in zip(images_BCHW.cpu().numpy(), captions, strict=True)]
 
 

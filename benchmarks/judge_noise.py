@@ -35,7 +35,7 @@ def judge() -> list[Judged]:
     """The policy from every noise, that of final runs first."""
     import torch
 
-    from benchmarks.held_out import verdicts
+    from benchmarks.held_out import captions_of, verdicts
     from dgpo_fast import Trainer, load_recipe
     from dgpo_fast.evaluate import draw_images
 
@@ -50,7 +50,8 @@ def judge() -> list[Judged]:
             judge, prompts = judge_of(noise)
             each = judge.evaluation.images_per_prompt
             images = draw_images(trainer.policy, "ema", prompts, judge, images_per_prompt=each)
-            exact = [verdict.strict for verdict in verdicts(images, prompts, per_prompt=each)]
+            found_in = verdicts(images, captions_of(prompts, per_prompt=each))
+            exact = [verdict.strict for verdict in found_in]
             of_prompts = [mean(exact[first : first + each]) for first in range(0, len(exact), each)]
             found.append(Judged(noise, mean(exact), stdev(of_prompts) / len(of_prompts) ** 0.5))
     return found
