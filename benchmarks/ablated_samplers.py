@@ -57,8 +57,8 @@ def compare_pairs(trainer: Trainer) -> None:
 class OfflineGroups(GroupSampler):
     """Samples of the base: what is learnt from is known before learning begins."""
 
-    def view(self, step: int) -> View:
-        return "ref"
+    def draw(self, policy: Policy, view: View, prompts: PromptBatch, *, deliver: Deliver, check: Check) -> Rollout:
+        return super().draw(policy, "ref", prompts, deliver=deliver, check=check)
 
 
 class StochasticGroups(GroupSampler):
@@ -80,7 +80,7 @@ class StochasticGroups(GroupSampler):
             )
             drawn.append(x0_BCHW)
             deliver(x0_BCHW, prompts.prompt_of_sample[samples])
-        return Rollout(prompts=prompts, x0_BCHW=torch.cat(drawn), sigmas=self.sampler.sigmas)
+        return Rollout(prompts=prompts, x0_BCHW=torch.cat(drawn))
 
     @torch.no_grad()
     def _evaluations(self, policy: Policy, prompts: PromptBatch, samples: slice) -> list[ModelCall]:

@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 from rich.table import Table
@@ -63,8 +63,9 @@ from benchmarks.operator_table import provenance
 from dgpo_fast.algorithm_config import DGPOConfig
 from dgpo_fast.config import load_recipe
 from dgpo_fast.errors import UserError
+from dgpo_fast.models.architectures import TransformerShape
 from dgpo_fast.models.fused.attention import ATTENTIONS, Attention
-from dgpo_fast.models.sources import find_model, transformer_shape, vae_shape
+from dgpo_fast.models.sources import ModelSource, find_model, transformer_shape, vae_shape
 from dgpo_fast.planning import cost, text_tokens
 from dgpo_fast.profiling import BACKGROUND, StageClock, use_clock
 
@@ -227,8 +228,12 @@ class Bench:
         return self.device.type == "cuda" if name == BASELINE else self.config.model.dtype == "bfloat16"
 
     @property
-    def _shape(self) -> Any:
-        shape = transformer_shape(find_model(self.config.model.name))
+    def _source(self) -> ModelSource:
+        return find_model(self.config.model.name, revision=self.config.model.version)
+
+    @property
+    def _shape(self) -> TransformerShape:
+        shape = transformer_shape(self._source)
         assert shape is not None
         return shape
 
@@ -339,7 +344,7 @@ class Bench:
 
     def _work_flops(self) -> dict[str, tuple[int, float]]:
         """Images and useful FLOPs of each piece of work."""
-        config, source = self.config, find_model(self.config.model.name)
+        config, source = self.config, self._source
         whole = cost(config, source, self._shape, vae_shape(source))
         images = config.images_per_iteration
         of = {stage.name: stage.flops for stage in whole.stages}
@@ -436,7 +441,7 @@ class Bench:
 
     def _attention_rows(self) -> Iterator[Row]:
         """Joint attention, and that of the image alone, at a micro-batch's shapes."""
-        config, shape, source = self.config, self._shape, find_model(self.config.model.name)
+        config, shape, source = self.config, self._shape, self._source
         tokens = shape.tokens(config.model.resolution, text_tokens(config, source), vae_factor=vae_shape(source).factor)
         dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
         lengths = [tokens.image + tokens.text, *([tokens.image] if shape.dual_attention_layers else [])]

@@ -112,8 +112,8 @@ class Engine:
         return Answer(sampled, found)
 
     def rollout(self) -> object:
-        view = self._algorithm.sampling_view(0)
-        return self._algorithm.rollout(self.policy, view, self._prompts(num_sampled(self._config)))
+        view, prompts = self._config.sampling_view(0), self._prompts(num_sampled(self._config))
+        return self._algorithm.rollout(self.policy, view, prompts)
 
     def micro_step(self) -> Tensor:
         batches = next(iter(self._algorithm.batches(self._scored())))
@@ -153,7 +153,7 @@ class Engine:
         micro = self._config.optimizer.images_per_micro_batch
         names = [rng.stream(0, stage="benchmark", sample=sample) for sample in range(micro)]
         x0_BCHW = rng.normal(names, self.policy.model.latent_shape, device=self._device)
-        rollout = Rollout(prompts=self._prompts(micro), x0_BCHW=x0_BCHW, sigmas=self._algorithm.groups.sampler.sigmas)
+        rollout = Rollout(prompts=self._prompts(micro), x0_BCHW=x0_BCHW)
         advantage_B = _alternating(micro, self._device)
         return ScoredGroups(
             rollout=rollout, reward_B=advantage_B, valid_B=torch.ones_like(advantage_B, dtype=torch.bool),

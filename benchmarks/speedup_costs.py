@@ -72,7 +72,7 @@ def flops_of(config: Config) -> float:
     from dgpo_fast.models.sources import find_model, transformer_shape, vae_shape
     from dgpo_fast.planning import cost
 
-    source = find_model(config.model.name)
+    source = find_model(config.model.name, revision=config.model.version)
     shape = transformer_shape(source)
     assert shape is not None
     return cost(config, source, shape, vae_shape(source)).flops

@@ -41,6 +41,11 @@ class Method(Section):
         return "policy"
 
     @property
+    def switches_views(self) -> bool:
+        """Whether `rollout.switch_step` changes what samples are drawn through."""
+        return self.sampling_view(1, switch_step=0) != self.sampling_view(1, switch_step=10**9)
+
+    @property
     def kept_latents(self) -> int:
         """Of a sample, along its trajectory, besides where it began and ended."""
         return 0
@@ -89,7 +94,7 @@ class Noised(Method):
     trunc: Index = 4
     """Training sigmas are drawn from the first trunc + 1 points of the rollout's schedule."""
     train_timesteps: Count = 4
-    """Sigmas drawn per iteration, without replacement, the same for every group."""
+    """Sigmas drawn per iteration, without replacement: DGPO's the same for every group, others' for each sample."""
 
     @property
     def trained_points(self) -> range:
@@ -243,7 +248,7 @@ class AWMConfig(Noised):
     """The first point of the rollout's schedule that training draws from; `trunc` is the last."""
     trunc: Index = 11
     train_timesteps: Count = 6
-    """Sigmas of an iteration: one from each of as many stretches of the points, the same for every sample."""
+    """Sigmas of an iteration: one from each of as many stretches of the points, drawn for each sample."""
     power: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Of the denoising error, in what stands for a log-likelihood: -sigma error^power / power; 1 is the error alone."""
     kl_coef: NonNegative = 0.001

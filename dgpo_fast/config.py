@@ -24,7 +24,6 @@ from dgpo_fast.algorithm_config import (
     AWMConfig,
     DGPOConfig,
     DiffusionDPOConfig,
-    DiffusionNFTConfig,
     FlowGRPOConfig,
     own_settings,
 )
@@ -441,6 +440,10 @@ class Config(Section):
     def images_per_iteration(self) -> int:
         return self.groups.size * self.groups.per_iteration
 
+    def sampling_view(self, step: int) -> Literal["policy", "old"]:
+        """What samples before this optimizer step are drawn through."""
+        return self.algorithm.sampling_view(step, switch_step=self.rollout.switch_step)
+
     def at_commit(self, commit: str | None) -> Config:
         """The same with the model at `commit`."""
         return self.model_copy(update={"model": self.model.model_copy(update={"commit": commit})})
@@ -503,8 +506,6 @@ def _nearest_divisor(number: int, wanted: int) -> int:
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))
 
 
-OF_ONE_VIEW = (FlowGRPOConfig, DiffusionNFTConfig, AWMConfig, DiffusionDPOConfig)
-"""Methods that draw through one view from first to last, whatever `rollout.switch_step` says."""
 BATCHES = ("rollout.images_per_forward", "optimizer.images_per_micro_batch")
 """How many samples are computed at once: a matter of memory and of ranks, unless `depends_on_batches`."""
 MAY_CHANGE_ON_RESUME = (
@@ -651,7 +652,7 @@ def resume_conflicts(saved: Config, wanted: Config, *, has_begun: bool = True) -
         has_begun: whether there is a checkpoint, which knows the run's prompts, wherever they come from.
     """
     batches = BATCHES if saved.algorithm.depends_on_batches else ()
-    idle = ("rollout.switch_step",) if isinstance(saved.algorithm, OF_ONE_VIEW) else ()
+    idle = () if saved.algorithm.switches_views else ("rollout.switch_step",)
     return [
         f"{key}: {before!r} -> {after!r}"
         for key, (before, after) in differences(saved, wanted).items()

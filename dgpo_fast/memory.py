@@ -163,7 +163,7 @@ def predict_memory(
     pictures = 4.0 * 3 * pixels * min(images, rollout.images_per_forward)  # scored as they come, and not kept
     latents = 4.0 * shape.channels * (model.resolution // vae.factor) ** 2
     drawn = rollout_bytes(config, shape, tokens)
-    views = {config.algorithm.sampling_view(step, switch_step=rollout.switch_step) for step in (0, config.steps - 1)}
+    views = {config.sampling_view(step) for step in (0, config.steps - 1)}
     graphs = rollout.cuda_graphs * len(views)
     holders = ranks_of_frozen(config, stage=stage, num_ranks=num_ranks)
     transformers = 1 if config.adapter is not None else 3  # each has its table of positions

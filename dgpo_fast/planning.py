@@ -111,8 +111,8 @@ def plan(config: Config, *, num_ranks: int | None = None) -> Plan:
     source = find_model(config.model.name, revision=config.model.version)
     num_ranks = num_ranks or launcher.world_size()
     check_ranks(config, num_ranks)
-    shape = transformer_shape(source, revision=config.model.version)
-    vae = vae_shape(source, revision=config.model.version)
+    shape = transformer_shape(source)
+    vae = vae_shape(source)
     if shape is not None:
         check_resolution(
             config.model.resolution,
@@ -124,7 +124,7 @@ def plan(config: Config, *, num_ranks: int | None = None) -> Plan:
             check_targets(config.adapter.targets, [linear.name for linear in shape.linears])
     if config.begins_with is not None:
         find_lora(config.begins_with)
-    model, model_warnings = _describe_model(source, config)
+    model, model_warnings = _describe_model(source)
     sigmas, _ = trajectory_of(config.rollout)
     points = config.algorithm.trained_points
     images_per_rank = config.images_per_iteration // num_ranks
@@ -206,7 +206,7 @@ def _checkpoint_bytes(config: Config, shape: TransformerShape) -> int:
 
 def text_tokens(config: Config, source: ModelSource) -> int:
     """Tokens of a prompt: CLIP's, both encoders' side by side, and T5's."""
-    return clip_tokens(source, revision=config.model.version) + config.model.text_length
+    return clip_tokens(source) + config.model.text_length
 
 
 def _stages(
@@ -235,7 +235,7 @@ def _has_real_text_encoders(source: ModelSource, shape: TransformerShape) -> boo
     return source.kind != "random" and shape.joint_attention_dim == 4096
 
 
-def _describe_model(source: ModelSource, config: Config) -> tuple[str, list[str]]:
+def _describe_model(source: ModelSource) -> tuple[str, list[str]]:
     """Where the weights come from, and what stands in the way of having them."""
     if source.kind == "embedded":
         return f"embedded, in {source.location}", []
@@ -246,11 +246,11 @@ def _describe_model(source: ModelSource, config: Config) -> tuple[str, list[str]
         )
     if source.kind == "directory":
         return f"local directory {source.location}", []
-    if cached_file(source, "model_index.json", revision=config.model.version) is not None:
+    if cached_file(source, "model_index.json") is not None:
         return f"{source.location}, in the local Hugging Face cache", []
     from huggingface_hub import get_token
 
-    download = download_command(source.location, revision=config.model.version)
+    download = download_command(source)
     warning = f"{source.location} is not in the local cache: `{download}` or the first run fetches it"
     if get_token() is None:
         warning += (

@@ -13,9 +13,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -118,7 +116,6 @@ class Rollout:
 
     prompts: PromptBatch
     x0_BCHW: Tensor  # float32
-    sigmas: NDArray[np.float64]  # [steps + 1], the schedule the rollout followed
     trajectory: Trajectory | None = None  # what nobody trains along is not kept
 
 

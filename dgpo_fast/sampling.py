@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,16 +54,18 @@ class SampleOptions:
                 f"--lora {lora}: no {LORA_FILE} there; expected a checkpoint's lora/ directory, or an exported one"
             )
         source = find_model(name)
+        run = _settings_of(lora, source)
+        revision = run.model.version if run and run.model.name == name else None
+        source = replace(source, revision=revision)
         shape, vae = transformer_shape(source) or SD35_MEDIUM, vae_shape(source)
         if resolution is not None:
             check_resolution(
                 resolution, vae_factor=vae.factor, patch=shape.patch, pos_embed_max_size=shape.pos_embed_max_size
             )
-        run = _settings_of(lora, source)
         scheduler = find_scheduler(run.rollout) if run else None
         model = ModelConfig(
             name=name,
-            revision=run.model.version if run and run.model.name == name else None,
+            revision=revision,
             dtype=run.model.dtype if run else ("bfloat16" if torch.cuda.is_available() else "float32"),
             resolution=resolution or (run.model.resolution if run else shape.sample_size * vae.factor),
         )

@@ -35,7 +35,7 @@ from dgpo_fast.profiling import StageClock, stage, use_clock
 from dgpo_fast.prompts import PromptSampler, digest_of, load_prompts
 from dgpo_fast.records import LossOutput, PromptBatch, Rollout, ScoredGroups, StepReport
 from dgpo_fast.rewards import OverlappedScoring, Scorer, Scores
-from dgpo_fast.rewards.grouping import group_scores
+from dgpo_fast.rewards.grouping import scored_groups
 from dgpo_fast.rewards.prompt_checks import check_prompts
 from dgpo_fast.run_directory import RunDirectory, begun_with
 from dgpo_fast.step_metrics import step_metrics
@@ -159,7 +159,7 @@ class Trainer:
         """Of the model, if it is the hub's: from now on this one, whatever is pushed until the run is over."""
         model = config.model
         source = find_model(model.name, revision=model.version)
-        commits = self.world.gather_objects(hub_commit(source, revision=model.version))
+        commits = self.world.gather_objects(hub_commit(source))
         if len({*commits}) > 1:
             found = ", ".join(sorted(map(str, {*commits})))
             raise UserError(f"model.commit: ranks have different commits of {model.name}, {found}: name one of them")
@@ -176,7 +176,7 @@ class Trainer:
             Unscored: they have none.
             UserError: on this rank alone, where others cannot be told before their next collective.
         """
-        view, error = self.algorithm.sampling_view(self.step), None
+        view, error = self.config.sampling_view(self.step), None
         self.policy.make_ready(view)
         try:
             rollout, scores = self._draw(view)
@@ -221,7 +221,7 @@ class Trainer:
 
     def _score(self, rollout: Rollout, scores: Scores) -> tuple[ScoredGroups, dict[str, Any]]:
         """Rewards and advantages, and what of them is reported."""
-        grouped = group_scores(
+        grouped = scored_groups(
             rollout, scores, self.config, world=self.world, samples_of_ranks=self.samples_of_ranks
         )  # fmt: skip
         self.warning = grouped.warning

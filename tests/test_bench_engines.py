@@ -99,7 +99,7 @@ def test_the_published_loop_learns_the_same(changes: tuple[str, ...]) -> None:
     x0_BCHW = torch.randn(4, *policy.model.latent_shape, generator=torch.Generator().manual_seed(1))
     advantage_B = torch.tensor([1.0, -0.5, -2.0, 1.5])
     scored = ScoredGroups(
-        rollout=Rollout(prompts=prompts, x0_BCHW=x0_BCHW, sigmas=algorithm.groups.sampler.sigmas),
+        rollout=Rollout(prompts=prompts, x0_BCHW=x0_BCHW),
         reward_B=advantage_B, valid_B=torch.ones(4, dtype=torch.bool), num_valid=(4,), advantage_B=advantage_B,
         group_size_G=torch.tensor([2.0, 2.0]), num_groups=(2,),
     )  # fmt: skip

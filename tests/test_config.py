@@ -106,10 +106,8 @@ def test_baselines_sample_and_average_as_published() -> None:
     assert advantages == {**dict.fromkeys(BASELINES, ("global", 5.0)), "dpo": ("group", 5.0)}
     nft, awm = configs["nft"], configs["awm"]
     assert (nft.rollout.solver, nft.old_policy.max_decay, nft.old_policy.rate) == ("dpm++2m", 0.5, 0.001)
-    drawn = {
-        name: {config.algorithm.sampling_view(step, switch_step=500) for step in (0, 499, 500, 999)}
-        for name, config in configs.items()
-    }
+    switching = {name: load_recipe(f"sd35m-geneval-{name}", ["rollout.switch_step=500"]) for name in BASELINES}
+    drawn = {name: {config.sampling_view(step) for step in (0, 499, 500, 999)} for name, config in switching.items()}
     assert drawn == {name: {"old" if name == "nft" else "policy"} for name in BASELINES}
     assert (awm.old_policy.max_decay, awm.old_policy.rate) == (0.3, 0.001)
 

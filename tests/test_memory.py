@@ -344,7 +344,7 @@ def test_an_iteration_of_the_embedded_pipeline(checkpointing: str, tmp_path: Pat
     trainer = Trainer(config, tmp_path / "run")
     policy, algorithm, peaks = trainer.policy, trainer.algorithm, {}
     with LiveBytes() as live:
-        rollout = algorithm.rollout(policy, algorithm.sampling_view(0), trainer._next_prompts())
+        rollout = algorithm.rollout(policy, config.sampling_view(0), trainer._next_prompts())
         peaks["drawn"], live.peak = live.peak, live.now
         images_BCHW = policy.model.decode(rollout.x0_BCHW, images_per_forward=config.rollout.decoded_at_once)
         peaks["decoded"] = live.peak

@@ -31,7 +31,6 @@ from benchmarks.speedup_report import Row  # noqa: E402
 from benchmarks.speedup_results import Point, Result, queue, read, write  # noqa: E402
 from benchmarks.speedup_runs import ABLATIONS, EULER, METHODS, Run, every_kind, short  # noqa: E402
 from dgpo_fast import Trainer  # noqa: E402
-from dgpo_fast.algorithms.dgpo import DGPO  # noqa: E402
 from dgpo_fast.config import differences, load_recipe  # noqa: E402
 from dgpo_fast.errors import UserError  # noqa: E402
 from dgpo_fast.records import ScoredGroups  # noqa: E402
@@ -191,10 +190,8 @@ def ablated(name: str) -> Run:
 def drawn_after_an_iteration(trainer: Trainer) -> torch.Tensor:
     """The clean latents of the second iteration."""
     trainer.run_iteration()
-    groups = cast(DGPO, trainer.algorithm).groups
-    prompts = trainer._next_prompts()
-    rollout = groups.draw(trainer.policy, groups.view(1), prompts, deliver=lambda *batch: None, check=lambda: None)
-    return rollout.x0_BCHW
+    view, prompts = trainer.config.sampling_view(1), trainer._next_prompts()
+    return trainer.algorithm.rollout(trainer.policy, view, prompts).x0_BCHW
 
 
 def test_offline_samples_are_the_bases(tmp_path: Path, quick: tuple[str, ...]) -> None:
@@ -214,10 +211,8 @@ def test_samples_of_the_sde_are_flow_grpos(tmp_path: Path, quick: tuple[str, ...
     ours = Trainer(load_recipe("tiny-dgpo", [*common, "algorithm.trunc=2"]), tmp_path / "ours")
     flow_grpo = Trainer(load_recipe("tiny-flow-grpo", [*common, "algorithm.trained_steps=2"]), tmp_path / "theirs")
     ablate(ours, ablated("sde"))
-    groups, prompts = cast(DGPO, ours.algorithm).groups, ours._next_prompts()
-    found = groups.draw(ours.policy, groups.view(0), prompts, deliver=lambda *batch: None, check=lambda: None)
-    expected = flow_grpo.algorithm.rollout(
-        flow_grpo.policy, "policy", flow_grpo._next_prompts(), deliver=lambda *batch: None, check=lambda: None
+    found, expected = (
+        trainer.algorithm.rollout(trainer.policy, "policy", trainer._next_prompts()) for trainer in (ours, flow_grpo)
     )
     size = ours.config.groups.size
     torch.testing.assert_close(found.x0_BCHW[:size], expected.x0_BCHW[:size], rtol=0, atol=1e-5)

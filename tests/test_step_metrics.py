@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ def groups(samples: tuple[int, ...], *, failed: tuple[int, ...] = (), updates: i
     )
     zero_B = torch.zeros(len(mine))
     return ScoredGroups(
-        rollout=Rollout(prompts=prompts, x0_BCHW=x_BCHW[mine], sigmas=np.zeros(1)), reward_B=zero_B,
+        rollout=Rollout(prompts=prompts, x0_BCHW=x_BCHW[mine]), reward_B=zero_B,
         valid_B=valid_B[mine], num_valid=tuple(valid_B.view(updates, -1).sum(1).tolist()),
         num_groups=tuple(valid_B.view(updates, -1, SIZE).any(2).sum(1).tolist()),
         group_size_G=valid_B.view(-1, SIZE).sum(1).float(), advantage_B=zero_B,

@@ -53,9 +53,6 @@ class AWM:
         policy.check_trained()
         return policy.check_sampling()
 
-    def sampling_view(self, step: int) -> View:
-        return self.groups.view(step)
-
     def rollout(
         self, policy: Policy, view: View, prompts: PromptBatch, *, deliver: Deliver = nobody, check: Check = nobody
     ) -> Rollout:

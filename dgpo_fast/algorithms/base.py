@@ -15,7 +15,7 @@ WeightsT = TypeVar("WeightsT")
 
 
 class Algorithm(Protocol[BatchT, WeightsT]):
-    """`prepare` before the first iteration, then six methods, called in this order every iteration."""
+    """`prepare` before the first iteration, then five methods, called in this order every iteration."""
 
     def prepare(self, policy: Policy) -> str:
         """Makes sure that the policy can be trained by this algorithm; lines for the person who watches.
@@ -25,16 +25,13 @@ class Algorithm(Protocol[BatchT, WeightsT]):
         """
         ...
 
-    def sampling_view(self, step: int) -> View:
-        """What the rollout before this optimizer step draws through."""
-        ...
-
     def rollout(
         self, policy: Policy, view: View, prompts: PromptBatch, *, deliver: Deliver = ..., check: Check = ...
     ) -> Rollout:
         """Clean latents of every prompt's group.
 
         Args:
+            view: what samples are drawn through: `Config.sampling_view` says which.
             deliver: given the latents, a batch at a time in the order of samples, each as soon as it is drawn, and what
                 they were asked to show.
             check: called now and then, on every rank as often; may raise, to end the rollout.

@@ -86,9 +86,6 @@ class DGPO:
         self.ratio_errors, line = check_ratio(policy, self.config, clip=self.settings.clip, world=self.world)
         return f"{line}\n{policy.check_sampling()}"
 
-    def sampling_view(self, step: int) -> View:
-        return self.groups.view(step)
-
     def rollout(
         self, policy: Policy, view: View, prompts: PromptBatch, *, deliver: Deliver = nobody, check: Check = nobody
     ) -> Rollout:

@@ -60,9 +60,6 @@ class FlowGRPO:
         found = "is exactly 1" if drift == 0 else f"misses 1 by {drift:.1e}, where algorithm.clip is {clip:g}"
         return f"the likelihood ratio of a policy that has not changed {found}"
 
-    def sampling_view(self, step: int) -> View:
-        return "policy"
-
     def rollout(
         self, policy: Policy, view: View, prompts: PromptBatch, *, deliver: Deliver = nobody, check: Check = nobody
     ) -> Rollout:
@@ -83,7 +80,7 @@ class FlowGRPO:
             x_SBCHW=torch.cat([each.x_SBCHW for each in trajectories], dim=1),
             log_prob_SB=torch.cat([each.log_prob_SB for each in trajectories], dim=1),
         )
-        return Rollout(prompts=prompts, x0_BCHW=torch.cat(drawn), sigmas=self.sampler.sigmas, trajectory=trajectory)
+        return Rollout(prompts=prompts, x0_BCHW=torch.cat(drawn), trajectory=trajectory)
 
     def batches(self, scored: ScoredGroups, *, update: int = 0) -> Iterator[list[TrajectoryBatch]]:
         """Micro-batches of one step each, one to a round: no loss asks for whole groups."""

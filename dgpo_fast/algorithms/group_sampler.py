@@ -24,10 +24,6 @@ class GroupSampler:
         self.config, self.sampler = config, Sampler.from_config(config.rollout)
         self.graphs = CudaGraphs() if config.rollout.cuda_graphs else None
 
-    def view(self, step: int) -> View:
-        """What is drawn through before this optimizer step."""
-        return self.config.algorithm.sampling_view(step, switch_step=self.config.rollout.switch_step)
-
     def draw(self, policy: Policy, view: View, prompts: PromptBatch, *, deliver: Deliver, check: Check) -> Rollout:
         """The groups of an iteration; `deliver` and `check` are those of `Algorithm.rollout`."""
         rollout = self.config.rollout
@@ -37,4 +33,4 @@ class GroupSampler:
             images_per_forward=rollout.images_per_forward, engine=policy.sampling_engine, graphs=self.graphs,
             check=check, deliver=lambda x0_BCHW, samples: deliver(x0_BCHW, prompts.prompt_of_sample[samples]),
         )  # fmt: skip
-        return Rollout(prompts=prompts, x0_BCHW=x0_BCHW, sigmas=self.sampler.sigmas)
+        return Rollout(prompts=prompts, x0_BCHW=x0_BCHW)

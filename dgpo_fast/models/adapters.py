@@ -135,7 +135,7 @@ class AdapterPolicy(Policy):
         config, generator = self.model.transformer.config, torch.Generator().manual_seed(0)
         x_BCHW = torch.randn(1, *self.model.latent_shape, generator=generator).to(self.model.device)
         named = self.model.config
-        num_tokens = clip_tokens(find_model(named.name, revision=named.version), revision=named.version)
+        num_tokens = clip_tokens(find_model(named.name, revision=named.version))
         # As many as in training: kernels of attention are chosen, and may fail, by that number.
         text = torch.randn(1, num_tokens + named.text_length, config.joint_attention_dim, generator=generator)
         pooled = torch.randn(1, config.pooled_projection_dim, generator=generator)

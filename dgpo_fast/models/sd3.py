@@ -6,6 +6,7 @@ Shape letters: P prompts, B samples, N text tokens, D their width, C H W latents
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -112,25 +113,24 @@ def load_model(config: ModelConfig, *, device: torch.device | str) -> StableDiff
         UserError: no such model, not a Stable Diffusion 3, gated without a token, or weights that cannot be read. Those
             of the text encoders are read by `encode`, which raises the same.
     """
-    revision, target, dtype = config.version, torch.device(device), DTYPES[config.dtype]
-    source = find_model(config.name, revision=revision)
+    source, target, dtype = find_model(config.name, revision=config.version), torch.device(device), DTYPES[config.dtype]
     if source.kind == "random":
         pipeline = random_pipeline(source.location, dtype=dtype, device=target, seed=RANDOM_SEED)
     else:
-        pipeline = _load_pipeline(source, config, revision, dict.fromkeys((*ENCODERS, *TOKENIZERS)))
+        pipeline = _load_pipeline(source, dtype, dict.fromkeys((*ENCODERS, *TOKENIZERS)))
     if source.kind == "hub":  # from now on this commit, whatever is pushed meanwhile
-        revision = hub_commit(source, revision=revision)
-        assert revision is not None, f"{source.location} is not in the cache"
+        source = replace(source, revision=hub_commit(source))
+        assert source.revision is not None, f"{source.location} is not in the cache"
 
     def with_encoders() -> StableDiffusion3Pipeline:
         if source.kind == "random":
             return pipeline
         parts = {"transformer": pipeline.transformer, "vae": pipeline.vae}
-        return _load_pipeline(source, config, revision, parts)
+        return _load_pipeline(source, dtype, parts)
 
     cache = None
     if config.prompt_cache:
-        model = text_identity(source, revision=revision)
+        model = text_identity(source)
         settings = {"model": model, "dtype": config.dtype, "text_length": config.text_length, **computed_by(target)}
         cache = PromptCache(cache_directory(), settings)
     text = TextEncoders(with_encoders, dtype=dtype, text_length=config.text_length, device=target, cache=cache)
@@ -147,16 +147,14 @@ def load_pipeline(config: ModelConfig, *, device: torch.device | str) -> StableD
     if source.kind == "random":
         pipeline = random_pipeline(source.location, dtype=dtype, device=device, seed=RANDOM_SEED)
     else:
-        pipeline = _load_pipeline(source, config, config.version, {})
+        pipeline = _load_pipeline(source, dtype, {})
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
     return pipeline.to(device)
 
 
-def _load_pipeline(
-    source: ModelSource, config: ModelConfig, revision: str | None, parts: Mapping[str, object]
-) -> StableDiffusion3Pipeline:
+def _load_pipeline(source: ModelSource, dtype: torch.dtype, parts: Mapping[str, object]) -> StableDiffusion3Pipeline:
     """The pipeline on the CPU. What `parts` names is not loaded, but taken from there; None leaves it out."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -166,8 +164,8 @@ def _load_pipeline(
     try:
         return StableDiffusion3Pipeline.from_pretrained(
             source.location,
-            revision=revision,
-            dtype=DTYPES[config.dtype],
+            revision=source.revision,
+            dtype=dtype,
             local_files_only=source.kind != "hub",
             **parts,
         )

@@ -36,6 +36,8 @@ class ModelSource:
     kind: Literal["embedded", "random", "directory", "hub"]
     location: str
     """A directory, a hub name, or a name of `SD35_SHAPES` where weights are random."""
+    revision: str | None = None
+    """What the hub is asked for: a branch, a tag or a commit; None: its main branch."""
 
 
 def find_model(name: str, *, revision: str | None = None) -> ModelSource:
@@ -62,8 +64,8 @@ def find_model(name: str, *, revision: str | None = None) -> ModelSource:
             f"no model {name!r}{suggest(name, known)}; expected embedded, {', '.join(RANDOM_NAMES)}, an existing "
             "directory or a hub name such as stabilityai/stable-diffusion-3.5-medium"
         )
-    source = ModelSource(kind="hub", location=name)
-    index = cached_file(source, "model_index.json", revision=revision)
+    source = ModelSource(kind="hub", location=name, revision=revision)
+    index = cached_file(source, "model_index.json")
     if index is not None:
         _check_index(index, name)
     return source
@@ -83,51 +85,51 @@ def find_lora(directory: Path) -> Path:
     return found
 
 
-def transformer_shape(source: ModelSource, *, revision: str | None = None) -> TransformerShape | None:
+def transformer_shape(source: ModelSource) -> TransformerShape | None:
     """The shape of the transformer; None for a hub model that is neither known nor in the local cache."""
     if source.kind == "random":
         return SD35_SHAPES[source.location]
-    config = _config(source, "transformer", revision)
+    config = _config(source, "transformer")
     if config is not None:
         return TransformerShape.from_config(config)
     return SD35_SHAPES.get(KNOWN_HUB_NAMES.get(source.location, ""))
 
 
-def vae_shape(source: ModelSource, *, revision: str | None = None) -> VAEShape:
+def vae_shape(source: ModelSource) -> VAEShape:
     """The shape of the VAE; Stable Diffusion 3's own where nothing else is known."""
-    config = None if source.kind == "random" else _config(source, "vae", revision)
+    config = None if source.kind == "random" else _config(source, "vae")
     return VAEShape() if config is None else VAEShape.from_config(config)
 
 
-def clip_tokens(source: ModelSource, *, revision: str | None = None) -> int:
+def clip_tokens(source: ModelSource) -> int:
     """Tokens that CLIP makes of every prompt: 77 where nothing else is known."""
-    config = None if source.kind == "random" else _config(source, "text_encoder", revision)
+    config = None if source.kind == "random" else _config(source, "text_encoder")
     return 77 if config is None else int(config["max_position_embeddings"])
 
 
-def hub_commit(source: ModelSource, *, revision: str | None = None) -> str | None:
+def hub_commit(source: ModelSource) -> str | None:
     """The commit of a hub's model, as the local cache has it, which names its snapshots by them.
 
     None of another model, or where it is not there.
     """
-    index = cached_file(source, "model_index.json", revision=revision) if source.kind == "hub" else None
+    index = cached_file(source, "model_index.json") if source.kind == "hub" else None
     return None if index is None else index.parent.name
 
 
-def download_command(repository: str, *, revision: str | None = None) -> str:
+def download_command(source: ModelSource) -> str:
     """Downloads of a pipeline on the hub what is loaded: beside it lie the same weights for other programs."""
     folders = ("scheduler", "transformer", "vae", *TEXT_FOLDERS)
     wanted = [
         word for pattern in ("model_index.json", *(f"{name}/*" for name in folders)) for word in ("--include", pattern)
     ]
-    at = [] if revision is None else ["--revision", revision]
-    return shlex.join(["hf", "download", repository, *at, *wanted, "--exclude", "*.fp16*"])
+    at = [] if source.revision is None else ["--revision", source.revision]
+    return shlex.join(["hf", "download", source.location, *at, *wanted, "--exclude", "*.fp16*"])
 
 
-def text_identity(source: ModelSource, *, revision: str | None = None) -> dict[str, str | int]:
+def text_identity(source: ModelSource) -> dict[str, str | int]:
     """What tells a model's text encoders and tokenizers from all others. A hub model is in the local cache by now."""
     if source.kind == "hub":
-        commit = hub_commit(source, revision=revision)
+        commit = hub_commit(source)
         assert commit is not None, f"{source.location} is not in the cache"
         return {"hub": source.location, "commit": commit}
     if source.kind == "random":
@@ -156,19 +158,19 @@ def _fingerprint(directory: Path) -> str:
     return hashed.hexdigest()
 
 
-def cached_file(source: ModelSource, filename: str, *, revision: str | None = None) -> Path | None:
+def cached_file(source: ModelSource, filename: str) -> Path | None:
     """A file of the model on this machine, in its directory or in the hub's local cache; None where there is none."""
     if source.kind in ("embedded", "directory"):
         path = Path(source.location) / filename
         return path if path.is_file() else None
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(source.location, filename, revision=revision)
+    found = try_to_load_from_cache(source.location, filename, revision=source.revision)
     return Path(found) if isinstance(found, str) else None
 
 
-def _config(source: ModelSource, module: str, revision: str | None) -> dict[str, Any] | None:
-    path = cached_file(source, f"{module}/config.json", revision=revision)
+def _config(source: ModelSource, module: str) -> dict[str, Any] | None:
+    path = cached_file(source, f"{module}/config.json")
     return None if path is None else _read_json(path)
 
 

@@ -28,7 +28,7 @@ class Grouped(NamedTuple):
     """A line for the person who watches, where samples failed, or did at first."""
 
 
-def group_scores(
+def scored_groups(
     rollout: Rollout, scores: Scores, config: Config, *, world: World, samples_of_ranks: list[tuple[int, ...]]
 ) -> Grouped:
     """Rewards and advantages; those of all ranks are normalised together, since the deviation may be global.

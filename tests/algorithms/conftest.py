@@ -12,7 +12,6 @@ from torch import Tensor
 from dgpo_fast.algorithms import find_algorithm
 from dgpo_fast.algorithms.base import Algorithm
 from dgpo_fast.config import Config, load_recipe
-from dgpo_fast.flow.rollout import Sampler
 from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.ops.group_advantages import group_advantages
 from dgpo_fast.parallel.world import ALONE, World
@@ -87,8 +86,7 @@ def scored_noise(prompts_of: Callable[..., PromptBatch], score: Callable[..., Sc
         prompts = prompts_of(policy, config)
         generator = torch.Generator().manual_seed(4)
         x0_BCHW = torch.randn(prompts.num_samples, *policy.model.latent_shape, generator=generator)
-        sigmas = Sampler.from_config(config.rollout).sigmas
-        return score(Rollout(prompts=prompts, x0_BCHW=x0_BCHW, sigmas=sigmas), config, **named)
+        return score(Rollout(prompts=prompts, x0_BCHW=x0_BCHW), config, **named)
 
     return make
 

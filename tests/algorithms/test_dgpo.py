@@ -87,7 +87,7 @@ def scored_groups(policy: AdapterPolicy, config: Config, *, invalid: Sequence[in
     prompts = prompt_batch(policy, config)
     generator = torch.Generator().manual_seed(4)
     x0_BCHW = torch.randn(prompts.num_samples, *policy.model.latent_shape, generator=generator)
-    rollout = Rollout(prompts=prompts, x0_BCHW=x0_BCHW, sigmas=DGPO(config).groups.sampler.sigmas)
+    rollout = Rollout(prompts=prompts, x0_BCHW=x0_BCHW)
     return score(rollout, config, invalid=invalid)
 
 
@@ -572,9 +572,8 @@ def test_later_rollouts_sample_from_the_old_policy(
     config = tiny("rollout.switch_step=5")
     policy = make_policy(config, spread=SPREAD)
     forwards = counted(policy, monkeypatch)
-    algorithm = DGPO(config)
-    assert algorithm.sampling_view(iteration) == view
-    algorithm.rollout(policy, algorithm.sampling_view(iteration), prompt_batch(policy, config, iteration=iteration))
+    assert config.sampling_view(iteration) == view
+    DGPO(config).rollout(policy, config.sampling_view(iteration), prompt_batch(policy, config, iteration=iteration))
     assert forwards == [(view, 4)] * 6  # two chunks of four images, three steps
 
 

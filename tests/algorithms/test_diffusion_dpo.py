@@ -208,8 +208,3 @@ def test_a_rank_names_pairs_by_their_groups(make_policy: MakePolicy, tiny: Tiny,
         of_all, of_mine = (torch.cat([getattr(batch, name) for batch in batches]) for batches in (alone, shared))
         of_group = of_all.unflatten(0, (config.algorithm.passes, 4, -1))
         assert torch.equal(of_group[:, [1, 3]].flatten(0, 2), of_mine), name
-
-
-def test_samples_are_always_the_policys(tiny: Tiny) -> None:
-    algorithm = DiffusionDPO(tiny("tiny-diffusion-dpo", *SIGMAS))
-    assert {algorithm.sampling_view(step) for step in (0, 1, 1000)} == {"policy"}

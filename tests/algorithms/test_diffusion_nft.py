@@ -166,11 +166,6 @@ def test_the_old_policy_follows_the_published_average(
     torch.testing.assert_close(average, decay * old + (1 - decay) * current, rtol=0, atol=rounding)
 
 
-def test_samples_are_the_old_policys_from_the_first_step_on(tiny: Tiny) -> None:
-    algorithm = DiffusionNFT(tiny("tiny-diffusion-nft", *TWO_SIGMAS))
-    assert {algorithm.sampling_view(step) for step in (0, 1, 1000)} == {"old"}
-
-
 def test_a_prediction_without_an_error_has_no_weight_without_bound() -> None:
     """The weight is the error's mean, but no less than is published; a gradient through a perfect one is 0."""
     error_MCHW = torch.zeros(2, 1, 2, 2, requires_grad=True)

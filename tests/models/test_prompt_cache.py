@@ -281,6 +281,6 @@ def test_a_hub_model_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.
         "huggingface_hub.try_to_load_from_cache",
         lambda name, file, revision: asked.append((name, file, revision)) or str(index),
     )
-    identity = text_identity(find_model("some/model", revision="v1"), revision="v1")
+    identity = text_identity(find_model("some/model", revision="v1"))
     assert identity == {"hub": "some/model", "commit": "0123abc"}
     assert set(asked) == {("some/model", "model_index.json", "v1")}

@@ -302,7 +302,7 @@ refs = Path(sys.argv[1])
 config = load_recipe("tiny-dgpo", ["model.name=some/model"]).model
 model = load_model(config, device="cpu")
 refs.write_text(40 * "2")  # pushed meanwhile; its text encoders are missing
-print(model.encode(["a red circle"]).pooled_BD.shape, text_identity(find_model("some/model"), revision=sys.argv[2]))
+print(model.encode(["a red circle"]).pooled_BD.shape, text_identity(find_model("some/model", revision=sys.argv[2])))
 """
 COMMIT, PUSHED = 40 * "1", 40 * "2"
 

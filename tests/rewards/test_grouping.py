@@ -14,7 +14,7 @@ from dgpo_fast.errors import UserError
 from dgpo_fast.parallel.world import World
 from dgpo_fast.records import Rollout
 from dgpo_fast.rewards import Scores
-from dgpo_fast.rewards.grouping import Grouped, group_scores
+from dgpo_fast.rewards.grouping import Grouped, scored_groups
 
 GROUPS, SIZE = 3, 4
 WEIGHTS = (0.5, 2.0)
@@ -38,7 +38,7 @@ def grouped(term_BT: torch.Tensor, config: Config) -> Grouped:
     )
     rollout = cast("Rollout", SimpleNamespace(prompts=SimpleNamespace(group_size=SIZE)))
     world = World.from_environment(config)
-    return group_scores(rollout, scores, config, world=world, samples_of_ranks=[tuple(range(GROUPS * SIZE))])
+    return scored_groups(rollout, scores, config, world=world, samples_of_ranks=[tuple(range(GROUPS * SIZE))])
 
 
 def test_each_reward_is_normalised_by_itself() -> None:
