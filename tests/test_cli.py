@@ -22,13 +22,15 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
-from dgpo_fast import Trainer, cli
+from dgpo_fast import Trainer, cli, profile_run
 from dgpo_fast.cli import main
 from dgpo_fast.comparison import Evaluation
 from dgpo_fast.config import load_recipe, recipe_names, resume_conflicts
 from dgpo_fast.errors import UserError
 from dgpo_fast.evaluation_config import evaluation_recipe_names
+from dgpo_fast.profile_run import Profile
 from dgpo_fast.samples import read_grid
+from dgpo_fast.sampling import SampleOptions
 
 
 class Result(NamedTuple):
@@ -166,6 +168,13 @@ def test_dry_run_prints_a_plan_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_is_for_as_many_ranks_as_asked(dgpo_fast: CommandLine) -> None:
+    for ranks, said in (("1", "shared by 1 rank "), ("2", "shared by 2 ranks ")):
+        assert said in dgpo_fast("train", "tiny-dgpo", "--dry-run", "--ranks", ranks).stdout
+    status, _, stderr = dgpo_fast("train", "tiny-dgpo", "--ranks", "2")
+    assert status == 2 and "--ranks plans, with --dry-run" in stderr
+
+
 class FakeTrainer:
     """Notes what it was made with and writes what the command line reads afterwards."""
 
@@ -254,6 +263,13 @@ def test_eval_prints_a_table(dgpo_fast: CommandLine, straight_run: Path, monkeyp
     status, stdout, stderr = dgpo_fast("eval", straight_run)
     assert (status, stderr) == (0, "")
     assert "10 prompts of shapes:test x 1 images, step 6" in stdout
+    told = found.as_json()
+    change, low, high, p = (told["difference"]["strict"][name] for name in ("mean", "low", "high", "p"))
+    assert (change, low, high, p) == pytest.approx((0.5, 0.123, 0.877, 0.015), abs=1e-3)
+    assert told["difference"]["strict"]["win_rate_interval"] == pytest.approx([0.44, 0.92], abs=5e-3)
+    for side, mean in (("base", 0.4), ("tuned", 0.9)):
+        low, high = told[f"{side}_interval"]["strict"]
+        assert low < mean < high
     # 0.5 +- t_9 sqrt(0.25 / 9), and Wilson's interval of 7.5 wins in 10.
     assert re.search(r"strict\W+0\.400\W+0\.900\W+\+0\.500\W+\+0\.123 to \+0\.877\W+0\.015\W+75 % \(44-92\)", stdout)
 
@@ -516,6 +532,11 @@ def test_sample_draws_what_diffusers_draws(
         np.testing.assert_array_equal(read(tmp_path / f"{index:04d}.png"), np.asarray(expected))
 
 
+def test_an_image_is_drawn_as_asked() -> None:
+    asked = SampleOptions.of("embedded", lora=None, steps=3, guidance=1.5, resolution=48)
+    assert (asked.steps, asked.guidance, asked.model.resolution) == (3, 1.5, 48)
+
+
 def test_an_image_depends_on_its_seed_alone(dgpo_fast: CommandLine, tmp_path: Path) -> None:
     options = ["sample", "embedded", "--prompt", "a blue square", "--steps", "2", "--guidance", "1"]
     assert dgpo_fast(*options, "--num", "2", "--seed", "0", "--out", tmp_path / "both").status == 0
@@ -635,6 +656,23 @@ def test_profile_accounts_for_the_whole_iteration(
     annotations = {event["name"] for event in events if event.get("cat") == "user_annotation"}
     assert {"rollout", "transformer", "step 0", "block dual", "block joint", "block last", "policy"} <= annotations
     assert {"backward", "block dual backward", "block joint backward", "block last backward"} <= annotations
+
+
+def test_stages_of_a_profile_are_means_of_its_iterations(tmp_path: Path) -> None:
+    paths = [("rollout", "transformer"), ("train", "backward"), ("train", "policy"), ("train", "loss")]
+    found = Profile(
+        iterations=2, wall_s=8.0, seconds=dict(zip(paths, (1.0, 2.0, 3.0, 0.5), strict=True)),
+        calls=dict.fromkeys(paths, 4), num_ranks=1, traffic=(), stages=tmp_path / "stages.csv", collectives=None,
+        trace=None,
+    )  # fmt: skip
+    profile_run._write_stages(found)
+    assert found.stages.read_text().splitlines()[1:] == [
+        "rollout/transformer,2,500.000,0.1250", "train/backward,2,1000.000,0.2500", "train/loss,2,250.000,0.0625",
+        "train/policy,2,1500.000,0.3750",
+    ]  # fmt: skip
+    shares = found.shares()
+    assert (shares["transformer, sampling"], shares["transformer, training"]) == (0.125, 0.625)
+    assert sum(shares.values()) == pytest.approx(1)
 
 
 def test_commands_for_nsight_begin_with_the_window(monkeypatch: pytest.MonkeyPatch) -> None:

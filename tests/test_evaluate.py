@@ -97,6 +97,15 @@ def test_the_same_noise_whichever_prompts_are_drawn_together(policy: AdapterPoli
     assert 0 <= together.min() < together.max() <= 1
 
 
+def test_an_evaluation_has_its_own_number_of_steps(
+    policy: AdapterPolicy, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views, velocity = list[str](), policy.engine.velocity
+    monkeypatch.setattr(policy.engine, "velocity", lambda *given: (views.append(given[0]), velocity(*given))[1])
+    draw_images(policy, "ref", PROMPTS[:1], config, images_per_prompt=1)
+    assert len(views) == config.evaluation.steps != config.rollout.steps
+
+
 def test_another_seed_draws_other_images(policy: AdapterPolicy, config: Config) -> None:
     images = [
         draw_images(policy, "ref", PROMPTS[:1], config.model_copy(update={"seed": seed}), images_per_prompt=1)

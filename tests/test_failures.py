@@ -51,6 +51,18 @@ def own_lines(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines(keepends=True) if not line.startswith(said)]
 
 
+# Connections
+
+
+def test_a_machine_that_is_gone_is_noticed_in_time() -> None:
+    with socket.create_server(("localhost", 0)) as server, socket.create_connection(server.getsockname()) as peer:
+        kept = failures._kept_alive(peer).getsockopt
+        assert kept(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        idle_s, between_s, number = (kept(socket.IPPROTO_TCP, option) for option in options)
+        assert idle_s + number * between_s <= failures.SILENCE_S
+
+
 # Ranks that do nothing but fail
 
 RANK = """

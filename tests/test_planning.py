@@ -461,3 +461,6 @@ def test_what_is_offloaded_is_counted_where_it_goes() -> None:
     assert at_host == 0
     assert needed("parallel.offload_weights=cpu") == pytest.approx((here - shard, shard))
     assert needed("parallel.offload_weights=nvme", "parallel.nvme_path=/disk") == pytest.approx((here - shard, 0))
+    # Masters, AdamW's two averages and the old and the evaluation's; and gradients in float32.
+    states = (20 + 4) * SD35_LARGE.parameters / 8
+    assert needed("parallel.offload_optimizer=cpu") == pytest.approx((here - states, states))

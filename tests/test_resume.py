@@ -101,6 +101,18 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(killed_run: Path, straigh
     assert_ends_alike(killed_run, straight_run)
 
 
+def test_the_best_before_a_stop_stays_the_best(straight_run: Path, tmp_path: Path, quick: tuple[str, ...]) -> None:
+    """Of a run of two rewards, whose sum nobody knows: the last one's first metric decides."""
+    out = shutil.copytree(straight_run, tmp_path / "run", symlinks=True)
+    lines = read_evaluations(out)
+    (of_third,) = [line for line in lines if line["step"] == 3]
+    of_third["tuned"] = dict.fromkeys(of_third["tuned"], 9.0)
+    (out / "evaluations.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    Trainer(load_recipe("tiny-dgpo", [*quick, "steps=9", "checkpoints.keep_last=1"]), out, resume=True).train()
+    assert (out / "checkpoints" / "best").resolve().name == "step-000003"
+    assert [path.name for path in list_checkpoints(out)] == ["step-000003", "step-000009"]
+
+
 @pytest.mark.parametrize(
     ("by", "status", "in_call", "saved"),
     [

@@ -87,18 +87,20 @@ def test_the_newest_record_of_the_same_device_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "speedup", "status", "recorded"),
+    ("given", "speedup", "rounds", "status", "recorded"),
     [
-        ((), 1.5, 0, 0), (("--record",), 1.5, 0, 1), (("--record",), 1.0, 1, 0), (("--record", "--accept"), 1.0, 1, 1),
+        ((), 1.5, 9, 0, 0), (("--record",), 1.5, 9, 0, 1), (("--record",), 1.0, 9, 1, 0),
+        (("--record", "--accept"), 1.0, 9, 1, 1), ((), 1.5, 7, 1, 0),
     ],
 )  # fmt: skip
 def test_a_loss_is_not_recorded_unseen(
-    given: tuple[str, ...], speedup: float, status: int, recorded: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    given: tuple[str, ...], speedup: float, rounds: int, status: int, recorded: int, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Else the next loss would be compared with it."""
     history, table = tmp_path / "history.csv", tmp_path / "engines.csv"
     write(history, [replace(NOW, device="a CPU")])
-    rows = [row("published", "1.000"), row("fused", f"{speedup:.3f}")]
+    rows = [row("published", "1.000", rounds=rounds), row("fused", f"{speedup:.3f}", rounds=rounds)]
     with table.open("w", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=[*rows[0]])
         writer.writeheader()

@@ -194,6 +194,22 @@ def drawn_after_an_iteration(trainer: Trainer) -> torch.Tensor:
     return trainer.algorithm.rollout(trainer.policy, view, prompts).x0_BCHW
 
 
+def test_an_iteration_costs_what_the_fastest_round_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speedup_costs, "_by_turns", lambda settings: {kind: [2.0, 1.0, 9.0] for kind in settings})
+    (cost,) = speedup_costs.calibrate(every_kind()[:1])
+    assert (cost.seconds, cost.median) == (1.0, 2.0)
+
+
+@pytest.mark.parametrize(("seed", "noise"), [(0, 0), (1, 1), (3, 1)])
+def test_final_runs_are_judged_by_another_noise(seed: int, noise: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def judge_of(given: int) -> Any:
+        raise RuntimeError(f"noise {given}")
+
+    monkeypatch.setattr(speedup, "judge_of", judge_of)
+    with pytest.raises(RuntimeError, match=f"^noise {noise}$"):
+        next(speedup.train(Run(method="dgpo", setting=("optimizer.lr=1e-3",), seed=seed, budget_s=5.0), 2.5))
+
+
 def test_offline_samples_are_the_bases(tmp_path: Path, quick: tuple[str, ...]) -> None:
     """Also when the policy has learnt: those that a run of the same seed would draw without ever learning."""
     config = load_recipe("tiny-dgpo", [*quick, *EULER, "rollout.steps=3"])

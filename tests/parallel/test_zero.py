@@ -213,6 +213,12 @@ def test_weights_go_where_the_recipe_says(overrides: tuple[str, ...]) -> None:
     assert found["aio"] == {"queue_depth": 4}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_deepspeed_clips_gradients_as_the_recipe_says(kind: str, overrides: tuple[str, ...]) -> None:
+    config = load_recipe("tiny-dgpo", of_kind(overrides, kind, 1, "optimizer.max_grad_norm=0.25"))
+    assert deepspeed_config(config, is_low=False, num_values=1000)["gradient_clipping"] == 0.25
+
+
 def test_what_is_passed_through_reaches_deepspeed(overrides: tuple[str, ...]) -> None:
     given = "{wall_clock_breakdown: true, zero_optimization: {overlap_comm: true, reduce_bucket_size: 500}}"
     config = load_recipe("tiny-dgpo", of_kind(overrides, "full", 2, f"parallel.deepspeed={given}"))

@@ -64,6 +64,15 @@ def test_a_rewards_scale_does_not_matter_where_it_is_normalised(aggregation: str
     assert torch.equal(before.advantage_B, after.advantage_B) == is_same
 
 
+def test_groups_without_spread_and_clamped_advantages_are_counted() -> None:
+    term_BT = rewards()
+    term_BT[:SIZE] = 1.0
+    metrics = grouped(term_BT, recipe("advantages.clamp=0.5")).metrics
+    assert metrics["zero_std_groups"] == 1
+    unclamped = grouped(term_BT, recipe()).scored.advantage_B
+    assert metrics["clamped_advantages"] == (unclamped.abs() > 0.5).sum()
+
+
 def test_pairs_are_picked_by_the_sum() -> None:
     with pytest.raises(UserError, match=r"diffusion_dpo picks .* advantages\.aggregation sum, got gdpo"):
         load_recipe("tiny-diffusion-dpo", ["advantages.aggregation=gdpo"])

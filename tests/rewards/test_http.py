@@ -356,7 +356,8 @@ def test_nobody_waits_for_what_is_of_no_use() -> None:
     assert not thread.is_alive() and len(raised) == 1
 
 
-def test_the_wait_for_a_busy_server_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("status", [408, 429, 502, 503, 504])
+def test_the_wait_for_a_busy_server_grows(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All pixels go over the network each time: many ranks must not send them every second, and all at once."""
     waits = list[float]()
     monkeypatch.setattr(remote, "backoff", lambda attempt: 2.0**attempt / 4)
@@ -365,7 +366,7 @@ def test_the_wait_for_a_busy_server_grows(monkeypatch: pytest.MonkeyPatch) -> No
     with serving(lambda images_BCHW, prompts: [1.0] * len(prompts)) as own, asking(own.url) as scorer:
         (place,) = scorer.places.values()
         assert isinstance(place, remote.Remote)
-        answers = iter([remote._Response(503, 1.0, b"")] * 5 + [remote._Response(200, None, b"")])
+        answers = iter([remote._Response(status, 1.0, b"")] * 5 + [remote._Response(200, None, b"")])
         monkeypatch.setattr(place, "_try", lambda exchange, patience: next(answers))
         assert place._send("POST", "/score", b"", patience).status == 200
     assert waits == [1.0, 1.0, 1.0, 2.0, 4.0]
@@ -478,6 +479,12 @@ def test_no_other_machine_is_answered_without_a_token(host: str) -> None:
     if host == "0.0.0.0":
         with serving(host=host, token=TOKEN) as own:
             assert own.server_address[0] == host
+
+
+def test_with_a_token_a_server_has_any_name() -> None:
+    with serving(token=TOKEN) as own:
+        headers = {"Host": "gpu7.cluster:8000", "Authorization": f"Bearer {TOKEN}"}
+        assert request(own, body=body(), headers=headers)[0] == 200
 
 
 def test_an_address_in_use() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import math
@@ -155,6 +156,20 @@ def scores(reward: JudgeReward) -> list[float]:
 
 
 # What is asked
+
+
+def test_an_https_judge_is_asked_by_https(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With TLS taken away, so that the test's server understands it: what asks in plain text may not be made."""
+    plain, made = http.client.HTTPConnection, []
+
+    def of_https(host: str, port: int | None, **options: Any) -> http.client.HTTPConnection:
+        made.append(host)
+        return plain(host, port, **options)
+
+    monkeypatch.setattr(http.client, "HTTPSConnection", of_https)
+    monkeypatch.setattr(http.client, "HTTPConnection", lambda *given, **options: pytest.fail("asked in plain text"))
+    judge(server.url.replace("http:", "https:"))(IMAGES[:1], PROMPTS[:1])
+    assert made == ["127.0.0.1"] and len(server.asked) == 1
 
 
 def test_a_request_is_a_chat_completion_with_the_image(server: Server) -> None:

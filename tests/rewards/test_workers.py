@@ -67,6 +67,11 @@ def test_a_batch_is_shared_out_and_scored_as_here(pool: Scorer) -> None:
     assert pool(IMAGES[:1], prompts()[:1]).reward_B.tolist() == scores.reward_B[:1].tolist()
 
 
+def test_pieces_are_no_larger_than_asked(pool: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool.places[NAME], "_images_per_call", 2)
+    assert pool(IMAGES, prompts()).metrics["images"].tolist() == [2, 2, 2, 2, 1]
+
+
 def test_a_process_that_raises_is_asked_again(pool: Scorer, tmp_path: Path) -> None:
     once = pool(IMAGES, prompts(p3={"do": "raise", "once": str(tmp_path / "done")}))
     assert torch.equal(once.reward_B, IMAGES.mean((1, 2, 3))) and once.failed == {}
