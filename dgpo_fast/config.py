@@ -726,14 +726,25 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         if both and key == "algorithm" and "name" in value:  # another method has other settings
             both = value["name"] == merged[key].get("name", DGPOConfig().name)
         merged[key] = _merge(merged[key], value) if both else value
+        if both and key == "model" and _names_another(base[key], value):
+            merged[key]["commit"] = value.get("commit")
     return merged
 
 
+def _names_another(model: dict[str, Any], changes: dict[str, Any]) -> bool:
+    """Whether changes of the section `model` name other weights: what a run has noted as its commit is not theirs."""
+    defaults = ModelConfig()
+    return any(
+        key in changes and changes[key] != model.get(key, getattr(defaults, key)) for key in ("name", "revision")
+    )
+
+
 def _apply(data: dict[str, Any], overrides: Sequence[str]) -> None:
-    """All overrides in their order, once the one is that names a method: its name decides what settings there are."""
+    """All overrides in their order, once those are that name a method or a model: other settings depend on them."""
     keys = [override.partition("=")[0].strip() for override in overrides]
-    if keys.count("algorithm.name") == 1 and "algorithm" not in keys:
-        apply_override(data, overrides[keys.index("algorithm.name")])
+    for first in ("algorithm.name", "model.name", "model.revision"):
+        if keys.count(first) == 1 and first.partition(".")[0] not in keys:
+            apply_override(data, overrides[keys.index(first)])
     for override in overrides:
         apply_override(data, override)
 
@@ -758,6 +769,8 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: {text!r} is not a YAML value") from None
     if [*sections, last] == ["algorithm", "name"] and value != data.get("name", DGPOConfig().name):
         data.clear()  # another method has other settings
+    if sections == ["model"] and _names_another(data, {last: value}):
+        data.pop("commit", None)
     data[last] = value
 
 

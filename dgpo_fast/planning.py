@@ -26,13 +26,14 @@ from dgpo_fast.models.architectures import (
     check_targets,
     text_flops,
 )
+from dgpo_fast.models.projections import check_fusible
 from dgpo_fast.models.sources import (
     ModelSource,
-    cached_file,
     clip_tokens,
     download_command,
     find_lora,
     find_model,
+    missing_parts,
     transformer_shape,
     vae_shape,
 )
@@ -122,6 +123,9 @@ def plan(config: Config, *, num_ranks: int | None = None) -> Plan:
         )
         if config.adapter is not None:
             check_targets(config.adapter.targets, [linear.name for linear in shape.linears])
+        if config.model.engine == "fused":
+            targets = () if config.adapter is None else config.adapter.targets
+            check_fusible(shape.qk_norm, (linear.name for linear in shape.linears if linear.is_target(targets)))
     if config.begins_with is not None:
         find_lora(config.begins_with)
     model, model_warnings = _describe_model(source)
@@ -246,12 +250,15 @@ def _describe_model(source: ModelSource) -> tuple[str, list[str]]:
         )
     if source.kind == "directory":
         return f"local directory {source.location}", []
-    if cached_file(source, "model_index.json") is not None:
+    missing = missing_parts(source)
+    if not missing:
         return f"{source.location}, in the local Hugging Face cache", []
     from huggingface_hub import get_token
 
     download = download_command(source)
-    warning = f"{source.location} is not in the local cache: `{download}` or the first run fetches it"
+    is_there = missing != ["model_index.json"]
+    lacks = f"lacks {', '.join(missing)} in the local cache" if is_there else "is not in the local cache"
+    warning = f"{source.location} {lacks}: `{download}` or the first run fetches it"
     if get_token() is None:
         warning += (
             "; no Hugging Face token found: if it is gated, accept its licence at "

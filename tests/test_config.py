@@ -112,6 +112,32 @@ def test_baselines_sample_and_average_as_published() -> None:
     assert (awm.old_policy.max_decay, awm.old_policy.rate) == (0.3, 0.001)
 
 
+LARGE = "stabilityai/stable-diffusion-3.5-large"
+
+
+@pytest.mark.parametrize(
+    ("changes", "commit"),
+    [
+        ([], "abc"),
+        (["seed=1"], "abc"),
+        (["model.name=stabilityai/stable-diffusion-3.5-medium"], "abc"),
+        ([f"model.name={LARGE}"], None),
+        (["model.revision=v2"], None),
+        (["model.commit=def", f"model.name={LARGE}"], "def"),
+    ],
+)
+def test_another_model_is_not_asked_for_the_commit_of_a_run(
+    changes: list[str], commit: str | None, tmp_path: Path
+) -> None:
+    """Neither by an option, nor by a recipe that goes by that of the run."""
+    (tmp_path / "config.yaml").write_text(dump_config(load_recipe("sd35m-geneval").at_commit("abc")))
+    assert load_recipe(tmp_path / "config.yaml", changes).model.commit == commit
+    model = dict(change.removeprefix("model.").split("=") for change in changes if change.startswith("model."))
+    child = {"extends": str(tmp_path / "config.yaml"), "model": model}
+    (tmp_path / "child.yaml").write_text(yaml.safe_dump(child))
+    assert load_recipe(tmp_path / "child.yaml").model.commit == commit
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", BASELINES)
 def test_baselines_divide_among_ranks(name: str, num_ranks: int) -> None:

@@ -182,6 +182,17 @@ def test_an_output_that_cannot_be_written(out: str, refusal: Refusal, places: Pa
     assert f"cannot write to {places / out}: " in refusal("--out", places / out)
 
 
+def test_an_output_that_takes_no_links(refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As disks of some clouds: known before the first step, not at the first checkpoint."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    message = refusal("--out", tmp_path / "run")
+    assert message.startswith(f"{tmp_path / 'run'} takes no symbolic links (Operation not supported)")
+
+
 def test_an_output_that_holds_a_run(refusal: Refusal, run: Path, straight_run: Path) -> None:
     assert f"{run} already holds a run: give --resume" in refusal("--out", run)
     assert digests(run) == digests(straight_run)

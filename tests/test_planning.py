@@ -6,6 +6,8 @@ import io
 import json
 import os
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from dgpo_fast import planning, throughput
 from dgpo_fast.config import load_recipe, recipe_names
 from dgpo_fast.errors import UserError
 from dgpo_fast.models.architectures import SD35_LARGE, SD35_MEDIUM
+from dgpo_fast.models.sources import EMBEDDED
 from dgpo_fast.planning import Plan, evaluations, plan, render
 from dgpo_fast.prompts import load_prompts
 from dgpo_fast.records import Prompt
@@ -401,17 +404,70 @@ def test_a_token_silences_the_talk_of_tokens(monkeypatch: pytest.MonkeyPatch) ->
     assert "token found" not in weights
 
 
-def test_cached_weights_are_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {"model_index.json": {"_class_name": "StableDiffusion3Pipeline"}}
-    for name, content in files.items():
-        (tmp_path / name).write_text(json.dumps(content))
+def test_cached_weights_are_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    cached(EMBEDDED, monkeypatch)
+    found = planned("tiny-dgpo", "model.name=some/model")
+    assert "local Hugging Face cache" in found.model
+    assert found.warnings == ()
+
+
+def shards(folder: Path, *, there: int) -> None:
+    """Puts an index of two in place of an encoder's weights, and so many of them."""
+    (folder / "model.safetensors").unlink()
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for name in names[:there]:
+        (folder / name).touch()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: name for name in names}}))
+
+
+@pytest.mark.parametrize(
+    ("interrupt", "lacks"),
+    [
+        (lambda model: shutil.rmtree(model / "tokenizer_2"), "tokenizer_2"),
+        (lambda model: (model / "vae" / "diffusion_pytorch_model.safetensors").unlink(), "vae"),
+        (lambda model: (model / "text_encoder" / "config.json").unlink(), "text_encoder"),
+        (lambda model: shards(model / "text_encoder_3", there=1), "text_encoder_3"),
+        (lambda model: shards(model / "text_encoder_3", there=2), None),
+        (
+            lambda model: (model / "text_encoder" / "model.safetensors").rename(
+                model / "text_encoder" / "model.fp16.safetensors"
+            ),
+            "text_encoder",
+        ),
+    ],
+)
+def test_a_download_that_was_interrupted_is_named(
+    interrupt: Callable[[Path], object], lacks: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(EMBEDDED, tmp_path / "model")
+    interrupt(model)
+    cached(model, monkeypatch)
+    warnings = planned("tiny-dgpo", "model.name=some/model").warnings
+    assert (lacks is None) == (warnings == ())
+    if lacks is not None:
+        assert warnings[0].startswith(f"some/model lacks {lacks} in the local cache: `hf download some/model ")
+
+
+def cached(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the hub's cache know the files of a directory, whichever model is asked for."""
     monkeypatch.setattr(
         "huggingface_hub.try_to_load_from_cache",
-        lambda repository, filename, revision: str(tmp_path / filename) if filename in files else None,
+        lambda repository, filename, revision: str(model / filename) if (model / filename).is_file() else None,
     )
-    found = planned("sd35m-ocr", *PROMPTS)
-    assert "local Hugging Face cache" in found.model
-    assert [warning for warning in found.warnings if "download" in warning] == []
+
+
+def test_what_the_fused_engine_refuses_is_known_before_a_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(EMBEDDED, tmp_path / "model")
+    cached(model, monkeypatch)
+    with pytest.raises(UserError, match=r"fused has adapters on the blocks.* asks for proj_out; use model\.engine"):
+        planned("tiny-dgpo", "model.name=some/model", "adapter.targets=[attn.to_q, proj_out]")
+    config = model / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "qk_norm": None}))
+    with pytest.raises(UserError, match=r"fused is for models with qk_norm rms_norm \(SD3\.5\), this one has None"):
+        planned("tiny-dgpo", "model.name=some/model")
+    planned("tiny-dgpo", "model.name=some/model", "model.engine=eager")
 
 
 def test_an_unknown_hub_model_has_no_cost_yet(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,7 @@ class AdapterPolicy(Policy):
         """Writes the float32 adapters of `view` in diffusers' LoRA format.
 
         B has the scale, alpha / rank, in it, and the file's alpha is its rank: what reads no metadata, as ComfyUI,
-        takes the two to be equal.
+        takes the two to be equal. The file names no setting that an older peft might not know: diffusers hands it all.
         """
         slices = self.views[view].slices(self.views[view].master)
         mark = re.compile(r"\.lora_([AB])\.")
@@ -118,11 +118,15 @@ class AdapterPolicy(Policy):
             for name, piece in slices.items()
         }
         transformer = self.model.transformer
-        config = transformer.peft_config[view].to_dict()
+        config = transformer.peft_config[view]
         StableDiffusion3Pipeline.save_lora_weights(
             save_directory=directory,
             transformer_lora_layers=get_peft_model_state_dict(transformer, state_dict=weights, adapter_name=view),
-            transformer_lora_adapter_metadata={**config, "lora_alpha": config["r"]},
+            transformer_lora_adapter_metadata={
+                "r": config.r,
+                "lora_alpha": config.r,
+                "target_modules": sorted(config.target_modules),
+            },
         )
 
     def check_trained(self) -> None:

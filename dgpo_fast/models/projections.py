@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+
+from dgpo_fast.errors import UserError
 
 PROJECTIONS: dict[str, tuple[str, ...]] = {
     "image_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -27,6 +30,24 @@ _PARAMETER = re.compile(r"transformer_blocks\.(\d+)\.(.+)\.lora_([AB])\..*")
 def is_in_block(name: str) -> bool:
     """Whether a module is one of a block's linear layers."""
     return re.sub(r"^transformer_blocks\.\d+\.", "", name) in _PLACES
+
+
+def check_fusible(qk_norm: str | None, adapted: Iterable[str]) -> None:
+    """Makes sure that the fused engine can compute a model with such norms, and adapters on the layers `adapted`.
+
+    Raises:
+        UserError: it cannot: that only diffusers' own code does.
+    """
+    if qk_norm != "rms_norm":
+        raise UserError(
+            f"model.engine: fused is for models with qk_norm rms_norm (SD3.5), this one has {qk_norm}; "
+            "use model.engine eager or compile"
+        )
+    if (elsewhere := next((name for name in adapted if not is_in_block(name)), None)) is not None:
+        raise UserError(
+            f"model.engine: fused has adapters on the blocks' attention and feed-forward alone, adapter.targets "
+            f"asks for {elsewhere}; use model.engine eager or compile"
+        )
 
 
 def adapter_order(name: str) -> tuple[int, int, str, int]:

@@ -13,7 +13,6 @@ import diffusers
 import torch
 import transformers
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from safetensors import SafetensorError
 from torch import Tensor
 
 from dgpo_fast.config import ModelConfig
@@ -156,7 +155,7 @@ def load_pipeline(config: ModelConfig, *, device: torch.device | str) -> StableD
 
 def _load_pipeline(source: ModelSource, dtype: torch.dtype, parts: Mapping[str, object]) -> StableDiffusion3Pipeline:
     """The pipeline on the CPU. What `parts` names is not loaded, but taken from there; None leaves it out."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
     diffusers.utils.logging.disable_progress_bar()  # nine bars for nine parts; downloads still show theirs
     transformers.utils.logging.disable_progress_bar()
@@ -169,16 +168,24 @@ def _load_pipeline(source: ModelSource, dtype: torch.dtype, parts: Mapping[str, 
             local_files_only=source.kind != "hub",
             **parts,
         )
-    except GatedRepoError:
-        raise UserError(
-            f"model {source.location!r} is gated: accept its licence at https://huggingface.co/{source.location} and "
-            "log in with `hf auth login` (or set HF_TOKEN)"
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"model {source.location!r} is not on the hub, or private: check the name, or log in with `hf auth login`"
-        ) from None
-    # A text encoder's damaged file is a SafetensorError, its wrong shapes a RuntimeError; diffusers raises the others.
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        where = "" if Path(source.location).is_dir() else " (or give a local directory in diffusers' format)"
-        raise UserError(f"model {source.location!r} cannot be loaded{where}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # of the hub, of its client, of the network, of the disk, of weights: they do not come
+        # Where the hub refuses, diffusers looks into the cache, and then says that this lacks the files.
+        cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
+        raise UserError(f"model {source.location!r} {_why_not(source, cause)}") from error
+
+
+def _why_not(source: ModelSource, error: BaseException) -> str:
+    """What keeps a model from being loaded, and what helps."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return (
+            f"is gated: accept its licence at https://huggingface.co/{source.location} and log in with `hf auth login` "
+            "(or set HF_TOKEN)"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return "is not on the hub, or private: check the name, or log in with `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return f"has no revision {source.revision!r}: check model.revision and model.commit"
+    where = "" if Path(source.location).is_dir() else " (or give a local directory in diffusers' format)"
+    return f"cannot be loaded{where}: {' '.join(str(error).split())}"

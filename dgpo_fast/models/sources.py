@@ -116,6 +116,32 @@ def hub_commit(source: ModelSource) -> str | None:
     return None if index is None else index.parent.name
 
 
+def missing_parts(source: ModelSource) -> list[str]:
+    """Folders of a hub's pipeline that the local cache lacks, or has not whole: a download that was interrupted."""
+    index = cached_file(source, "model_index.json")
+    if index is None:
+        return ["model_index.json"]
+    parts = [name for name, kind in _read_json(index).items() if isinstance(kind, list) and kind[0] is not None]
+    return [name for name in parts if not _is_whole(index.parent / name)]
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a part of a pipeline has its configuration and all its weights; a tokenizer, or a scheduler, any file."""
+    if folder.name not in ("transformer", "vae", *ENCODERS):
+        return folder.is_dir() and any(folder.iterdir())
+    if not (folder / "config.json").is_file():
+        return False
+    shards = [
+        folder / shard
+        for index in folder.glob("*.safetensors.index.json")
+        for shard in _read_json(index)["weight_map"].values()
+    ]
+    if shards:
+        return all(shard.is_file() for shard in shards)
+    weights = (path.name for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+    return any(".fp16." not in name and "-of-" not in name for name in weights)
+
+
 def download_command(source: ModelSource) -> str:
     """Downloads of a pipeline on the hub what is loaded: beside it lie the same weights for other programs."""
     folders = ("scheduler", "transformer", "vae", *TEXT_FOLDERS)

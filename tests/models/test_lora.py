@@ -13,6 +13,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -151,6 +152,10 @@ def test_what_a_run_saves_needs_no_metadata(
 ) -> None:
     """Its alpha is its rank, as others take it to be where they read of no alpha."""
     assert config.adapter is not None
+    with safe_open(lora / LORA_FILE, framework="pt") as opened:
+        said = json.loads(opened.metadata()["lora_adapter_metadata"])
+    settings = {key.removeprefix("transformer.") for key in said}
+    assert settings == {"r", "lora_alpha", "target_modules"}, "that every peft knows: diffusers hands it all"
     save_file(load_file(lora / LORA_FILE), tmp_path / LORA_FILE)
     shapes = make_policy(config).trained.shapes
     bare, written = (read_lora(directory, shapes, config.adapter) for directory in (tmp_path, lora))

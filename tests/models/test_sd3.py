@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import Tensor
 
 from dgpo_fast.config import Config, ModelConfig, load_recipe
@@ -215,3 +215,25 @@ def test_the_hubs_refusals_say_what_to_do(
     monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", refuse)
     with pytest.raises(UserError, match=message):
         load_model(model_config("some/model"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (RepositoryNotFoundError, "'some/model' is not on the hub, or private"),
+        (RevisionNotFoundError, r"'some/model' has no revision 'v2': check model\.revision and model\.commit"),
+        (HfHubHTTPError, r"'some/model' cannot be loaded .*: 403 Forbidden$"),
+    ],
+)
+def test_what_diffusers_says_of_its_cache_hides_no_refusal(
+    monkeypatch: pytest.MonkeyPatch, failure: type[Exception], message: str
+) -> None:
+    """It asks the hub of the model first, goes on without, and then has the failure only as a cause."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise failure("403\nForbidden", response=Mock(headers={}))
+
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils._resolve_revision", lambda *_, revision, **__: revision)
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.model_info", refuse)
+    with pytest.raises(UserError, match=message):
+        load_model(model_config("some/model").model_copy(update={"revision": "v2"}), device="cpu")

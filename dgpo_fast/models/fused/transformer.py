@@ -16,7 +16,6 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn import functional
 
-from dgpo_fast.errors import UserError
 from dgpo_fast.models.fused.attention import Attention
 from dgpo_fast.models.fused.block import (
     AttentionLayer,
@@ -30,7 +29,7 @@ from dgpo_fast.models.fused.block import (
     Stream,
 )
 from dgpo_fast.models.fused.projection import Adapters, Projection
-from dgpo_fast.models.projections import PROJECTIONS, is_in_block
+from dgpo_fast.models.projections import PROJECTIONS, check_fusible
 from dgpo_fast.ops.joint_qk_norm import QKWeights
 from dgpo_fast.profiling import span
 from dgpo_fast.records import Conditioning
@@ -76,7 +75,8 @@ class FusedTransformer:
         rank: int,
         scaling: float,
     ) -> None:
-        _refuse_what_is_not_fused(module)
+        adapted = (name for name, layer in module.named_modules() if isinstance(layer, LoraLayer))
+        check_fusible(module.config.qk_norm, adapted)
         self.module = module
         self.checkpointing = checkpointing
         self.blocks = tuple(
@@ -246,21 +246,3 @@ def _block(prefix: str, module: Any, *, attention: Attention, rank: int, scaling
         image=feed_forward("image", module.ff),
         text=None if last else feed_forward("text", module.ff_context),
     )
-
-
-def _refuse_what_is_not_fused(module: SD3Transformer2DModel) -> None:
-    """
-    Raises:
-        UserError: the model, or an adapter on it, is of a kind that only diffusers' own code computes.
-    """
-    if module.config.qk_norm != "rms_norm":
-        raise UserError(
-            f"model.engine: fused is for models with qk_norm rms_norm (SD3.5), this one has {module.config.qk_norm}; "
-            "use model.engine eager or compile"
-        )
-    for name, layer in module.named_modules():
-        if isinstance(layer, LoraLayer) and not is_in_block(name):
-            raise UserError(
-                f"model.engine: fused has adapters on the blocks' attention and feed-forward alone, adapter.targets "
-                f"asks for {name}; use model.engine eager or compile"
-            )
