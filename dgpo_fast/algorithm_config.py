@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field, create_model
 
 from dgpo_fast.errors import UserError
 from dgpo_fast.plugins import imported
 from dgpo_fast.sections import Count, Index, NonNegative, Positive, Section
+
+if TYPE_CHECKING:
+    from dgpo_fast.config import Config
 
 
 class Method(Section):
@@ -86,6 +89,13 @@ class Method(Section):
                 f"algorithm.trunc must be below rollout.steps ({steps}), got {self.trained_points.stop - 1}: "
                 "it indexes their sigmas"
             )
+
+    def check(self, config: Config) -> None:
+        """Makes sure that the other sections are as the method needs them.
+
+        Raises:
+            ValueError: they are not.
+        """
 
 
 class Noised(Method):
@@ -222,6 +232,36 @@ class FlowGRPOConfig(Method):
                 f"algorithm.window must be at most algorithm.trained_steps ({self.trained_steps}), got {self.window}"
             )
 
+    def check(self, config: Config) -> None:
+        rollout, drawn_with = config.rollout, config.model.drawn_with
+        if config.adapter is None and config.parallel.zero_stage == 3 and config.parallel.rollout == "replica":
+            raise ValueError(
+                "algorithm flow_grpo draws with the weights that it trains: parallel.rollout gathered with "
+                "parallel.zero_stage 3, got replica"
+            )
+        if drawn_with != "same":
+            raise ValueError(
+                f"algorithm flow_grpo learns from densities of what it drew: model.sampling same, got {drawn_with}"
+            )
+        if rollout.guidance_interval is not None:
+            raise ValueError(
+                "algorithm flow_grpo guides at all noise levels or at none: rollout.guidance_interval null"
+            )
+        if rollout.cuda_graphs:
+            raise ValueError(
+                "algorithm flow_grpo: rollout.cuda_graphs must be false, since graphs replay the ODE alone"
+            )
+        if rollout.schedule != "flow_match":
+            raise ValueError(
+                "algorithm flow_grpo: rollout.schedule must be flow_match, which begins at sigma = 1 exactly, got "
+                f"{rollout.schedule}: the noise of a first step just below 1 has no bound"
+            )
+        if rollout.solver != "euler":
+            raise ValueError(
+                "algorithm flow_grpo: rollout.solver must be euler, which its steps are without their noise, got "
+                f"{rollout.solver}"
+            )
+
 
 class DiffusionNFTConfig(Noised):
     """DiffusionNFT (arXiv 2509.16117): a flow-matching loss of an implicit positive and an implicit negative policy."""
@@ -266,6 +306,10 @@ class AWMConfig(Noised):
             "policy": self.passes,
         }
 
+    def check(self, config: Config) -> None:
+        if (updates := config.optimizer.steps_per_iteration) > 1:
+            raise ValueError(f"algorithm awm is on-policy: optimizer.steps_per_iteration must be 1, got {updates}")
+
 
 class DiffusionDPOConfig(Method):
     """Diffusion-DPO (arXiv 2311.12908), online: of every group the best sample against the worst."""
@@ -300,6 +344,13 @@ class DiffusionDPOConfig(Method):
     def forwards(self, *, velocities: int, is_cut: bool, group_size: int) -> Mapping[str, float]:
         pairs = self.passes * 2 / group_size
         return {"reference": pairs, "policy": pairs}
+
+    def check(self, config: Config) -> None:
+        if (aggregation := config.advantages.aggregation) != "sum":
+            raise ValueError(
+                "algorithm diffusion_dpo picks the best and the worst by the sum of rewards: advantages.aggregation "
+                f"sum, got {aggregation}"
+            )
 
 
 AlgorithmConfig = DGPOConfig | FlowGRPOConfig | DiffusionNFTConfig | AWMConfig | DiffusionDPOConfig

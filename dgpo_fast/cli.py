@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dgpo_fast import launcher
-from dgpo_fast.config import Config, dump_config, load_recipe, load_rewards, recipe_names, refuse_used
+from dgpo_fast.config import Config, change_config, dump_config, load_recipe, load_rewards, recipe_names, refuse_used
 from dgpo_fast.errors import UserError
 from dgpo_fast.files import write_atomically
 from dgpo_fast.parallel import failures
@@ -456,16 +456,22 @@ def _sharded_further(config: Config) -> Iterator[str]:
         yield "parallel.zero_stage=1 on several ranks or with parallel.offload_optimizer=cpu"
         return
     yield "more ranks"
-    if stage == 1:
-        yield "parallel.zero_stage=2"
-    if stage == 2 and config.model.engine == "eager" and config.algorithm.name != "flow_grpo":
-        yield "parallel.zero_stage=3"
+    if stage < 3 and _is_valid(config, f"parallel.zero_stage={stage + 1}"):
+        yield f"parallel.zero_stage={stage + 1}"
     if parallel.offload_optimizer == "none":
         yield "parallel.offload_optimizer=cpu"
     if stage == 3 and parallel.frozen == "replicas" and not config.rollout.cuda_graphs:
         yield "parallel.frozen=sharded"
     if stage == 3 and parallel.offload_weights == "none":
         yield "parallel.offload_weights=cpu"
+
+
+def _is_valid(config: Config, override: str) -> bool:
+    try:
+        change_config(config, {}, [override], source="")
+    except UserError:
+        return False
+    return True
 
 
 def _print_outcome(out: Path) -> None:

@@ -21,10 +21,7 @@ from pydantic import BaseModel, Field, ValidationError, create_model, model_vali
 from dgpo_fast.algorithm_config import (
     ALGORITHM_NAMES,
     AlgorithmConfig,
-    AWMConfig,
     DGPOConfig,
-    DiffusionDPOConfig,
-    FlowGRPOConfig,
     own_settings,
 )
 from dgpo_fast.errors import UserError, suggest
@@ -366,11 +363,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
         self.algorithm.check_points(self.rollout.steps)
-        if isinstance(self.algorithm, AWMConfig) and self.optimizer.steps_per_iteration > 1:
-            raise ValueError(
-                "algorithm awm is on-policy: optimizer.steps_per_iteration must be 1, got "
-                f"{self.optimizer.steps_per_iteration}"
-            )
+        self.algorithm.check(self)
         if self.rewards.min_group_size > self.groups.size:
             raise ValueError(
                 f"rewards.min_group_size must be at most groups.size, {self.groups.size}, got "
@@ -390,49 +383,6 @@ class Config(Section):
             raise ValueError(
                 f"optimizer.images_per_micro_batch must divide the {images} images of {of_what} (groups.size x "
                 f"groups.per_iteration{divisor}), got {micro}; nearest that does: {_nearest_divisor(images, micro)}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _flow_grpo_knows_what_it_drew(self) -> Config:
-        if not isinstance(self.algorithm, FlowGRPOConfig):
-            return self
-        rollout, drawn_with = self.rollout, self.model.drawn_with
-        if self.adapter is None and self.parallel.zero_stage == 3 and self.parallel.rollout == "replica":
-            raise ValueError(
-                "algorithm flow_grpo draws with the weights that it trains: parallel.rollout gathered with "
-                "parallel.zero_stage 3, got replica"
-            )
-        if drawn_with != "same":
-            raise ValueError(
-                f"algorithm flow_grpo learns from densities of what it drew: model.sampling same, got {drawn_with}"
-            )
-        if rollout.guidance_interval is not None:
-            raise ValueError(
-                "algorithm flow_grpo guides at all noise levels or at none: rollout.guidance_interval null"
-            )
-        if rollout.cuda_graphs:
-            raise ValueError(
-                "algorithm flow_grpo: rollout.cuda_graphs must be false, since graphs replay the ODE alone"
-            )
-        if rollout.schedule != "flow_match":
-            raise ValueError(
-                "algorithm flow_grpo: rollout.schedule must be flow_match, which begins at sigma = 1 exactly, got "
-                f"{rollout.schedule}: the noise of a first step just below 1 has no bound"
-            )
-        if rollout.solver != "euler":
-            raise ValueError(
-                "algorithm flow_grpo: rollout.solver must be euler, which its steps are without their noise, got "
-                f"{rollout.solver}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _pairs_are_picked_by_the_sum(self) -> Config:
-        if isinstance(self.algorithm, DiffusionDPOConfig) and self.advantages.aggregation != "sum":
-            raise ValueError(
-                "algorithm diffusion_dpo picks the best and the worst by the sum of rewards: advantages.aggregation "
-                f"sum, got {self.advantages.aggregation}"
             )
         return self
 
