@@ -14,7 +14,6 @@ clock existed before spans did, and is what the progress display and the report 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.metadata
 import statistics
 import sys
@@ -23,13 +22,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import UTC, datetime
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 
-from benchmarks.operator_table import commit
+from benchmarks.tables import stamp, write_rows
 from dgpo_fast import Trainer, load_recipe, profiling
 from dgpo_fast.environment import num_cores, processor_name
 from dgpo_fast.profiling import Category, span, stage, watched_by
@@ -49,11 +47,8 @@ def main() -> None:
     for row in rows:
         print(f"{row['what']:<44} {row['value']:>12} {row['unit']}")
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        with (options.out / "ranges.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*rows[0], *(found := provenance())])
-            writer.writeheader()
-            writer.writerows({**row, **found} for row in rows)
+        about = provenance()
+        write_rows(options.out / "ranges.csv", ({**row, **about} for row in rows))
 
 
 def measure(rounds: int) -> list[dict[str, str]]:
@@ -162,8 +157,7 @@ def provenance() -> dict[str, str]:
         "device": f"{processor_name()}, {num_cores()} cores, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "nvtx": importlib.metadata.version("nvtx"),
-        "commit": commit(),
-        "date": datetime.now(UTC).date().isoformat(),
+        **stamp(),
     }
 
 

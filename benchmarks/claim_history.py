@@ -6,13 +6,13 @@ and draws docs/claims.svg.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
 from benchmarks.speedup_chart import Curve, draw
+from benchmarks.tables import read_rows, write_rows
 
 CLAIMS = Path(__file__).parent / "results" / "claims.csv"
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "claims.svg"
@@ -59,15 +59,11 @@ def added(history: Sequence[Claim], found: Sequence[Claim]) -> list[Claim]:
 
 def read(path: Path = CLAIMS) -> list[Claim]:
     """The history, oldest first."""
-    with path.open(encoding="utf-8") as file:
-        return [Claim(**row) for row in csv.DictReader(file)]
+    return [Claim(**row) for row in read_rows(path)]
 
 
 def write(history: Sequence[Claim], path: Path = CLAIMS) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=[field.name for field in fields(Claim)])
-        writer.writeheader()
-        writer.writerows(asdict(claim) for claim in history)
+    write_rows(path, map(asdict, history))
 
 
 def picture(history: Sequence[Claim]) -> str:

@@ -17,15 +17,12 @@ forward; compile as Inductor plans its blocks for a CPU (see counting_compiled.p
 from __future__ import annotations
 
 import argparse
-import csv
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
-from datetime import UTC, datetime
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -36,7 +33,7 @@ from torch import Tensor, nn
 from benchmarks import counting_compiled
 from benchmarks.console import people
 from benchmarks.counting import PRODUCTS, CudaAutocast, Kernel, KernelCounter, Totals, meta_gpu, totals, totals_by
-from benchmarks.operator_table import commit
+from benchmarks.tables import stamp, write_rows
 from dgpo_fast.config import PUBLISHED_TARGETS
 from dgpo_fast.environment import package_versions
 from dgpo_fast.models.architectures import SD35_SHAPES, TransformerShape
@@ -45,10 +42,6 @@ from dgpo_fast.models.fused.transformer import FusedTransformer
 from dgpo_fast.records import Conditioning
 
 RANK = 64
-COLUMNS = (
-    "model", "engine", "work", "batch", "resolution", "text_tokens", "pass", "category", "module", "kernels", "bytes",
-    "flops", "torch", "diffusers", "peft", "commit", "date",
-)  # fmt: skip
 
 Velocity = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(x_BCHW, timestep_B, text_BND, pooled_BD) -> velocity [B, C, H, W]; all in bfloat16 but the timesteps, float32."""
@@ -186,22 +179,20 @@ def main() -> None:
     parser.add_argument("--text-tokens", type=int, default=205, metavar="N", help="tokens of a prompt (205)")
     options = parser.parse_args()
     batch = Batch(options.batch, options.resolution, options.text_tokens)
+    write_rows(options.out and options.out / "engines.csv", _counted(batch))
+
+
+def _counted(batch: Batch) -> Iterator[dict[str, object]]:
+    """The rows of the table; what people read of a model is shown once its rows are there."""
     console, provenance = people(), _provenance()
-    with ExitStack() as stack:
-        file: TextIO = sys.stdout
-        if options.out is not None:
-            options.out.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((options.out / "engines.csv").open("w", buffering=1))
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for model, shape in SD35_SHAPES.items():
-            counted = {(engine, work): count(engine, shape, work, batch) for work, engine in product(WORK, ENGINES)}
-            for (engine, work), kernels in counted.items():
-                sizes = {"batch": batch.samples, "resolution": batch.resolution, "text_tokens": batch.text_tokens}
-                named = {"model": model, "engine": engine, "work": work.name, **sizes}
-                writer.writerows({**named, **row, **provenance} for row in _rows(kernels))
-            for work in WORK:
-                console.print(_table(model, work, batch, {engine: counted[engine, work] for engine in ENGINES}))
+    sizes = {"batch": batch.samples, "resolution": batch.resolution, "text_tokens": batch.text_tokens}
+    for model, shape in SD35_SHAPES.items():
+        counted = {(engine, work): count(engine, shape, work, batch) for work, engine in product(WORK, ENGINES)}
+        for (engine, work), kernels in counted.items():
+            named = {"model": model, "engine": engine, "work": work.name, **sizes}
+            yield from ({**named, **row, **provenance} for row in _rows(kernels))
+        for work in WORK:
+            console.print(_table(model, work, batch, {engine: counted[engine, work] for engine in ENGINES}))
 
 
 def _rows(kernels: list[Kernel]) -> Iterator[dict[str, object]]:
@@ -220,7 +211,7 @@ def _rows(kernels: list[Kernel]) -> Iterator[dict[str, object]]:
 def _provenance() -> dict[str, str]:
     versions = package_versions()
     packages = {name: versions[name] for name in ("torch", "diffusers", "peft")}
-    return {**packages, "commit": commit(), "date": datetime.now(UTC).date().isoformat()}
+    return {**packages, **stamp()}
 
 
 def _table(model: str, work: Work, batch: Batch, counted: Mapping[str, list[Kernel]]) -> Table:

@@ -6,11 +6,12 @@ python -m benchmarks.engine_chart DIR FILE.svg
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from markupsafe import Markup
+
+from benchmarks.tables import read_rows
 
 PARTS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "sampling": (("transformer", "solver"), "#3b6fb6"),
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="where engines.csv and engines_stages.csv are")
     parser.add_argument("file", type=Path, metavar="FILE.svg", help="the picture to write")
     options = parser.parse_args()
-    picture = draw(_read(options.directory / "engines.csv"), _read(options.directory / "engines_stages.csv"))
+    picture = draw(*(read_rows(options.directory / f"{stem}.csv") for stem in ("engines", "engines_stages")))
     options.file.write_text(picture, encoding="utf-8")
 
 
@@ -90,11 +91,6 @@ def _bar(row: Mapping[str, str], ms: Mapping[tuple[str, str], float], *, top: fl
     ).format(
         left=LEFT - 8, middle=middle, name=row["variant"], pieces=Markup().join(pieces), x=x + 8, said=speed + speedup
     )
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 if __name__ == "__main__":

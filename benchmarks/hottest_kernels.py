@@ -16,6 +16,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.tables import write_rows
+
 TIME = "gpu__time_duration.sum"
 BYTES = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 MEANS = {
@@ -36,10 +38,7 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=5, metavar="N", help="how many kernels (5)")
     options = parser.parse_args()
     rows = summary(options.measured.read_text(encoding="utf-8").splitlines(), number=options.number)
-    with options.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(options.out, ({column: row.get(column, "") for column in COLUMNS} for row in rows))
     for row in rows:
         print(f"{row['share']:>6} {row['ms']:>10} ms {row['launches']:>6} launches  {row['kernel']}")
 

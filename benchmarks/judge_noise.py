@@ -8,7 +8,6 @@ prompts and noise: what scatters here is in none of their differences, but in al
 
 from __future__ import annotations
 
-import csv
 import tempfile
 from pathlib import Path
 from statistics import mean, stdev
@@ -17,6 +16,7 @@ from typing import NamedTuple
 from benchmarks.speedup import judge_of, origin
 from benchmarks.speedup_results import RESULTS, queue
 from benchmarks.speedup_runs import METHODS, OURS
+from benchmarks.tables import read_rows, write_rows
 
 FILE = "judge-noise.csv"
 ITERATIONS, NOISES = 30, 8
@@ -61,8 +61,7 @@ def read(directory: Path = RESULTS) -> list[Judged]:
     """What was measured; nothing where nothing was."""
     if not (directory / FILE).exists():
         return []
-    with (directory / FILE).open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(directory / FILE)
     return [Judged(int(row["noise"]), float(row["strict"]), float(row["error"])) for row in rows]
 
 
@@ -81,11 +80,7 @@ def sentence(found: list[Judged]) -> str:
 
 def main() -> None:
     about = origin()
-    with (RESULTS / FILE).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=[*Judged._fields, *about])
-        writer.writeheader()
-        for each in judge():
-            writer.writerow(each._asdict() | about)
+    write_rows(RESULTS / FILE, (each._asdict() | about for each in judge()))
 
 
 if __name__ == "__main__":

@@ -9,20 +9,18 @@ another, so that seconds of an image are the same with more. With --embedded, th
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import math
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from benchmarks.operator_table import commit
 from benchmarks.speedup_runs import METHODS
+from benchmarks.tables import stamp, write_rows
 from dgpo_fast import Config, Trainer, load_recipe
 from dgpo_fast.environment import device_name, package_versions
 from dgpo_fast.planning import plan
@@ -89,27 +87,23 @@ def measure(method: str, recipe: str, overrides: Sequence[str], *, iterations: i
         images_of_recipe=load_recipe(recipe, overrides).images_per_iteration,
         seconds_per_image=seconds / images, tflop_per_image=work.flops / images / 1e12,
         tflops_per_s=work.flops / seconds / 1e12, peak_memory_gb=reports[-1].peak_memory_gb,
-        device=device_name(trainer.world.device), torch=package_versions()["torch"], commit=commit(),
-        date=datetime.now(UTC).date().isoformat(),
+        device=device_name(trainer.world.device), torch=package_versions()["torch"], **stamp(),
     )  # fmt: skip
 
 
 def write(costs: Iterable[Cost], path: Path) -> None:
     """A row for each, on disk as soon as it is measured."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Cost)])
-        writer.writeheader()
-        for cost in costs:
-            writer.writerow({
-                name: f"{value:.5g}" if isinstance(value, float) else value for name, value in asdict(cost).items()
-            })  # fmt: skip
-            file.flush()
-            print(
-                f"{cost.method}: {cost.seconds_per_image:.3g} s an image, {cost.tflop_per_image:.3g} TFLOP, "
-                f"{cost.tflops_per_s:.3g} TFLOP/s",
-                flush=True,
-            )
+    write_rows(path, map(_row, costs))
+
+
+def _row(cost: Cost) -> dict[str, object]:
+    """Of the table, and a line for the person who waits for the others."""
+    print(
+        f"{cost.method}: {cost.seconds_per_image:.3g} s an image, {cost.tflop_per_image:.3g} TFLOP, "
+        f"{cost.tflops_per_s:.3g} TFLOP/s",
+        flush=True,
+    )
+    return {name: f"{value:.5g}" if isinstance(value, float) else value for name, value in asdict(cost).items()}
 
 
 def main() -> None:

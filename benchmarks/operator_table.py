@@ -14,18 +14,14 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from importlib.util import find_spec
 from math import floor, log10
 from pathlib import Path
-from shutil import which
 from typing import Any, TextIO
 
 import torch
@@ -35,6 +31,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.console import people
+from benchmarks.tables import stamp
 from benchmarks.timing import Duration, copy_of, interleaved
 from dgpo_fast import ops
 from dgpo_fast.environment import device_name, package_versions
@@ -300,17 +297,5 @@ def provenance(device: str, *, packages: Sequence[str] = ("triton",)) -> dict[st
         "device": name if device == "cuda" else f"{name}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         **{package: versions.get(package, "") for package in packages},
-        "commit": commit(),
-        "date": datetime.now(UTC).date().isoformat(),
+        **stamp(),
     }
-
-
-def commit() -> str:
-    """The commit of this checkout; DGPO_FAST_COMMIT names that of a copy that is none."""
-    if "DGPO_FAST_COMMIT" in os.environ:
-        return os.environ["DGPO_FAST_COMMIT"]
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    if which(command[0]) is None:
-        return "unknown commit"
-    described = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return described.stdout.strip() or "unknown commit"

@@ -15,23 +15,21 @@ NAME is a reward, or `waiting` for the second table (`reward_waiting.py`). A fil
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
 import torch
 
-from benchmarks.operator_table import commit
 from benchmarks.pages import filled
 from benchmarks.reward_models import SUBJECTS, Subject, first_metric, images_and_prompts, subject
 from benchmarks.reward_waiting import Waiting, measure_waiting, table_of_waiting
+from benchmarks.tables import read_rows, stamp, write_rows
 from benchmarks.timing import num_threads
 from dgpo_fast.environment import num_cores, package_versions, processor_name
 from dgpo_fast.rewards.base import Values
@@ -131,21 +129,17 @@ def origin() -> dict[str, object]:
     """Where and when: columns of every row. The load is the mean of the last minute: processes that want a core."""
     return {
         "load": f"{os.getloadavg()[0]:.2f}", "processor": processor_name(), "cores": num_cores(),
-        "torch": package_versions()["torch"], "commit": commit(), "date": datetime.now(UTC).date().isoformat(),
+        "torch": package_versions()["torch"], **stamp(),
     }  # fmt: skip
 
 
 def write(rows: Iterable[Speed] | Iterable[Waiting], path: Path) -> None:
     """A row each, with its origin."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     of_rows = [
         {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in asdict(row).items()} | origin()
         for row in rows
     ]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*of_rows[0]])
-        writer.writeheader()
-        writer.writerows(of_rows)
+    write_rows(path, of_rows)
 
 
 def run(names: Sequence[str], out: Path, *, seconds: float, images: int) -> None:
@@ -167,7 +161,7 @@ def run(names: Sequence[str], out: Path, *, seconds: float, images: int) -> None
 def tables(directory: Path = RESULTS) -> dict[str, str]:
     """What the page shows, by name, of the files that are there."""
     files = {name: directory / f"{name}.csv" for name in NAMES}
-    rows = {name: _read(path) for name, path in files.items() if path.exists()}
+    rows = {name: read_rows(path) for name, path in files.items() if path.exists()}
     waiting = rows.pop(WAITING, [])
     return {"reward-speed": table_of_speed(rows), "reward-waiting": _with_origin(table_of_waiting(waiting), waiting)}
 
@@ -207,11 +201,6 @@ def _with_origin(table: str, rows: Sequence[Mapping[str, str]]) -> str:
     load = " to ".join(dict.fromkeys((min(loads, key=float), max(loads, key=float))))
     when = f"{' and '.join(dates)} at {', '.join(commits)}"
     return f"{table}\n\n{'; '.join(places)}; {when}; load of the machine {load}."
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8") as file:
-        return [*csv.DictReader(file)]
 
 
 def main() -> None:

@@ -12,15 +12,11 @@ compared too, as a root mean square.
 from __future__ import annotations
 
 import argparse
-import csv
-import sys
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TextIO
 
 import torch
 
-from benchmarks.operator_table import commit
+from benchmarks.tables import stamp, write_rows
 from dgpo_fast import rng
 from dgpo_fast.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from dgpo_fast.config import load_recipe
@@ -31,10 +27,6 @@ from dgpo_fast.models.sd3 import load_model
 from dgpo_fast.prompts import load_prompts
 from dgpo_fast.rewards import Scorer
 
-COLUMNS = (
-    "dtype", "sampling", "steps", "reward", "prompts", "images", "exact", "drawn", "difference", "standard_error",
-    "pixel_rms", "torch", "commit", "date",
-)  # fmt: skip
 COMPARED = (("float32", "bfloat16"), ("float32", "fp8"), ("bfloat16", "fp8"))
 """A model's dtype, and what its samples are drawn in."""
 
@@ -49,14 +41,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8, metavar="N", help="images of each (8)")
     options = parser.parse_args()
     checkpoint = load_checkpoint(list_checkpoints(options.run)[-1]) if options.run else None
-    rows = [row for compared in COMPARED for row in compare(*compared, checkpoint, options.prompts, options.images)]
-    file: TextIO = sys.stdout
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        file = (options.out / "sampling_rewards.csv").open("w", newline="", encoding="utf-8")
-    writer = csv.DictWriter(file, COLUMNS)
-    writer.writeheader()
-    writer.writerows(rows)
+    rows = (row for compared in COMPARED for row in compare(*compared, checkpoint, options.prompts, options.images))
+    write_rows(options.out and options.out / "sampling_rewards.csv", rows)
 
 
 def compare(
@@ -98,7 +84,7 @@ def compare(
             "exact": f"{exact_P.mean():.4f}", "drawn": f"{drawn_P.mean():.4f}",
             "difference": f"{difference_P.mean():.4f}",
             "standard_error": f"{difference_P.std() / len(prompts) ** 0.5:.4f}", "pixel_rms": f"{pixel_rms:.4f}",
-            "torch": package_versions()["torch"], "commit": commit(), "date": datetime.now(UTC).date().isoformat(),
+            "torch": package_versions()["torch"], **stamp(),
         })  # fmt: skip
     return rows
 

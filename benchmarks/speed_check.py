@@ -13,18 +13,18 @@ would be forgotten.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
 from benchmarks.engine_variants import BASELINE
 from benchmarks.speedup_chart import Curve, draw
+from benchmarks.tables import read_rows, write_rows
 
 HISTORY = Path(__file__).parent / "results" / "history.csv"
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "history.svg"
@@ -108,18 +108,14 @@ def read(path: Path) -> list[Record]:
     """The history, oldest first; empty where there is none."""
     if not path.exists():
         return []
-    with path.open(encoding="utf-8") as file:
-        return [
-            Record(**{**row, "speedup": float(row["speedup"]), "error": float(row["error"])})  # type: ignore[arg-type]
-            for row in csv.DictReader(file)
-        ]
+    return [
+        Record(**{**row, "speedup": float(row["speedup"]), "error": float(row["error"])})  # type: ignore[arg-type]
+        for row in read_rows(path)
+    ]
 
 
 def write(path: Path, history: Sequence[Record]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=[each.name for each in fields(Record)])
-        writer.writeheader()
-        writer.writerows({**asdict(record), "error": f"{record.error:.4f}"} for record in history)
+    write_rows(path, ({**asdict(record), "error": f"{record.error:.4f}"} for record in history))
 
 
 def picture(history: Sequence[Record]) -> str:
@@ -155,8 +151,7 @@ def main() -> None:
             status = subprocess.run(command).returncode
             if not table.exists():
                 sys.exit(f"speed_check: bench_engines measured nothing (status {status})")
-        with table.open(encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_rows(table)
     found, history, short = list(records(rows)), read(HISTORY), too_few(rows)
     lines, is_fine = compare(found, history)
     print("\n".join([*lines, *short]))

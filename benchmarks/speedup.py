@@ -25,7 +25,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +40,7 @@ from benchmarks.speedup_costs import (
 )
 from benchmarks.speedup_results import Point, Result, queue, read, results_here, write
 from benchmarks.speedup_runs import HORIZON_S, METHODS, SWEEP_S, Run, every_kind
+from benchmarks.tables import stamp
 
 if TYPE_CHECKING:
     from dgpo_fast.config import Config
@@ -132,13 +132,11 @@ def origin() -> dict[str, str]:
     """Where what is measured comes from."""
     import torch
 
-    from benchmarks.operator_table import commit
     from dgpo_fast.environment import device_name
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
-        "processor": device_name(device), "torch": torch.__version__, "commit": commit(),
-        "date": datetime.now(UTC).date().isoformat(),
+        "processor": device_name(device), "torch": torch.__version__, **stamp()
     }  # fmt: skip
 
 

@@ -10,17 +10,17 @@ CUDA GPU, those that pass until the iteration is reported, which waits for it.
 
 from __future__ import annotations
 
-import csv
 import gc
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from benchmarks.speedup_runs import METHODS, Run
+from benchmarks.tables import read_rows, write_rows
 
 if TYPE_CHECKING:
     from dgpo_fast.config import Config
@@ -84,8 +84,7 @@ def read_costs(results: Path, name: str = FILE) -> dict[Kind, Cost]:
     if not path.exists():
         return {}
     types: dict[str, Any] = {"method": str, "flops": float, "updates": int}
-    with path.open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(path)
     kinds = [Kind(**{name: kind(row[name]) for name, kind in types.items()}) for row in rows]
     return {
         kind: Cost(kind=kind, seconds=float(row["seconds"]), median=float(row["median"]))
@@ -95,15 +94,13 @@ def read_costs(results: Path, name: str = FILE) -> dict[Kind, Cost]:
 
 def add_costs(results: Path, costs: Iterable[Cost], origin: dict[str, str]) -> None:
     """Behind those that are there; each row has its own origin."""
-    names, path = [field.name for field in fields(Kind)], results / FILE
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=[*names, "seconds", "median", *origin])
-        if is_new:
-            writer.writeheader()
-        for cost in costs:
-            seconds = {name: f"{getattr(cost, name):.4g}" for name in ("seconds", "median")}
-            writer.writerow(asdict(cost.kind) | seconds | origin)
+    path = results / FILE
+    before = read_rows(path) if path.exists() else []
+    added = [
+        {**asdict(cost.kind), "seconds": f"{cost.seconds:.4g}", "median": f"{cost.median:.4g}", **origin}
+        for cost in costs
+    ]
+    write_rows(path, [*before, *added])
 
 
 def against_known(known: Mapping[Kind, Cost], runs: Sequence[Run]) -> list[Cost]:
@@ -151,19 +148,16 @@ def time_engines(runs: Sequence[Run]) -> list[EngineCost]:
 
 
 def write_engines(results: Path, costs: Iterable[EngineCost], origin: dict[str, str]) -> None:
-    with (results / ENGINE_FILE).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=[*EngineCost._fields, *origin])
-        writer.writeheader()
-        writer.writerows({**cost._asdict(), "seconds": f"{cost.seconds:.4g}", **origin} for cost in costs)
+    rows = ({**cost._asdict(), "seconds": f"{cost.seconds:.4g}", **origin} for cost in costs)
+    write_rows(results / ENGINE_FILE, rows)
 
 
 def read_engines(results: Path) -> dict[str, dict[str, list[float]]]:
     """Seconds of each round, by method and engine; nothing where nothing was measured."""
     found: dict[str, dict[str, list[float]]] = {}
     if (path := results / ENGINE_FILE).exists():
-        with path.open(encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                found.setdefault(row["method"], {}).setdefault(row["engine"], []).append(float(row["seconds"]))
+        for row in read_rows(path):
+            found.setdefault(row["method"], {}).setdefault(row["engine"], []).append(float(row["seconds"]))
     return found
 
 

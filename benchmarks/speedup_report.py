@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
 
 from benchmarks import claim_history, judge_noise
-from benchmarks.operator_table import commit
 from benchmarks.pages import filled
 from benchmarks.speedup_chart import Curve, draw
 from benchmarks.speedup_costs import AGAIN, Cost, Kind, kind_of, read_costs, read_engines
@@ -36,6 +34,7 @@ from benchmarks.speedup_results import (
     steadiest,
 )
 from benchmarks.speedup_runs import ABLATIONS, COMPARED, HORIZON_S, METHODS, OURS, SWEEP_S, TARGETS, short
+from benchmarks.tables import stamp
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, README = DOCS / "benchmarks.md", DOCS.parent / "README.md"
@@ -419,7 +418,7 @@ def main() -> None:
             page.write_text(filled(page.read_text(encoding="utf-8"), found), encoding="utf-8")
         for against, picture in pictures().items():
             (DOCS / f"speedup-{against}.svg").write_text(picture, encoding="utf-8")
-        said = claim_history.claims(readme_tables()["speed"], date=date.today().isoformat(), commit=commit())
+        said = claim_history.claims(readme_tables()["speed"], **stamp())
         history = claim_history.added(claim_history.read(), said)
         claim_history.write(history)
         claim_history.PICTURE.write_text(claim_history.picture(history), encoding="utf-8")

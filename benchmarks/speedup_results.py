@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -24,6 +23,7 @@ from benchmarks.speedup_runs import (
     fourth_rates,
     learning_rates,
 )
+from benchmarks.tables import read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results" / "speedup-cpu"
 """Those of CPUs, of which the pages are made."""
@@ -72,17 +72,13 @@ def results_here() -> Path:
 
 def read(path: Path) -> list[Point]:
     """The points of a result."""
-    with path.open(encoding="utf-8") as file:
-        return [Point(**{name: float(row[name]) for name in NAMES}) for row in csv.DictReader(file)]
+    return [Point(**{name: float(row[name]) for name in NAMES}) for row in read_rows(path)]
 
 
 def write(path: Path, points: Iterable[Point], origin: Mapping[str, str]) -> None:
     """Points, and beside each where they come from."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=[*NAMES, *origin])
-        writer.writeheader()
-        for point in points:
-            writer.writerow({name: f"{value:.6g}" for name, value in asdict(point).items()} | dict(origin))
+    rows = ({name: f"{value:.6g}" for name, value in asdict(point).items()} | dict(origin) for point in points)
+    write_rows(path, rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
