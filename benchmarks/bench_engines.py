@@ -28,7 +28,6 @@ and without DIR the first goes to stdout. What cannot run is named with its reas
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import random
 import statistics
@@ -39,7 +38,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from rich.table import Table
@@ -60,6 +58,7 @@ from benchmarks.engine_variants import (
     share_weights,
 )
 from benchmarks.operator_table import provenance
+from benchmarks.tables import write_rows
 from dgpo_fast.algorithm_config import DGPOConfig
 from dgpo_fast.config import load_recipe
 from dgpo_fast.errors import UserError
@@ -260,7 +259,7 @@ class Bench:
             if work == "iteration":
                 stages = list(self._stage_rows(self._staged(calls, variants, timings), images))
         if self.out is None:
-            self._write_csv(sys.stdout, rows)
+            self._write_csv(None, rows)
         self._write("engines_stages", stages)
         self._show(rows, stages)
         for stem, phase in (
@@ -492,15 +491,12 @@ class Bench:
         """To a file, if a place for it is named and there is something to say."""
         if self.out is None or not rows:
             return
-        self.out.mkdir(parents=True, exist_ok=True)
-        with (self.out / f"{stem}.csv").open("w", newline="", encoding="utf-8") as file:
-            self._write_csv(file, rows)
+        self._write_csv(self.out / f"{stem}.csv", rows)
 
-    def _write_csv(self, file: TextIO, rows: Sequence[Row]) -> None:
-        columns = dict.fromkeys(key for row in rows for key in row)
-        writer = csv.DictWriter(file, [*columns, *self._provenance])
-        writer.writeheader()
-        writer.writerows({**row, **self._provenance} for row in rows)
+    def _write_csv(self, path: Path | None, rows: Sequence[Row]) -> None:
+        """Rows of any columns; what a row lacks is empty."""
+        columns = dict.fromkeys((key for row in rows for key in row), "")
+        write_rows(path, ({**columns, **row, **self._provenance} for row in rows))
 
     def _show(self, rows: Sequence[Row], stages: Sequence[Row]) -> None:
         columns = (

@@ -135,9 +135,7 @@ def origin() -> dict[str, str]:
     from dgpo_fast.environment import device_name
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {
-        "processor": device_name(device), "torch": torch.__version__, **stamp()
-    }  # fmt: skip
+    return {"processor": device_name(device), "torch": torch.__version__, **stamp()}
 
 
 def measure(run: Run, results: Path) -> None:

@@ -200,9 +200,10 @@ def table_of_engine(rows: Sequence[Row], target: float, measured: Mapping[str, M
         f"| to {target:.0%} on diffusers' code, times DGPO's on the fused engine |",
         "|---|---|---|---|---|",
     ]
-    # A method's other setting, which stands behind, is not timed apart.
-    timed = {row.method: row for row in reversed(rows) if row.method in measured}
-    for method, row in reversed(timed.items()):
+    # The first of a method's rows: its other setting is not timed apart.
+    first = {row.method: row for row in reversed(rows)}
+    for method in (name for name in METHODS if name in first and name in measured):
+        row = first[method]
         eager, fused = (measured[method][engine] for engine in ("eager", "fused"))
         factor = median(one / other for one, other in zip(eager, fused, strict=True))
         theirs, ours = (_middle(arrivals(found, target)) for found in (row.of_seeds, rows[0].of_seeds))

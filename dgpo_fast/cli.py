@@ -388,27 +388,31 @@ def _run_directory_to_write(out: Path | None, config: Config, *, resume: bool) -
     # The first of several ranks refuses when the others hear of it: before they have met, they would wait for it.
     if alone and not resume:
         refuse_used(out)
-        _check_writable(out, links=True)
+        _check_writable(out)
+        _check_takes_links(out)
     return out
 
 
-def _check_writable(directory: Path, *, links: bool = False) -> None:
-    """Makes `directory` if need be, and writes a file there that vanishes at once, and a symbolic link if asked."""
+def _check_writable(directory: Path) -> None:
+    """Makes `directory` if need be, and writes a file there that vanishes at once."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror}") from None
-    if links:
-        with tempfile.TemporaryDirectory(dir=directory) as probe:
-            try:
-                (Path(probe) / "best").symlink_to("elsewhere")
-            except OSError as error:
-                raise UserError(
-                    f"{directory} takes no symbolic links ({error.strerror}), and checkpoints/best of a run is one: "
-                    "give --out on another file system"
-                ) from None
+
+
+def _check_takes_links(directory: Path) -> None:
+    """Makes a symbolic link in `directory` that vanishes at once."""
+    with tempfile.TemporaryDirectory(dir=directory) as probe:
+        try:
+            (Path(probe) / "best").symlink_to("elsewhere")
+        except OSError as error:
+            raise UserError(
+                f"{directory} takes no symbolic links ({error.strerror}), and checkpoints/best of a run is one: "
+                "give --out on another file system"
+            ) from None
 
 
 def _check_file(option: str, file: Path | None, *, example: str) -> None:

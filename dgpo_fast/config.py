@@ -18,12 +18,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
-from dgpo_fast.algorithm_config import (
-    ALGORITHM_NAMES,
-    AlgorithmConfig,
-    DGPOConfig,
-    own_settings,
-)
+from dgpo_fast.algorithm_config import ALGORITHM_NAMES, AlgorithmConfig, DGPOConfig, own_settings
 from dgpo_fast.errors import UserError, suggest
 from dgpo_fast.guard_config import GuardConfig
 from dgpo_fast.reward_config import RewardsConfig

@@ -33,6 +33,7 @@ from dgpo_fast.models.sources import (
     download_command,
     find_lora,
     find_model,
+    hub_commit,
     missing_parts,
     transformer_shape,
     vae_shape,
@@ -256,9 +257,8 @@ def _describe_model(source: ModelSource) -> tuple[str, list[str]]:
     from huggingface_hub import get_token
 
     download = download_command(source)
-    is_there = missing != ["model_index.json"]
-    lacks = f"lacks {', '.join(missing)} in the local cache" if is_there else "is not in the local cache"
-    warning = f"{source.location} {lacks}: `{download}` or the first run fetches it"
+    lacks = "is not" if hub_commit(source) is None else f"lacks {', '.join(missing)}"
+    warning = f"{source.location} {lacks} in the local cache: `{download}` or the first run fetches it"
     if get_token() is None:
         warning += (
             "; no Hugging Face token found: if it is gated, accept its licence at "

@@ -102,7 +102,6 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(killed_run: Path, straigh
 
 
 def test_the_best_before_a_stop_stays_the_best(straight_run: Path, tmp_path: Path, quick: tuple[str, ...]) -> None:
-    """Of a run of two rewards, whose sum nobody knows: the last one's first metric decides."""
     out = shutil.copytree(straight_run, tmp_path / "run", symlinks=True)
     lines = read_evaluations(out)
     (of_third,) = [line for line in lines if line["step"] == 3]
