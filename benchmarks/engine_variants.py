@@ -157,7 +157,8 @@ class Engine:
         advantage_B = _alternating(micro, self._device)
         return ScoredGroups(
             rollout=rollout, reward_B=advantage_B, valid_B=torch.ones_like(advantage_B, dtype=torch.bool),
-            num_valid=(self._config.images_per_iteration,), advantage_B=advantage_B,
+            num_valid=(self._config.images_per_iteration,), num_advantaged=(self._config.images_per_iteration,),
+            advantage_B=advantage_B,
             group_size_G=advantage_B.new_full((self._config.groups.per_iteration,), self._config.groups.size),
             num_groups=(self._config.groups.per_iteration,),
         )  # fmt: skip

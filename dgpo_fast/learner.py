@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,12 @@ class Learner:
         """Adds the gradient of this rank's `loss` to the step's."""
         self.engine.backward(loss)
 
-    def step(self, number: int, *, after_step: Callable[[Policy, int], None], lr_factor: float = 1.0) -> dict[str, Any]:
-        """Step `number`, counted from 0: clips, steps, updates the averages; returns its metrics.
+    def step(self, number: int, *, lr_factor: float = 1.0) -> dict[str, Any]:
+        """Step `number`, counted from 0: clips, steps, updates the evaluation average; returns its metrics.
 
         A step whose gradient is not finite on some rank is made on none.
 
         Args:
-            after_step: called with the policy and `number` once the step is made.
             lr_factor: of the recipe's learning rate.
 
         Raises:
@@ -61,7 +60,6 @@ class Learner:
         grad_norm, is_made = self.engine.step(lr)
         if is_made:
             self.policy.refresh("policy")
-            after_step(self.policy, number)
             if (number + 1) % average.every == 0:
                 self.policy.average_into("ema", decay=average.decay_at(number))
         self.skipped += not is_made
@@ -80,8 +78,8 @@ class Learner:
     def leave_out(self, number: int, *, lr_factor: float = 1.0) -> dict[str, Any]:
         """The metrics of step `number` where no group is left to learn from; to be called instead of `step`.
 
-        Neither weights nor averages move: by a gradient of zero Adam's momentum and weight decay would move them. It
-        says nothing of the gradients before it, so `optimizer.max_skipped` counts on behind it.
+        Weights and their evaluation average stay: by a gradient of zero Adam's momentum and weight decay would move
+        them. It says nothing of the gradients before it, so `optimizer.max_skipped` counts on behind it.
         """
         self.skipped += 1
         return {"grad_norm": None, "lr": self._lr(number, lr_factor), "skipped_steps": self.skipped}

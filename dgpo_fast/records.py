@@ -8,7 +8,7 @@ tokens, D their width. Example: 8 groups of 16 images at 512 px give B = 128 and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -109,6 +109,15 @@ class Trajectory:
     x_SBCHW: Tensor  # float32, [S + 1, ...]: latents before each step, and behind the last
     log_prob_SB: Tensor  # float32: log-densities of what the steps drew
 
+    @classmethod
+    def of_parts(cls, parts: Sequence[Trajectory]) -> Trajectory:
+        """That of all samples, in the order of the parts."""
+        return cls(
+            first_B=sum((part.first_B for part in parts), ()),
+            x_SBCHW=torch.cat([part.x_SBCHW for part in parts], dim=1),
+            log_prob_SB=torch.cat([part.log_prob_SB for part in parts], dim=1),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
@@ -126,10 +135,10 @@ class ScoredGroups:
     rollout: Rollout
     reward_B: Tensor  # float32; NaN where not valid
     valid_B: Tensor  # bool; False keeps a sample's place in every batch, with weight zero: it failed, or too many did
-    num_valid: tuple[int, ...]  # over all ranks, of the groups of each optimizer step
-    num_groups: tuple[
-        int, ...
-    ]  # over all ranks, those of each optimizer step that have valid samples; with 0, none is made
+    # Over all ranks, of each optimizer step:
+    num_valid: tuple[int, ...]  # samples
+    num_advantaged: tuple[int, ...]  # those with an advantage other than 0
+    num_groups: tuple[int, ...]  # those with valid samples; with 0, the step is not made
     group_size_G: Tensor  # float32, valid samples of every group of the iteration, on whatever ranks
     advantage_B: Tensor  # float32; 0 where not valid
 
@@ -169,8 +178,8 @@ class TrajectoryBatch:
     conditioning: Conditioning  # a row per sample
     unconditional: Conditioning | None
     advantage_M: Tensor  # float32
-    valid_M: Tensor  # bool
-    sample_share: float  # weight of one sample: 1 / (valid samples of the step, on all ranks, x trained steps)
+    counts_M: Tensor  # bool; of the others the advantage is 0, or they are not valid
+    sample_share: float  # weight of one sample: 1 / (samples of the step that count, on all ranks, x trained steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -140,6 +140,8 @@ class Trainer:
         scored, reward_metrics = self._sample()
         with stage("train"):
             of_steps = [self._learn(scored, update) for update in range(self.updates)]
+            with stage("optimizer"):
+                self.algorithm.after_iteration(self.policy, self.step - 1)
         elapsed, updates = time.perf_counter() - start, self.updates
         spent = {name: self.clock.seconds[name,] - before.get((name,), 0.0) for name in TIMES}
         images, first, wall_s = self.config.images_per_iteration, self.step - updates, self.wall_s
@@ -246,7 +248,7 @@ class Trainer:
             if update == 0:  # behind a step the iteration is finished first: runs go on between iterations alone
                 self.interruption.check_alone()
         with stage("optimizer"):
-            made = self.learner.step(self.step, after_step=self.algorithm.after_step, lr_factor=self.guard.lr_factor)
+            made = self.learner.step(self.step, lr_factor=self.guard.lr_factor)
         self.step += 1
         return {**made, **step_metrics(outputs, scored, self.policy, self.world, update=update)}
 

@@ -100,7 +100,8 @@ def test_the_published_loop_learns_the_same(changes: tuple[str, ...]) -> None:
     advantage_B = torch.tensor([1.0, -0.5, -2.0, 1.5])
     scored = ScoredGroups(
         rollout=Rollout(prompts=prompts, x0_BCHW=x0_BCHW),
-        reward_B=advantage_B, valid_B=torch.ones(4, dtype=torch.bool), num_valid=(4,), advantage_B=advantage_B,
+        reward_B=advantage_B, valid_B=torch.ones(4, dtype=torch.bool), num_valid=(4,),
+        num_advantaged=(4,), advantage_B=advantage_B,
         group_size_G=torch.tensor([2.0, 2.0]), num_groups=(2,),
     )  # fmt: skip
     ((batch,),) = algorithm.batches(scored)

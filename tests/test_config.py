@@ -100,8 +100,9 @@ def test_baselines_sample_and_average_as_published() -> None:
     configs = {name: load_recipe(f"sd35m-geneval-{name}") for name in BASELINES}
     for name in ("flow-grpo", "flow-grpo-fast"):
         rollout, optimizer = configs[name].rollout, configs[name].optimizer
-        assert (rollout.solver, rollout.schedule, configs[name].evaluation.steps) == ("euler", "flow_match", 40)
+        assert (rollout.solver, rollout.schedule) == ("euler", "flow_match")
         assert rollout.images_per_forward == optimizer.images_per_micro_batch, "or its ratio is not exactly 1"
+    assert {config.evaluation.steps for config in configs.values()} == {40}
     advantages = {name: (config.advantages.std, config.advantages.clamp) for name, config in configs.items()}
     assert advantages == {**dict.fromkeys(BASELINES, ("global", 5.0)), "dpo": ("group", 5.0)}
     nft, awm = configs["nft"], configs["awm"]

@@ -240,7 +240,7 @@ def test_ablated_groups(tmp_path: Path, quick: tuple[str, ...], monkeypatch: pyt
     reward_B = torch.tensor([0.1, 0.9, 0.4, 0.5, 0.3, 0.3, 0.3, 0.3])
     scored = ScoredGroups(
         rollout=cast("Rollout", None), reward_B=reward_B, valid_B=reward_B > 0, num_valid=(8,), num_groups=(2,),
-        advantage_B=torch.zeros(8), group_size_G=torch.full((2,), 4.0),
+        num_advantaged=(0,), advantage_B=torch.zeros(8), group_size_G=torch.full((2,), 4.0),
     )  # fmt: skip
     monkeypatch.setattr(trainer, "_score", lambda rollout, scores: (scored, {"reward_mean": 0.4}))
     ablate(trainer, ablated("pairs"))

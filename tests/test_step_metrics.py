@@ -47,6 +47,7 @@ def groups(samples: tuple[int, ...], *, failed: tuple[int, ...] = (), updates: i
     return ScoredGroups(
         rollout=Rollout(prompts=prompts, x0_BCHW=x_BCHW[mine]), reward_B=zero_B,
         valid_B=valid_B[mine], num_valid=tuple(valid_B.view(updates, -1).sum(1).tolist()),
+        num_advantaged=(0,) * updates,
         num_groups=tuple(valid_B.view(updates, -1, SIZE).any(2).sum(1).tolist()),
         group_size_G=valid_B.view(-1, SIZE).sum(1).float(), advantage_B=zero_B,
     )  # fmt: skip

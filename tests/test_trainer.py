@@ -422,6 +422,34 @@ def test_a_step_of_which_no_group_is_left_is_not_made(
     assert (tmp_path / "report.html").exists() and trainer.learner.engine.steps_made() == 2
 
 
+@pytest.mark.parametrize("left_out", [False, True])
+def test_an_old_policy_follows_an_iteration_and_not_its_steps(
+    left_out: bool, tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples of one iteration are compared with one policy, and an average that is due is not swallowed by a step
+    that is not made."""
+    own = [key for key in quick if not key.startswith("algorithm.")]
+    own += ["algorithm.trunc=2", "algorithm.train_timesteps=2", "optimizer.steps_per_iteration=2"]
+    trainer = Trainer(load_recipe("tiny-diffusion-nft", own), tmp_path)
+    learn, averaged, seen = trainer._learn, trainer.policy.average_into, list[object]()
+
+    def watched_learn(scored: ScoredGroups, update: int) -> dict[str, Any]:
+        seen.append(update)
+        without = dataclasses.replace(scored, num_groups=(scored.num_groups[0], 0)) if left_out else scored
+        return learn(without, update)
+
+    def watched_average(view: str, *, decay: float) -> None:
+        if view == "old":
+            seen.append(decay)
+        averaged(view, decay=decay)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer, "_learn", watched_learn)
+    monkeypatch.setattr(trainer.policy, "average_into", watched_average)
+    assert len(trainer.run_iteration()) == len(trainer.run_iteration()) == 2
+    rate = trainer.config.old_policy.rate
+    assert seen == [0, 1, pytest.approx(2 * rate), 0, 1, pytest.approx(4 * rate)]
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path, quick: tuple[str, ...]) -> None:
     trainer = Trainer(load_recipe("tiny-dgpo", quick), tmp_path)
     before = trainer.policy.trainable.detach().clone()

@@ -15,7 +15,10 @@ WeightsT = TypeVar("WeightsT")
 
 
 class Algorithm(Protocol[BatchT, WeightsT]):
-    """`prepare` before the first iteration, then five methods, called in this order every iteration."""
+    """`prepare` before the first iteration, then five methods, called in this order every iteration.
+
+    Three of them are of each optimizer step, the first and the last of the iteration.
+    """
 
     def prepare(self, policy: Policy) -> str:
         """Makes sure that the policy can be trained by this algorithm; lines for the person who watches.
@@ -51,8 +54,8 @@ class Algorithm(Protocol[BatchT, WeightsT]):
         """The differentiable loss of a micro-batch."""
         ...
 
-    def after_step(self, policy: Policy, step: int) -> None:
-        """Follows the optimizer's step number `step`, counted from 0."""
+    def after_iteration(self, policy: Policy, step: int) -> None:
+        """Follows the iteration's last optimizer step, number `step`, counted from 0, even where that was left out."""
         ...
 
 

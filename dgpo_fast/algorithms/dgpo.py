@@ -5,7 +5,7 @@
     draw sigma and noise, shared by the group: x_t, v*                batches
     d = |v* - v_theta|^2,  s_G = beta mean A (d - d_ref)              loss
     minimise softplus(s_G) / beta + kl_coef |v_theta - v_ref|^2       loss
-    old <- average of old and policy                                  after_step
+    old <- average of old and policy                                  after_iteration
 
 Shape letters: B samples of this rank, M of a micro-batch, G groups of a round, C H W latents.
 """
@@ -83,7 +83,10 @@ class DGPO:
     def prepare(self, policy: Policy) -> str:
         """Makes sure that adapters act, that samples are the policy's, and that equal policies have a ratio of 1."""
         policy.check_trained()
-        self.ratio_errors, line = check_ratio(policy, self.config, clip=self.settings.clip, world=self.world)
+        scales = {} if self.settings.clip is None else {"algorithm.clip": self.settings.clip}
+        if self.settings.reference == "old":
+            scales["1 / algorithm.beta"] = 1 / self.settings.beta
+        self.ratio_errors, line = check_ratio(policy, self.config, scales=scales, world=self.world)
         return f"{line}\n{policy.check_sampling()}"
 
     def rollout(
@@ -152,7 +155,7 @@ class DGPO:
             metrics["kl"] = kl
         return LossOutput.of(loss, **metrics)
 
-    def after_step(self, policy: Policy, step: int) -> None:
+    def after_iteration(self, policy: Policy, step: int) -> None:
         """old <- decay old + (1 - decay) policy, decay = min(max_decay, rate step)."""
         policy.average_into("old", decay=self.config.old_policy.decay_at(step))
 

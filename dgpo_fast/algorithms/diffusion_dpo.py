@@ -4,7 +4,7 @@
     of each group take the best and the worst; draw sigma and noise that the pair shares: x_t, v*     batches
     d = mean |v* - v_theta|^2,    s = beta / 2 ((d - d_ref) of the best - that of the worst)             loss
     minimise -log sigmoid(-s) = softplus(s)                                                              loss
-    perhaps, now and then, the reference becomes the policy                                         after_step
+    perhaps, now and then, the reference becomes the policy                                    after_iteration
 
 That is DGPO's score of a group of two with advantages 1 and -1, and is computed by the same operators. Sigmas are drawn
 from a logit-normal distribution and shifted as the rollout's are, each pair's for itself, as in the code that the
@@ -96,7 +96,7 @@ class DiffusionDPO:
         }  # fmt: skip
         return LossOutput.of(loss, **metrics)
 
-    def after_step(self, policy: Policy, step: int) -> None:
+    def after_iteration(self, policy: Policy, step: int) -> None:
         """Every `refresh_every` steps the reference becomes the policy."""
         if self.settings.refresh_every is not None and (step + 1) % self.settings.refresh_every == 0:
             policy.average_into("old", decay=0.0)

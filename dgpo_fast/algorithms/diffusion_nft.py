@@ -6,11 +6,10 @@
     v+ = beta v_theta + (1 - beta) v_old,    v- = (1 + beta) v_old - beta v_theta                      loss
     minimise A_max (r |x_0(v+) - x_0|^2 / w+ + (1 - r) |x_0(v-) - x_0|^2 / w-) / beta
              + kl_coef |v_theta - v_ref|^2,    w = mean |x_0(v) - x_0|                                  loss
-    old <- average of old and policy                                                             after_step
+    old <- average of old and policy                                                        after_iteration
 
 With x_0(v) = x_t - sigma v, the error x_0(v) - x_0 is sigma (v* - v). Source of w, A_max and the averages: the code its
-authors published. It updates the old policy once per iteration, here it is once per optimizer step: the same where an
-iteration has one, as its GenEval recipe does.
+authors published.
 
 Shape letters: M samples of a micro-batch, C H W latents.
 """
@@ -79,7 +78,7 @@ class DiffusionNFT:
             loss, measured = policy_loss + self.settings.kl_coef * kl, {"kl": kl}
         return LossOutput.of(loss, policy_loss=policy_loss, **measured)
 
-    def after_step(self, policy: Policy, step: int) -> None:
+    def after_iteration(self, policy: Policy, step: int) -> None:
         """old <- decay old + (1 - decay) policy, decay = min(max_decay, rate (step + 1))."""
         policy.average_into("old", decay=self.config.old_policy.decay_at(step + 1))
 

@@ -6,15 +6,19 @@
     ratio = p_theta(x_next | x) / p_old(x_next | x)                                                             loss
     minimise max(-A ratio, -A clamp(ratio, 1 +- clip)) + kl_coef |mean_theta - mean_ref|^2 / (2 s^2)             loss
 
+Both terms are means over the samples whose advantage is not 0, as in the code its authors published: samples of tied
+groups are no part of the KL term either. With s the rate of the SDE's noise, that term is the divergence of two
+Gaussians times the step in sigma.
+
 The stochastic step is the paper's, or that of Coefficients-Preserving Sampling (arXiv 2509.05952), which its authors
 recommend for the fast form; there, as in their code, the ratio is exp(|x_next - mean_old|^2 - |x_next - mean_theta|^2)
 and s the noise's deviation. The first fast form of their code drew the ODE's steps before the window once for a group;
 here, as in its later one, each sample has them of its own.
 
-Departures from the code its authors published: it shuffles the samples before it shares them out to the optimizer
-steps of an iteration, here each step has whole groups; it leaves samples without an advantage out, here they keep their
-place and feel the KL term; it guides in the model's precision, here it is float32. As there, the velocity without the
-prompt gets no gradient.
+Departures from that code: it shuffles the samples before it shares them out to the optimizer steps of an iteration,
+here each step has whole groups; it does not compute samples without an advantage, here they keep their place, with
+weight zero; it guides in the model's precision, here in float32. As there, the velocity without the prompt gets no
+gradient.
 
 Shape letters: B samples of this rank, M of a micro-batch, S trained steps, C H W latents.
 """
@@ -31,6 +35,7 @@ from dgpo_fast import rng
 from dgpo_fast.algorithm_config import FlowGRPOConfig
 from dgpo_fast.algorithms.base import nobody
 from dgpo_fast.algorithms.group_sampler import Check, Deliver
+from dgpo_fast.algorithms.ratio import describe_drift
 from dgpo_fast.config import Config
 from dgpo_fast.flow.rollout import initial_noise
 from dgpo_fast.flow.sde import SDESampler
@@ -54,11 +59,13 @@ class FlowGRPO:
         )
 
     def prepare(self, policy: Policy) -> str:
-        """Makes sure that adapters act, and says by how much the ratio of a policy to itself misses 1."""
+        """Makes sure that adapters act, and that the ratio of a policy to itself is near 1, as algorithm.clip has it.
+
+        Raises:
+            UserError: it is so far from 1 that what has not changed would be clipped.
+        """
         policy.check_trained()
-        drift, clip = self.drift(policy), self.settings.clip
-        found = "is exactly 1" if drift == 0 else f"misses 1 by {drift:.1e}, where algorithm.clip is {clip:g}"
-        return f"the likelihood ratio of a policy that has not changed {found}"
+        return describe_drift(self.drift(policy), clip=self.settings.clip, engine=self.config.model.engine)
 
     def rollout(
         self, policy: Policy, view: View, prompts: PromptBatch, *, deliver: Deliver = nobody, check: Check = nobody
@@ -75,12 +82,7 @@ class FlowGRPO:
             drawn.append(x0_BCHW)
             trajectories.append(trajectory)
             deliver(x0_BCHW, prompts.prompt_of_sample[samples])
-        trajectory = Trajectory(
-            first_B=sum((each.first_B for each in trajectories), ()),
-            x_SBCHW=torch.cat([each.x_SBCHW for each in trajectories], dim=1),
-            log_prob_SB=torch.cat([each.log_prob_SB for each in trajectories], dim=1),
-        )
-        return Rollout(prompts=prompts, x0_BCHW=torch.cat(drawn), trajectory=trajectory)
+        return Rollout(prompts=prompts, x0_BCHW=torch.cat(drawn), trajectory=Trajectory.of_parts(trajectories))
 
     def batches(self, scored: ScoredGroups, *, update: int = 0) -> Iterator[list[TrajectoryBatch]]:
         """Micro-batches of one step each, one to a round: no loss asks for whole groups."""
@@ -88,7 +90,7 @@ class FlowGRPO:
         assert trajectory is not None
         num_steps = len(trajectory.log_prob_SB)
         for mine in self._micro_batches(prompts.num_samples, update):
-            valid_M = scored.valid_B[mine]
+            valid_M, advantage_M = scored.valid_B[mine], scored.advantage_B[mine]
             # What could not be scored may not be finite either, and then a weight of zero would not keep it out.
             x_SMCHW = trajectory.x_SBCHW[:, mine].where(valid_M[:, None, None, None], 0.0)
             for place in range(num_steps):
@@ -96,21 +98,21 @@ class FlowGRPO:
                     x_MCHW=x_SMCHW[place], x_next_MCHW=x_SMCHW[place + 1],
                     old_log_prob_M=trajectory.log_prob_SB[place, mine], step=trajectory.first_B[mine.start] + place,
                     conditioning=prompts.conditioning[prompts.group_B[mine]], unconditional=prompts.unconditional,
-                    advantage_M=scored.advantage_B[mine], valid_M=valid_M,
-                    sample_share=1 / (scored.num_valid[update] * num_steps),
+                    advantage_M=advantage_M, counts_M=advantage_M != 0,
+                    sample_share=1 / (max(1, scored.num_advantaged[update]) * num_steps),
                 )]  # fmt: skip
 
     def group_weights(self, policy: Policy, batches: object) -> None:
         """Nothing: a sample's loss needs its advantage alone."""
 
     def loss(self, policy: Policy, batch: TrajectoryBatch, weights: None) -> LossOutput:
-        """The clipped surrogate of the policy's gradient, and the KL divergence of two Gaussians of equal variance."""
+        """The clipped surrogate of the policy's gradient, and the KL term: of two Gaussians of equal variance."""
         with stage("policy"):
             taken = self._step(policy, "policy", batch)
-        share_M, clip, advantage_M = batch.sample_share * batch.valid_M, self.settings.clip, batch.advantage_M
+        share_M, clip, advantage_M = batch.sample_share * batch.counts_M, self.settings.clip, batch.advantage_M
         # Not the ratio is made 1 but its logarithm 0: the gradient of what is masked would be NaN otherwise.
         log_ratio_M = self.sampler.density_scale(batch.step) * (taken.log_prob_B - batch.old_log_prob_M)
-        ratio_M = log_ratio_M.where(batch.valid_M, 0.0).exp()
+        ratio_M = log_ratio_M.where(batch.counts_M, 0.0).exp()
         surrogate_M = torch.maximum(-advantage_M * ratio_M, -advantage_M * ratio_M.clamp(1 - clip, 1 + clip))
         policy_loss = (share_M * surrogate_M).sum()
         loss, measured = policy_loss, {}
@@ -126,15 +128,18 @@ class FlowGRPO:
         }  # fmt: skip
         return LossOutput.of(loss, **metrics)
 
-    def after_step(self, policy: Policy, step: int) -> None:
+    def after_iteration(self, policy: Policy, step: int) -> None:
         """Nothing: the next rollout is the policy's own."""
 
     def drift(self, policy: Policy) -> float:
-        """The largest |ratio - 1| of a micro-batch drawn and trained on by the same weights, in the recipe's shapes."""
+        """The largest |ratio - 1| of a micro-batch drawn and trained on by the same weights, in the recipe's shapes.
+
+        At the trained step whose density moves most with the velocity.
+        """
         drawn_at_once, trained_at_once = (
             self.config.rollout.images_per_forward, self.config.optimizer.images_per_micro_batch
         )  # fmt: skip
-        number, model = self.settings.passes // 2, policy.model
+        model, number = policy.model, max(self.settings.trained_points, key=self.sampler.sensitivity)
         generator = torch.Generator().manual_seed(0)
         x_BCHW = torch.randn(
             max(drawn_at_once, trained_at_once), *model.latent_shape, generator=generator

@@ -1,11 +1,13 @@
 """Before a run: policies with equal weights must have a likelihood ratio of exactly 1, in the shapes of the recipe.
 
-The ratio decides what is clipped. An engine whose kernels differ with and without gradients moves it away from 1 with
-no step made, in bfloat16 by more than some recipes clip at.
+The ratio decides what is clipped, and where the score of a group compares with the old policy its logarithm, times
+beta, is that score. An engine whose kernels differ with and without gradients moves it away from 1 with no step made,
+in bfloat16 by more than some recipes clip at.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +21,7 @@ from dgpo_fast.ops.velocity_errors import velocity_errors
 from dgpo_fast.parallel.world import ALONE, World
 
 MARGIN = 10
-"""How many times a drift has to fit into the recipe's clip to be let pass."""
+"""How many times a drift has to fit into what it is measured by, such as the recipe's clip, to be let pass."""
 
 
 class RatioCheck(NamedTuple):
@@ -31,19 +33,22 @@ class RatioCheck(NamedTuple):
     """For the person who watches."""
 
 
-def check_ratio(policy: Policy, config: Config, *, clip: float | None, world: World = ALONE) -> RatioCheck:
+def check_ratio(policy: Policy, config: Config, *, scales: Mapping[str, float], world: World = ALONE) -> RatioCheck:
     """Runs one micro-batch through policy and old policy with equal weights.
 
     Args:
-        clip: range of the ratio outside which a sample is clipped; None where none is.
+        scales: what the ratio's distance from 1 means something at, by the name of its setting: the range outside of
+            which samples are clipped, 1 / beta where scores compare with the old policy. Empty where nothing uses it.
         world: whose ranks all find what the worst of them does, though devices may be unlike: they have to run the
             same forwards, here and later.
 
     Raises:
-        UserError: their ratio differs from 1 by more than the clip can bear, also without gradients.
+        UserError: their ratio differs from 1 by more than the smallest scale can bear, also without gradients.
     """
-    if clip is None:
-        return RatioCheck(errors="training", line="nothing is clipped, so the likelihood ratio is not asked for")
+    if not scales:
+        line = "nothing is compared with the old policy, so the likelihood ratio is not asked for"
+        return RatioCheck(errors="training", line=line)
+    name, scale = min(scales.items(), key=lambda item: item[1])
 
     def drift_of_ranks(*, with_gradients: bool) -> float:
         return float(np.max(world.gather_objects(_drift(policy, config, with_gradients=with_gradients))))
@@ -52,8 +57,8 @@ def check_ratio(policy: Policy, config: Config, *, clip: float | None, world: Wo
     ratio = "the likelihood ratio of equal policies"
     if drift == 0:
         return RatioCheck(errors="training", line=f"{ratio} is exactly 1")
-    if clip > MARGIN * drift:
-        return RatioCheck(errors="training", line=f"{ratio} misses 1 by {drift:.1e}, far below algorithm.clip")
+    if scale > MARGIN * drift:
+        return RatioCheck(errors="training", line=f"{ratio} misses 1 by {drift:.1e}, far below {name}")
     if drift_of_ranks(with_gradients=False) == 0:
         line = (
             f"with gradients the likelihood ratio of equal policies misses 1 by {drift:.1e}, so the "
@@ -62,8 +67,27 @@ def check_ratio(policy: Policy, config: Config, *, clip: float | None, world: Wo
         return RatioCheck(errors="again", line=line)
     raise UserError(
         f"model.engine: with {config.model.engine} the likelihood ratio of equal policies misses 1 by {drift:.1e}, and "
-        f"algorithm.clip is {clip:g}: it would clip at random; use another engine, or a clip above {MARGIN * drift:.1e}"
+        f"{name} is {scale:g}: what is learnt would be decided at random; use another engine, or a {name} above "
+        f"{MARGIN * drift:.1e}"
     )
+
+
+def describe_drift(drift: float, *, clip: float, engine: str) -> str:
+    """A line for the person who watches, of the largest |ratio - 1| of a policy that has not changed since it drew.
+
+    Raises:
+        UserError: it is so large that all such samples might be clipped.
+    """
+    line = "the likelihood ratio of a policy that has not changed "
+    if drift == 0:
+        return line + "is exactly 1"
+    line += f"misses 1 by {drift:.1e}, where algorithm.clip is {clip:g}"
+    if drift >= clip:
+        raise UserError(
+            f"model.engine: with {engine} {line}: it would clip at random; use another engine, or a clip above "
+            f"{MARGIN * drift:.1e}"
+        )
+    return line if clip > MARGIN * drift else f"{line}: some samples are clipped too soon or too late"
 
 
 def _drift(policy: Policy, config: Config, *, with_gradients: bool) -> float:

@@ -20,7 +20,7 @@ from dgpo_fast.algorithm_config import SDEType
 from dgpo_fast.config import RolloutConfig
 from dgpo_fast.flow.rollout import model_timesteps
 from dgpo_fast.flow.schedules import schedule_sigmas
-from dgpo_fast.ops.sde_step import STD, SDEStep, cps_coefficients, sde_coefficients, sde_step
+from dgpo_fast.ops.sde_step import OF_VELOCITY, STD, SDEStep, cps_coefficients, sde_coefficients, sde_step
 from dgpo_fast.profiling import span, stage
 from dgpo_fast.records import Trajectory
 
@@ -80,6 +80,11 @@ class SDESampler:
         """How often a difference of a step's log-densities counts: of CPS the published code compares the squared
         distances from the mean alone, which are 2 std^2 times as far apart."""
         return 2 * float(self.coefficients_T3[number, STD]) ** 2 if self.sde_type == "cps" else 1.0
+
+    def sensitivity(self, number: int) -> float:
+        """How far a velocity that is off by 1 moves the logarithm of a step's ratio, in deviations of its noise."""
+        of_velocity, std = map(float, self.coefficients_T3[number, [OF_VELOCITY, STD]])
+        return self.density_scale(number) * abs(of_velocity) / std
 
     @torch.no_grad()
     def sample(

@@ -67,6 +67,7 @@ def scored_groups(
         reward_B=reward_B.masked_fill(~valid_B, torch.nan)[mine],
         valid_B=valid_B[mine],
         num_valid=_of_steps(valid_B, updates),
+        num_advantaged=_of_steps(advantages.advantage_B != 0, updates),
         num_groups=_of_steps(counts_G, updates),
         group_size_G=valid_B.view(-1, size).sum(1).float(),
         advantage_B=advantages.advantage_B[mine],

@@ -70,7 +70,9 @@ def score() -> Callable[..., ScoredGroups]:
         )
         return ScoredGroups(
             rollout=rollout, reward_B=reward_B, valid_B=valid_B,
-            num_valid=tuple(valid_B.view(updates, -1).sum(1).tolist()), advantage_B=advantages.advantage_B,
+            num_valid=tuple(valid_B.view(updates, -1).sum(1).tolist()),
+            num_advantaged=tuple((advantages.advantage_B != 0).view(updates, -1).sum(1).tolist()),
+            advantage_B=advantages.advantage_B,
             group_size_G=valid_B.view(-1, size).sum(1).float(),
             num_groups=tuple(valid_B.view(updates, -1, size).any(2).sum(1).tolist()),
         )  # fmt: skip

@@ -19,7 +19,7 @@ class HardReset(DGPO):
     settings_type = HardResetConfig
     settings: HardResetConfig
 
-    def after_step(self, policy: Policy, step: int) -> None:
+    def after_iteration(self, policy: Policy, step: int) -> None:
         if (step + 1) % self.settings.reset_every == 0:
             policy.average_into("old", decay=0.0)
 

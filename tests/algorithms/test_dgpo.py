@@ -77,6 +77,7 @@ def score(rollout: Rollout, config: Config, *, invalid: Sequence[int] = ()) -> S
     advantages = group_advantages(reward_B, valid_B, group_size=size, std="group", epsilon=1e-4, clamp=5.0)
     return ScoredGroups(
         rollout=rollout, reward_B=reward_B, valid_B=valid_B, num_valid=(int(valid_B.sum()),),
+        num_advantaged=(int(valid_B.sum()),),
         advantage_B=advantages.advantage_B, group_size_G=valid_B.view(-1, size).sum(1).float(),
         num_groups=(int(valid_B.view(-1, size).any(1).sum()),),
     )  # fmt: skip
@@ -216,6 +217,7 @@ def test_batches_of_a_group_do_not_depend_on_the_rank(make_policy: MakePolicy) -
         reward_B=both.reward_B[4:],
         valid_B=both.valid_B[4:],
         num_valid=both.num_valid,
+        num_advantaged=both.num_advantaged,
         num_groups=both.num_groups,
         advantage_B=both.advantage_B[4:],
         group_size_G=both.group_size_G,
@@ -618,7 +620,7 @@ def test_the_old_policy_follows_the_published_average(make_policy: MakePolicy, s
     config = tiny()
     policy = make_policy(config, spread=SPREAD)
     old, current, ema = (policy.views[view].master.double() for view in ("old", "policy", "ema"))
-    DGPO(config).after_step(policy, step)
+    DGPO(config).after_iteration(policy, step)
     average = policy.views["old"].master.double()
     rounding = 3 * EPS * old.abs().max().item()
     torch.testing.assert_close(average, decay * old + (1 - decay) * current, rtol=0, atol=rounding)

@@ -167,12 +167,12 @@ def test_the_reference_becomes_the_policy_now_and_then(make_policy: MakePolicy, 
     for step in range(7):
         before = policy.views["old"].master.clone()
         policy.set_weights("policy", policy.trainable.detach() + 1)
-        algorithm.after_step(policy, step)
+        algorithm.after_iteration(policy, step)
         expected = policy.trainable.detach() if step in (2, 5) else before
         assert torch.equal(policy.views["old"].master, expected), step
     before = policy.views["old"].master.clone()
     for step in range(4):
-        DiffusionDPO(tiny("tiny-diffusion-dpo", *SIGMAS)).after_step(policy, step)
+        DiffusionDPO(tiny("tiny-diffusion-dpo", *SIGMAS)).after_iteration(policy, step)
     assert torch.equal(policy.views["old"].master, before)
 
 

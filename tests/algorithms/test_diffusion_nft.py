@@ -160,7 +160,7 @@ def test_the_old_policy_follows_the_published_average(
     assert (config.old_policy.rate, config.old_policy.max_decay) == (0.001, 0.5)
     policy = make_policy(config, spread=SPREAD)
     old, current = (policy.views[view].master.double() for view in ("old", "policy"))
-    DiffusionNFT(config).after_step(policy, step)
+    DiffusionNFT(config).after_iteration(policy, step)
     rounding = 3 * EPS * max(old.abs().max().item(), current.abs().max().item())
     average = policy.views["old"].master.double()
     torch.testing.assert_close(average, decay * old + (1 - decay) * current, rtol=0, atol=rounding)

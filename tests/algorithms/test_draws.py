@@ -68,7 +68,7 @@ def test_optimizer_steps_share_out_the_groups(recipe: str, quick: tuple[str, ...
     num_valid, num_groups = (3, 8), (1, 2)
     scored = ScoredGroups(
         rollout=rollout, reward_B=reward_B, valid_B=valid_B, advantage_B=reward_B, num_valid=num_valid,
-        num_groups=num_groups, group_size_G=valid_B.view(4, 4).sum(1).float(),
+        num_advantaged=num_valid, num_groups=num_groups, group_size_G=valid_B.view(4, 4).sum(1).float(),
     )  # fmt: skip
     passes = trainer.config.algorithm.passes
     for update in range(2):

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from dgpo_fast.algorithms.flow_grpo import FlowGRPO
 from dgpo_fast.config import Config
+from dgpo_fast.errors import UserError
 from dgpo_fast.flow.schedules import schedule_sigmas
+from dgpo_fast.flow.sde import SDESampler
 from dgpo_fast.models.adapters import AdapterPolicy
 from dgpo_fast.models.engines import View
 from dgpo_fast.parallel.placement import placement_of
@@ -61,10 +63,10 @@ def schedule(config: Config) -> list[float]:
 
 
 def written(
-    policy: AdapterPolicy, config: Config, batch: TrajectoryBatch, *, num_valid: int, detached: bool = True
+    policy: AdapterPolicy, config: Config, batch: TrajectoryBatch, *, num_kept: int, detached: bool = True
 ) -> dict[str, Tensor]:
     """A micro-batch's part of everything, in float64, by section 5 of the paper's summary, or with CPS's step as its
-    authors compute it; means over valid samples."""
+    authors compute it; means over the samples that have an advantage."""
     sigmas, settings = schedule(config), config.algorithm
     sigma, sigma_next, is_cps = *sigmas[batch.step : batch.step + 2], settings.sde_type == "cps"
     dt, x = sigma_next - sigma, batch.x_MCHW.double()
@@ -81,13 +83,13 @@ def written(
     mean = mean_of(guided(policy, config, "policy", batch, detached=detached))
     with torch.no_grad():
         reference = mean_of(guided(policy, config, "ref", batch))
-    std, kept = s if is_cps else s * math.sqrt(-dt), batch.valid_M
+    std, kept = s if is_cps else s * math.sqrt(-dt), batch.advantage_M.abs() > 0
     log_prob_M = torch.distributions.Normal(mean, std).log_prob(batch.x_next_MCHW.double()).mean((1, 2, 3))
     ratio = torch.exp((2 * std**2 if is_cps else 1) * (log_prob_M - batch.old_log_prob_M.double()))[kept]
     advantage, clip = batch.advantage_M.double()[kept], settings.clip
     surrogate = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
     distance = (mean - reference).square().mean((1, 2, 3))[kept] / (2 * s**2)
-    share = 1 / (num_valid * 3)
+    share = 1 / (num_kept * 3)
     policy_loss, kl = share * surrogate.sum(), share * distance.sum()
     return {
         "loss": policy_loss + settings.kl_coef * kl, "policy_loss": policy_loss, "kl": kl,
@@ -112,7 +114,7 @@ def test_the_loss_and_its_gradient_are_the_written_ones(
     gradient, found = learn(policy, config, scored)
     batches = [batch for (batch,) in FlowGRPO(config).batches(scored)]
     assert [batch.step for batch in batches] == [0, 1, 2]
-    parts = [written(policy, config, batch, num_valid=8 - len(invalid)) for batch in batches]
+    parts = [written(policy, config, batch, num_kept=8 - len(invalid)) for batch in batches]
     expected = {name: sum(part[name].item() for part in parts) for name in parts[0]}
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -124,10 +126,32 @@ def test_the_loss_and_its_gradient_are_the_written_ones(
     assert (gradient - written_gradient).norm() < 64 * EPS * written_gradient.norm()
     if guidance > 1:
         through_both = torch.stack(
-            [written(policy, config, batch, num_valid=8 - len(invalid), detached=False)["loss"] for batch in batches]
+            [written(policy, config, batch, num_kept=8 - len(invalid), detached=False)["loss"] for batch in batches]
         ).sum()
         other = gradient_of(policy, through_both)
         assert (other - written_gradient).norm() > 0.1 * written_gradient.norm(), "a gradient there would be seen"
+
+
+def test_samples_of_a_tied_group_are_no_part_of_either_term(
+    make_policy: MakePolicy, tiny: Tiny, prompts_of: PromptsOf, score: Score, learn: Learn, gradient_of: GradientOf
+) -> None:
+    """Nor is one that has its group's mean. Where all are tied nothing is learnt, not even to be like the base."""
+    config = tiny("tiny-flow-grpo", *RECIPE, "algorithm.kl_coef=0.3", micro=8)
+    policy = make_policy(config, spread=SPREAD)
+    rollout = drawn(policy, config, prompts_of)
+    scored = score(rollout, config, rewards=[1.0, 0.0, 0.5, 0.5, 0.7, 0.7, 0.7, 0.7])
+    assert scored.num_valid == (8,) and scored.num_advantaged == (2,)
+    moved(policy)
+    gradient, found = learn(policy, config, scored)
+    parts = [written(policy, config, batch, num_kept=2) for (batch,) in FlowGRPO(config).batches(scored)]
+    for name in parts[0]:
+        value = sum(part[name].item() for part in parts)
+        assert found[name] == pytest.approx(value, rel=64 * EPS, abs=16 * EPS), name
+    assert found["kl"] > 0.001
+    expected = gradient_of(policy, torch.stack([part["loss"] for part in parts]).sum())
+    assert (gradient - expected).norm() < 64 * EPS * expected.norm()
+    gradient, found = learn(policy, config, score(rollout, config, rewards=[0.7] * 8))
+    assert not gradient.any() and found["loss"] == found["kl"] == 0
 
 
 def test_without_a_kl_term_no_distance_is_reported(
@@ -193,21 +217,47 @@ def test_a_drift_is_reported(make_policy: MakePolicy, tiny: Tiny, monkeypatch: p
         return velocity(view, x_BCHW, conditioned) * (1 + 1e-2 * torch.is_grad_enabled())
 
     monkeypatch.setattr(policy.engine, "velocity", drifted)
-    assert 1e-6 < algorithm.drift(policy) < 1
-    assert "misses 1 by" in algorithm.prepare(policy) and "algorithm.clip is 0.0001" in algorithm.prepare(policy)
+    drift = algorithm.drift(policy)
+    assert 1e-6 < drift < 1
+    for times, found in ((11, ""), (9, ": some samples are clipped too soon or too late"), (0.9, None)):
+        algorithm = FlowGRPO(tiny("tiny-flow-grpo", *RECIPE, f"algorithm.clip={times * drift}"))
+        if found is None:
+            with pytest.raises(UserError, match=r"^model\.engine: with fused .* misses 1 by .* would clip at random"):
+                algorithm.prepare(policy)
+        else:
+            assert algorithm.prepare(policy).endswith(f"where algorithm.clip is {times * drift:g}{found}")
     assert torch.equal(policy.trainable, weights)
     # Of CPS the ratio is of squared distances, not of densities: it is nearer to 1 by 2 std^2.
     preserving = FlowGRPO(tiny("tiny-flow-grpo", *RECIPE, "algorithm.sde_type=cps"))
-    scale, drift = preserving.sampler.density_scale(preserving.settings.passes // 2), preserving.drift(policy)
+    monkeypatch.setattr(SDESampler, "sensitivity", lambda self, number: float(number == 1))
+    scale, drift = preserving.sampler.density_scale(1), preserving.drift(policy)
     preserving.sampler = replace(preserving.sampler, sde_type="sde")
     assert scale < 0.9 and math.log1p(drift) == pytest.approx(scale * math.log1p(preserving.drift(policy)), rel=0.05)
+
+
+@pytest.mark.parametrize("sde_type", ["sde", "cps"])
+def test_a_drift_is_sought_where_it_tells_most(
+    make_policy: MakePolicy, tiny: Tiny, sde_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At no other trained step does a velocity that is off by a little move the ratio further."""
+    config = tiny("tiny-flow-grpo", *RECIPE, f"algorithm.sde_type={sde_type}")
+    policy, algorithm = make_policy(config, spread=SPREAD), FlowGRPO(config)
+    velocity = policy.engine.velocity
+    off = 1e-3 * torch.randn(4, *policy.model.latent_shape, generator=torch.Generator().manual_seed(3))
+    monkeypatch.setattr(policy.engine, "velocity", lambda *given: velocity(*given) + off * torch.is_grad_enabled())
+    chosen, drifts = algorithm.drift(policy), list[float]()
+    for step in range(3):
+        monkeypatch.setattr(SDESampler, "sensitivity", lambda self, number, step=step: float(number == step))
+        drifts.append(algorithm.drift(policy))
+    assert chosen == max(drifts) > 1.2 * min(drifts)
 
 
 @pytest.mark.parametrize("updates", [1, 2, 4])
 def test_optimizer_steps_share_out_the_groups(
     make_policy: MakePolicy, tiny: Tiny, prompts_of: PromptsOf, score: Score, updates: int
 ) -> None:
-    """Whole groups, each to one step, at every trained step of the rollout; means over the step's own valid samples."""
+    """Whole groups, each to one step, at every trained step of the rollout; means over the step's own samples with an
+    advantage: of the first group's only one has a score, and so none."""
     config = tiny("tiny-flow-grpo", *RECIPE, f"optimizer.steps_per_iteration={updates}", groups=4, micro=2)
     policy = make_policy(config, spread=SPREAD)
     rollout = drawn(policy, config, prompts_of)
@@ -216,14 +266,17 @@ def test_optimizer_steps_share_out_the_groups(
     for update in range(updates):
         batches = [batch for (batch,) in FlowGRPO(config).batches(scored, update=update)]
         assert len(batches) == 3 * 8 // updates
-        valid = 16 // updates - (3 if update == 0 else 0)
-        assert {batch.sample_share for batch in batches} == {1 / (valid * 3)}
-        assert sum(batch.sample_share * int(batch.valid_M.sum()) for batch in batches) == pytest.approx(1)
+        num_kept = 16 // updates - (4 if update == 0 else 0)
+        assert {batch.sample_share for batch in batches} == {1 / (max(1, num_kept) * 3)}
+        share = sum(batch.sample_share * int(batch.counts_M.sum()) for batch in batches)
+        assert share == pytest.approx(min(1, num_kept))
         for step in range(3):
             old_M = torch.cat([batch.old_log_prob_M for batch in batches if batch.step == step])
             mine = slice(update * 16 // updates, (update + 1) * 16 // updates)
             assert torch.equal(old_M, rollout.trajectory.log_prob_SB[step, mine])
             x_MCHW = torch.cat([batch.x_next_MCHW for batch in batches if batch.step == step])
+            counts_M = torch.cat([batch.counts_M for batch in batches if batch.step == step])
+            assert torch.equal(counts_M, scored.advantage_B[mine] != 0)
             kept = scored.valid_B[mine]
             assert torch.equal(x_MCHW[kept], rollout.trajectory.x_SBCHW[step + 1, mine][kept])
         seen.append(torch.cat([batch.advantage_M for batch in batches if batch.step == 0]))

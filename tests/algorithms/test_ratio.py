@@ -44,7 +44,7 @@ def drifting(
 @pytest.mark.parametrize("engine", ["fused", "eager"])
 def test_the_ratio_of_equal_policies_is_exactly_one(make_policy: MakePolicy, engine: str, dtype: str) -> None:
     config = tiny(f"model.engine={engine}", f"model.dtype={dtype}")
-    found = check_ratio(make_policy(config, spread=0.05), config, clip=1e-9)
+    found = check_ratio(make_policy(config, spread=0.05), config, scales={"algorithm.clip": 1e-9})
     assert found.errors == "training"
     assert found.line == "the likelihood ratio of equal policies is exactly 1"
 
@@ -53,7 +53,7 @@ def test_the_check_leaves_all_weights_as_they_were(make_policy: MakePolicy) -> N
     config = tiny()
     policy = make_policy(config, spread=0.05)
     before = {view: (adapter.master.clone(), adapter.compute.clone()) for view, adapter in policy.views.items()}
-    check_ratio(policy, config, clip=1e-2)
+    check_ratio(policy, config, scales={"algorithm.clip": 1e-2})
     for view, adapter in policy.views.items():
         assert torch.equal(adapter.master, before[view][0])
         assert torch.equal(adapter.compute, before[view][1])
@@ -65,7 +65,7 @@ def test_a_drift_far_below_the_clip_is_let_pass(make_policy: MakePolicy, monkeyp
     config = tiny()
     policy = make_policy(config)
     drifting(policy, monkeypatch, by=1e-4)
-    found = check_ratio(policy, config, clip=0.5)
+    found = check_ratio(policy, config, scales={"algorithm.clip": 0.5})
     assert found.errors == "training"
     assert "far below algorithm.clip" in found.line
 
@@ -76,7 +76,7 @@ def test_a_drift_with_gradients_alone_costs_one_more_forward(
     config = tiny()
     policy = make_policy(config)
     drifting(policy, monkeypatch, by=1e-3)
-    found = check_ratio(policy, config, clip=1e-6)
+    found = check_ratio(policy, config, scales={"algorithm.clip": 1e-6})
     assert found.errors == "again"
     assert "at the cost of a forward for each micro-batch" in found.line
 
@@ -86,14 +86,33 @@ def test_a_drift_without_gradients_too_is_refused(make_policy: MakePolicy, monke
     policy = make_policy(config)
     drifting(policy, monkeypatch, by=1e-3, without_gradients=True)
     with pytest.raises(UserError, match=r"^model\.engine: with fused .* algorithm\.clip is 1e-06"):
-        check_ratio(policy, config, clip=1e-6)
+        check_ratio(policy, config, scales={"algorithm.clip": 1e-6})
 
 
 def test_without_a_clip_nothing_is_run(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny()
     policy = make_policy(config)
     monkeypatch.setattr(policy.engine, "velocity", lambda *given: pytest.fail("the model has run"))
-    assert check_ratio(policy, config, clip=None).errors == "training"
+    assert check_ratio(policy, config, scales={}).errors == "training"
+
+
+def test_the_narrowest_scale_decides(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny()
+    policy = make_policy(config)
+    drifting(policy, monkeypatch, by=1e-3, without_gradients=True)
+    with pytest.raises(UserError, match=r"1 / algorithm\.beta is 1e-06: .* or a 1 / algorithm\.beta above"):
+        check_ratio(policy, config, scales={"algorithm.clip": 100.0, "1 / algorithm.beta": 1e-6})
+
+
+def test_scores_that_compare_with_the_old_policy_are_checked_though_nothing_is_clipped(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny("algorithm.clip=null", "algorithm.reference=old", "algorithm.beta=1e6")
+    policy, algorithm = make_policy(config), DGPO(config)
+    drifting(policy, monkeypatch, by=1e-3)
+    assert "once more" in algorithm.prepare(policy) and algorithm.ratio_errors == "again"
+    base = tiny("algorithm.clip=null", "algorithm.beta=1e6")
+    assert "not asked for" in DGPO(base).prepare(policy)
 
 
 def test_an_algorithm_is_prepared_by_the_check(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:

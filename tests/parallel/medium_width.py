@@ -62,7 +62,8 @@ def main(out: Path) -> None:
     learner = Learner(config, world)
     velocity = learner.policy.velocity("policy", *given)[0]
     learner.backward(velocity.float().square().mean() / world.size)
-    learner.step(0, after_step=lambda policy, step: policy.average_into("old", decay=0.5))
+    learner.step(0)
+    learner.policy.average_into("old", decay=0.5)
     old = learner.policy.velocity("old", *given)[0]
     assert old.isfinite().all()
     assert not torch.equal(old, velocity)

@@ -116,7 +116,8 @@ def batches_of_ranks(num_ranks: int, micro: int) -> dict[tuple[float, int], tupl
         )  # fmt: skip
         scored = ScoredGroups(
             rollout=Rollout(prompts=prompts, x0_BCHW=x0_BCHW[mine]), reward_B=reward_B[mine],
-            valid_B=valid_B[mine], num_valid=(int(valid_B.sum()),), advantage_B=advantages.advantage_B[mine],
+            valid_B=valid_B[mine], num_valid=(int(valid_B.sum()),), num_advantaged=(int(valid_B.sum()),),
+            advantage_B=advantages.advantage_B[mine],
             group_size_G=valid_B.view(-1, size).sum(1).float(), num_groups=(4,),
         )  # fmt: skip
         place = 0
