@@ -345,11 +345,15 @@ def test_a_run_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_final_run_lasts_until_it_has_arrived_and_shown_what_it_keeps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for seed, arrives, last in ((0, 120, 2400), (1, 120, 900), (1, 1200, 1260), (1, 3000, 2400)):
+    """Flow-GRPO's goes on, so that later targets are known of it."""
+    for method, seed, arrives, last in (
+        ("dgpo", 0, 120, 2400), ("dgpo", 1, 120, 900), ("dgpo", 1, 1200, 1260), ("dgpo", 1, 3000, 2400),
+        ("flow-grpo", 1, 120, 2400),
+    ):  # fmt: skip
         curve = [(0, 0.5), *((second, 0.9 if second >= arrives else 0.6) for second in range(60, 2401, 60))]
         points = [point(*values) for values in curve]
         monkeypatch.setattr(speedup, "train", lambda run, cost_s, points=points: iter(points))
-        run = Run(method="dgpo", setting=(f"optimizer.lr={arrives}",), seed=seed, budget_s=2400.0)
+        run = Run(method=method, setting=(f"optimizer.lr={arrives}",), seed=seed, budget_s=2400.0)
         price(tmp_path, run, 2.5)
         speedup.measure(run, tmp_path)
         assert read(tmp_path / f"{run.name}.csv")[-1].seconds == last

@@ -248,22 +248,15 @@ def test_the_step_is_no_longer_than_the_clipped_gradient(tmp_path: Path, quick: 
 
 
 @pytest.mark.parametrize("std", ["group", "global"])
-def test_advantages_are_those_of_the_recipe(
-    std: str, tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_advantages_are_those_of_the_recipe(std: str, tmp_path: Path, quick: tuple[str, ...]) -> None:
     rule = (f"advantages.std={std}", "advantages.epsilon=0.001", "advantages.clamp=0.5")
-    trainer = Trainer(load_recipe("tiny-dgpo", [*quick, *rule]), tmp_path)
-    learned: list[ScoredGroups] = []
-    monkeypatch.setattr(trainer, "_learn", lambda scored, update: learned.append(scored) or {})
-    monkeypatch.setattr("dgpo_fast.trainer.StepReport", SimpleNamespace(of=dict))
-    trainer.run_iteration()
-    reward_GS = learned[0].reward_B.double().numpy().reshape(2, 4)
+    scored, _ = Trainer(load_recipe("tiny-dgpo", [*quick, *rule]), tmp_path)._sample()
+    reward_GS = scored.reward_B.double().numpy().reshape(2, 4)
     deviation = reward_GS.std(1, keepdims=True) if std == "group" else reward_GS.std()
     expected_GS = (reward_GS - reward_GS.mean(1, keepdims=True)) / (deviation + 0.001)
     assert np.abs(expected_GS).max() > 0.5
-    np.testing.assert_allclose(
-        learned[0].advantage_B.numpy(), expected_GS.clip(-0.5, 0.5).ravel(), rtol=1e-4, atol=1e-6
-    )
+    np.testing.assert_allclose(scored.advantage_B.numpy(), expected_GS.clip(-0.5, 0.5).ravel(), rtol=1e-4, atol=1e-6)
+    assert scored.num_advantaged == (8,)
 
 
 # Samples and gradients that are not finite
