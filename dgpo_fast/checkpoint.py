@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf, isnan, nan
@@ -32,6 +33,8 @@ from dgpo_fast.parallel.piece_files import create_file, read_pieces, write_piece
 from dgpo_fast.parallel.weights import Held, Piece, Shapes
 from dgpo_fast.parallel.world import World
 
+SEEN_S = 60.0
+"""For a directory that one machine has written to be seen by the others: a network's disk remembers what it lacks."""
 _NAME = re.compile(r"step-(\d{6,})")
 
 Step = int | Literal["best"]
@@ -126,10 +129,16 @@ def save_checkpoint(run_dir: Path, state: State, world: World, *, save_weights: 
         partial.rename(target)
         _sync(target.parent)
 
+    def digest() -> None:
+        files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+        mine.update({name: _digest(partial / name) for name in files[world.rank :: world.size]})
+
+    mine: dict[str, str] = {}
     try:
         _together(world, begin, only_first=True)
         _together(world, write)
-        digests = _digests(world, partial)
+        _together(world, digest)
+        digests = {name: digest for of_rank in world.gather_objects(mine) for name, digest in of_rank.items()}
         _together(world, finish, only_first=True)
     except _Failed as failed:
         if world.is_first:
@@ -170,7 +179,16 @@ def rotate(run_dir: Path, scores: Mapping[int, float], *, keep_last: int) -> Non
                 path.rename(doomed)
     except OSError as error:
         raise UserError(f"cannot tidy {link.parent}: {error.strerror}; no checkpoint is damaged") from error
-    for path in (*link.parent.glob(".step-*.old"), *link.parent.glob(".step-*.partial")):
+    remove_left_overs(run_dir)
+
+
+def remove_left_overs(run_dir: Path) -> None:
+    """Removes what nothing refers to: checkpoints that are old, or that a process was killed over.
+
+    To be called by the process whose run it is, while none is being written.
+    """
+    folder = run_dir / "checkpoints"
+    for path in (*folder.glob(".step-*.old"), *folder.glob(".step-*.partial")):
         shutil.rmtree(path, ignore_errors=True)  # what somebody still reads, on a network's disk, goes next time
 
 
@@ -199,8 +217,13 @@ def load_chosen(run_dir: Path, step: Step | None, world: World) -> Checkpoint:
 
 def _load_seen_by_all(run_dir: Path, name: str, world: World) -> Checkpoint:
     directory = run_dir / "checkpoints" / name
-    if world.highest(not directory.is_dir()):
-        raise UserError(f"{directory} is not seen by every rank: {run_dir} has to lie where all of them read and write")
+    end = time.monotonic() + SEEN_S
+    while world.highest(not directory.is_dir()):
+        if world.highest(time.monotonic() > end):
+            raise UserError(
+                f"{directory} is not seen by every rank: {run_dir} has to lie where all of them read and write"
+            )
+        time.sleep(min(1.0, SEEN_S / 10))
     return load_checkpoint(directory, world)
 
 
@@ -294,13 +317,6 @@ def _together(world: World, action: Callable[[], None], *, only_first: bool = Fa
         reason = str(error)
     if reasons := [reason for reason in world.gather_objects(reason) if reason is not None]:
         raise _Failed(reasons[0])
-
-
-def _digests(world: World, directory: Path) -> dict[str, str]:
-    """The SHA-256 of every file, by its path in `directory`; ranks share the files out among themselves."""
-    files = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
-    mine = {name: _digest(directory / name) for name in files[world.rank :: world.size]}
-    return {name: digest for digests in world.gather_objects(mine) for name, digest in digests.items()}
 
 
 def _write_manifest(directory: Path, digests: Mapping[str, str]) -> None:

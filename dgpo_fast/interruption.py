@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType, TracebackType
 
 from dgpo_fast.parallel.world import World
@@ -10,6 +11,10 @@ from dgpo_fast.profiling import stage
 
 FAILED = 1
 """What a rank that has failed says, below every signal that is remembered."""
+
+
+SAME_REQUEST_S = 5.0
+"""Within which a SIGTERM after another is the same request: a scheduler's, and that which a launcher passes on."""
 
 
 class Interrupted(Exception):
@@ -21,7 +26,8 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """While entered, the first SIGINT and the first SIGTERM are remembered; a second one has its usual effect at once.
+    """While entered, the first SIGINT and the first SIGTERM are remembered; a second one has its usual effect at once,
+    but for a SIGTERM within `SAME_REQUEST_S` of the first.
 
     A launcher that Ctrl-C interrupts, as it does the ranks, may then terminate them: the two together are one request.
     """
@@ -30,6 +36,7 @@ class Interruption:
         self.world = world
         self.received: int | None = None
         self._usual: dict[int, object] = {}
+        self._terminated_at: float | None = None
 
     def __enter__(self) -> Interruption:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -66,4 +73,11 @@ class Interruption:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
+        if number == signal.SIGTERM:
+            now = time.monotonic()
+            self._terminated_at = now if self._terminated_at is None else self._terminated_at
+            if now - self._terminated_at < SAME_REQUEST_S:
+                return
         signal.signal(number, self._usual[number])  # type: ignore[arg-type]
+        if number == signal.SIGTERM:
+            signal.raise_signal(number)

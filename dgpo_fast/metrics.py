@@ -13,6 +13,7 @@ import json
 import math
 import os
 import secrets
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 WARNINGS = "warnings.jsonl"
+
+RELEASED_S = 30.0
+"""For a lock of a process that was killed to be gone: on a network's disk it takes a while."""
 
 SINGLE_REWARD = "reward/"
 SECTIONS = {
@@ -84,8 +88,7 @@ class MetricsLog:
     def write(self, report: StepReport) -> None:
         """Adds one optimizer step."""
         values = as_line(report)
-        self._metrics.write(json.dumps(values, allow_nan=False) + "\n")
-        self._metrics.flush()
+        _append(self._metrics, values)
         shown = {f"{name}/{key}": values[key] for name, keys in SECTIONS.items() for key in keys}
         shown |= {key: values[key] for key in values if key.startswith(SINGLE_REWARD)}
         shown |= {f"method/{key}": values[key] for key in report.extra}
@@ -109,18 +112,15 @@ class MetricsLog:
             "base": {name: json_number(value) for name, value in base.items()},
             "tuned": {name: json_number(value) for name, value in tuned.items()},
         }
-        self._evaluations.write(json.dumps(line, allow_nan=False) + "\n")
-        self._evaluations.flush()
+        _append(self._evaluations, line)
         self._plot({f"evaluation/{name}": value for name, value in tuned.items()}, step)
 
     def write_finding(self, finding: Finding) -> None:
         """Adds what the guard found, unless it is there: a resumed run looks at its last evaluation again."""
-        line = json.dumps(finding._asdict()) + "\n"
         self._warnings.seek(0)
-        if line in self._warnings:
+        if json.dumps(finding._asdict()) + "\n" in self._warnings:
             return
-        self._warnings.write(line)
-        self._warnings.flush()
+        _append(self._warnings, finding._asdict())
         if self._tensorboard is not None:
             self._tensorboard.add_text("guard", finding.line, finding.step)
 
@@ -195,22 +195,33 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 
+def _append(file: TextIO, values: Mapping[str, Any]) -> None:
+    """A line more, on the disk once this returns: a checkpoint that comes after it does not outlive it."""
+    file.write(json.dumps(values, allow_nan=False) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def _locked(path: Path, *, resumed: bool) -> TextIO:
-    """A log to add to, which no other process adds to until it is closed.
+    """A log to add to, which no other process adds to until it is closed. One that goes on waits a little for it.
 
     Raises:
         UserError: one does already.
     """
-    file = path.open("a", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        way_out = "end it first" if resumed else "end it, or give another --out"
-        raise UserError(f"{path.parent}: a run that is not over writes there; {way_out}") from None
-    except OSError:
-        pass  # of a file system that knows no locks
-    return file
+    file, end = path.open("a", encoding="utf-8"), time.monotonic() + (RELEASED_S if resumed else 0)
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < end:
+                time.sleep(min(1.0, RELEASED_S / 10))
+                continue
+            file.close()
+            way_out = "end it first" if resumed else "end it, or give another --out"
+            raise UserError(f"{path.parent}: a run that is not over writes there; {way_out}") from None
+        except OSError:
+            pass  # of a file system that knows no locks
+        return file
 
 
 def _cut(path: Path, step: int) -> None:

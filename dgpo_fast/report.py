@@ -10,6 +10,7 @@ import base64
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -165,8 +166,13 @@ def read_run(run_dir: Path) -> Run:
     Raises:
         UserError: `run_dir` is no run directory, or one of its files is damaged.
     """
-    grids = sorted((run_dir / "samples").glob("step-*.png"))
-    samples = [(int(grid.stem.removeprefix("step-")), read_grid(grid)) for grid in (*grids[:1], *grids[1:][-1:])]
+    by_step = {
+        int(found[1]): path
+        for path in (run_dir / "samples").glob("step-*.png")
+        if (found := re.fullmatch(r"step-(\d+)\.png", path.name))
+    }
+    steps = sorted(by_step)
+    samples = [(step, read_grid(by_step[step])) for step in (*steps[:1], *steps[1:][-1:])]
     return Run(
         config=load_run_config(run_dir),
         metrics=read_metrics(run_dir),

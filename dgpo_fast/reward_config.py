@@ -128,7 +128,8 @@ class JudgeConfig(Section):
     """For all images of a batch together: those without an answer by then have no score. At most half of
     `rewards.timeout_s`, within which images without a score are asked about once more."""
     retries: Index = 4
-    """How often a request is sent again after a timeout, a lost connection or an error of the server."""
+    """How often a request is sent again after a timeout, a lost connection or an error of the server; one that has
+    answered before and takes no connection is asked until `deadline_s`."""
     backoff_s: NonNegative = 1.0
     """Wait before the first retry; it doubles with each one, and a random part of up to a half is taken off it."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dgpo_fast.checkpoint import list_checkpoints
+from dgpo_fast.checkpoint import list_checkpoints, remove_left_overs
 from dgpo_fast.config import Config, dump_config, load_recipe, resume_conflicts
 from dgpo_fast.environment import describe_environment
 from dgpo_fast.errors import UserError
@@ -72,6 +72,7 @@ class RunDirectory:
                     resume_step=start_step if resumed else None,
                 )  # fmt: skip
                 opened.callback(self._log.close)
+                remove_left_overs(out)
                 write_atomically(out / "config.yaml", dump_config(config).encode())  # without it no run can be resumed
                 (out / "environment.json").write_text(json.dumps(describe_environment(), indent=2) + "\n")
                 opened.pop_all()
@@ -90,14 +91,13 @@ class RunDirectory:
         self.progress.__exit__(kind, error, trace)
         if not self.is_first:
             return
-        self._log.close()
         try:
+            self._log.close()
             seconds = {"/".join(path): round(value, 3) for path, value in sorted(self.clock.seconds.items())}
             (self.out / "stages.json").write_text(json.dumps(seconds, indent=2) + "\n")
             write_report(self.out)
-        except Exception:
-            if kind is None:  # of a run that has failed, the report's error would hide why
-                raise
+        except Exception as failed:  # all that was learnt is saved: the run ends as it would have, and says so itself
+            self.say(f"{self.out}: the report was not written: {type(failed).__name__}: {failed}")
 
     def log_step(self, report: StepReport) -> None:
         """A line of metrics.jsonl, the progress display, and what the guard says to it."""

@@ -102,34 +102,42 @@ class Trainer:
 
     def train(self) -> None:
         """Runs until `steps` steps are done. Saves and raises SystemExit(130 or 143) on a signal, (1) for the guard."""
-        status, first = 0, self.world.is_first
         run = RunDirectory(
-            self.out, self.config, self.guard,
-            clock=self.clock, start_step=self.step, past=self.past, resumed=self.resumed, is_first=first,
+            self.out, self.config, self.guard, clock=self.clock, start_step=self.step, past=self.past,
+            resumed=self.resumed, is_first=self.world.is_first,
         )  # fmt: skip
-        with self.scorer, run, self.interruption:
-            engine = describe_engine(self.policy.model)
-            run.say(f"{describe_serving(self.world.device.type)}\n{engine}\n{self.readiness}")
-            try:
-                self._look_up_from_work(run)
-                while self.step < self.config.steps:
-                    for report in self.run_iteration():
-                        run.log_step(report)
-                    if self.warning is not None:
-                        run.say(self.warning)
-                    self._look_up_from_work(run)
-            except Unscored:
-                if self.step != self.saved_step:
-                    self._save_what_was_learnt(run)
-                raise
-            except Interrupted as interrupted:
-                status = interrupted.status
-                self._save_checkpoint()
-                run.say(f"stopped after step {self.step} of {self.config.steps}, saved; {interrupted.way_on} from here")
-        self.world.wait()  # a launcher ends every rank once one is gone, and the first may still write the report
+        # At the end all wait: a launcher ends every rank once one is gone, and the first may still write the report.
+        try:
+            with self.scorer, run, self.interruption:
+                status = self._train(run)
+        except Unscored:
+            self.world.wait()
+            raise
+        self.world.wait()
         if status:
             self.world.leave()
             raise SystemExit(status)
+
+    def _train(self, run: RunDirectory) -> int:
+        """The exit status: 0 once all steps are made, else of the signal, or the guard, that ended it."""
+        run.say(f"{describe_serving(self.world.device.type)}\n{describe_engine(self.policy.model)}\n{self.readiness}")
+        try:
+            self._look_up_from_work(run)
+            while self.step < self.config.steps:
+                for report in self.run_iteration():
+                    run.log_step(report)
+                if self.warning is not None:
+                    run.say(self.warning)
+                self._look_up_from_work(run)
+        except Unscored:
+            if self.step != self.saved_step:
+                self._save_what_was_learnt(run)
+            raise
+        except Interrupted as interrupted:
+            self._save_checkpoint()
+            run.say(f"stopped after step {self.step} of {self.config.steps}, saved; {interrupted.way_on} from here")
+            return interrupted.status
+        return 0
 
     def run_iteration(self) -> list[StepReport]:
         """One iteration: sample groups, score them, learn from them, in one optimizer step or some.

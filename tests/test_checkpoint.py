@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from threading import Timer
 from typing import cast
 
 import pytest
@@ -23,6 +24,7 @@ from dgpo_fast.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_newest,
+    remove_left_overs,
     rotate,
     save_checkpoint,
 )
@@ -340,8 +342,9 @@ class Second:
         return value
 
 
-def test_ranks_go_on_from_the_checkpoint_of_rank_0(tmp_path: Path) -> None:
+def test_ranks_go_on_from_the_checkpoint_of_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What another machine lists may be older, of a network's disk, or a disk of its own."""
+    monkeypatch.setattr("dgpo_fast.checkpoint.SEEN_S", 0.0)
     for step in (1, 2, 3):
         save(tmp_path, step)
     for first in ("step-000002", None):
@@ -349,6 +352,35 @@ def test_ranks_go_on_from_the_checkpoint_of_rank_0(tmp_path: Path) -> None:
         assert (found.directory.name if found else None) == first
     with pytest.raises(UserError, match=r"step-000009 is not seen by every rank: .* has to lie where all of them"):
         load_newest(tmp_path, cast("World", Second("step-000009")))
+
+
+def test_a_checkpoint_that_is_seen_late_is_waited_for(tmp_path: Path) -> None:
+    hidden = save(tmp_path, 1).rename(tmp_path / "elsewhere")
+    timer = Timer(0.3, lambda: hidden.rename(tmp_path / "checkpoints" / "step-000001"))
+    timer.start()
+    found = load_newest(tmp_path, cast("World", Second("step-000001")))
+    timer.join()
+    assert found is not None and found.step == 1
+
+
+def test_what_a_killed_process_left_over_goes(tmp_path: Path) -> None:
+    kept = save(tmp_path, 1)
+    for name in (".step-000002.partial", ".step-000001.old"):
+        (tmp_path / "checkpoints" / name / "state").mkdir(parents=True)
+    remove_left_overs(tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"best", kept.name}
+    remove_left_overs(tmp_path / "new")
+
+
+def test_a_file_that_cannot_be_read_back_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    save(tmp_path, 1)
+    monkeypatch.setattr("dgpo_fast.checkpoint._digest", unreadable)
+    with pytest.raises(UserError, match=r"cannot save .*step-000002: Input/output error; earlier checkpoints are"):
+        save(tmp_path, 2)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"best", "step-000001"}
 
 
 def test_the_manifest_lists_every_file(tmp_path: Path) -> None:

@@ -282,7 +282,7 @@ def test_a_run_of_which_ranks_were_killed_and_failed_ends_like_one_of_which_none
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     killed = subprocess.run(
         [*torchrun, "-m", "dgpo_fast", *train, "--out", tmp_path],
-        env={**environment, "MISBEHAVE": f"{IN_SIXTH_STEP}:SIGKILL-in-fsync"},
+        env={**environment, "MISBEHAVE": f"{IN_SIXTH_STEP}:SIGKILL-in-checkpoint"},
         stderr=subprocess.PIPE, text=True, timeout=2 * TOO_LONG_S,
     )  # fmt: skip
     assert killed.returncode != 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dgpo_fast.interruption import Interrupted, Interruption
+from dgpo_fast.interruption import SAME_REQUEST_S, Interrupted, Interruption
 from dgpo_fast.parallel.world import World
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -40,22 +41,59 @@ def test_the_first_signal_waits_for_a_check(number: signal.Signals, status: int)
     assert interrupted.value.status == status
 
 
+@pytest.fixture
+def pass_seconds(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Moves the clock that interruptions look at."""
+    now = [0.0]
+    monkeypatch.setattr("dgpo_fast.interruption.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def pass_them(seconds: float) -> None:
+        now[0] += seconds
+
+    return pass_them
+
+
 @pytest.mark.parametrize("number", SIGNALS)
-def test_the_second_of_a_signal_has_its_usual_effect(number: signal.Signals) -> None:
+def test_the_second_of_a_signal_has_its_usual_effect(
+    number: signal.Signals, pass_seconds: Callable[[float], None]
+) -> None:
     with Interruption(ALONE):
         signal.raise_signal(number)
+        pass_seconds(SAME_REQUEST_S)
         with pytest.raises(Asked):
             signal.raise_signal(number)
 
 
+def test_the_second_ctrl_c_need_not_wait() -> None:
+    with Interruption(ALONE):
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Asked):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_sigterm_that_is_passed_on_is_no_second_one(pass_seconds: Callable[[float], None]) -> None:
+    with Interruption(ALONE) as interruption:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+            pass_seconds(0.3 * SAME_REQUEST_S)
+        with pytest.raises(Interrupted):
+            interruption.check()
+        pass_seconds(0.2 * SAME_REQUEST_S)
+        with pytest.raises(Asked):
+            signal.raise_signal(signal.SIGTERM)
+
+
 @pytest.mark.parametrize(("first", "second"), [SIGNALS, [*SIGNALS][::-1]])
-def test_one_of_each_signal_is_one_request(first: signal.Signals, second: signal.Signals) -> None:
+def test_one_of_each_signal_is_one_request(
+    first: signal.Signals, second: signal.Signals, pass_seconds: Callable[[float], None]
+) -> None:
     with Interruption(ALONE) as interruption:
         signal.raise_signal(first)
         signal.raise_signal(second)
         with pytest.raises(Interrupted) as interrupted:
             interruption.check()
         assert interrupted.value.status == SIGNALS[first]
+        pass_seconds(SAME_REQUEST_S)
         with pytest.raises(Asked):
             signal.raise_signal(second)
 

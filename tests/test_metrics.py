@@ -9,6 +9,7 @@ import math
 import sys
 import types
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
@@ -269,8 +270,19 @@ def test_a_refusing_wandb_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.
     assert "\n" not in str(caught.value)
 
 
-def test_a_log_is_written_by_one_process(tmp_path: Path) -> None:
+def test_one_that_goes_on_waits_until_the_lock_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a network's disk that of a process that was killed stays for a while."""
+    monkeypatch.setattr("dgpo_fast.metrics.RELEASED_S", 20.0)
+    log = open_log(tmp_path)
+    timer = Timer(0.3, log.close)
+    timer.start()
+    open_log(tmp_path, resume_step=0).close()
+    timer.join()
+
+
+def test_a_log_is_written_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that resumes, or begins anew, while another still runs would cut lines away that it then writes behind."""
+    monkeypatch.setattr("dgpo_fast.metrics.RELEASED_S", 0.05)
     log = open_log(tmp_path)
     log.write(report(1))
     for resume_step, way_out in ((None, "end it, or give another --out"), (0, "end it first")):

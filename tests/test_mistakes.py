@@ -355,8 +355,9 @@ def test_a_disk_that_is_full_on_resume(
     assert_nothing_lost(run, straight_run)
 
 
-def test_a_run_that_is_not_over_keeps_its_directory(run: Path) -> None:
+def test_a_run_that_is_not_over_keeps_its_directory(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another that would go on there is refused before it has written a byte."""
+    monkeypatch.setattr("dgpo_fast.metrics.RELEASED_S", 0.0)
     config = load_recipe(run / "config.yaml")
     shorter = load_recipe(run / "config.yaml", ["steps=3"])
 

@@ -118,7 +118,8 @@ class JudgeReward:
     Each image is one request to `{url}/chat/completions`: a message of the user's with the image, as a PNG in a data
     URL, and the template's text with the prompt in place of {prompt}. No more than `concurrency` are under way at a
     time. A request is sent again, after a growing and random wait, where there is no connection or it breaks, or the
-    server is silent for `timeout_s`, answers 408, 429 or 5xx, or what is not JSON.
+    server is silent for `timeout_s`, answers 408, 429 or 5xx, or what is not JSON: `retries` times, but one that has
+    answered before and takes no connection now, as while it is started again, until `deadline_s` is over.
 
     An image has no score where all of that was in vain, the server refuses the request for its content (any status but
     these and 200), the answer cannot be read or is not on the scale, or there is none `deadline_s` after the batch was
@@ -137,6 +138,7 @@ class JudgeReward:
         if settings.model is None:
             raise UserError(f"{settings.key}.model: not set; expected what the server calls its model")
         self._template = _template(settings)
+        self._has_answered = False
         self._headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY_VARIABLE):
             self._headers["Authorization"] = f"Bearer {key}"
@@ -148,7 +150,7 @@ class JudgeReward:
             images_BCHW: float in [0, 1], RGB.
 
         Raises:
-            UserError: the server takes no connection for any image, refuses the key (401, 403), or does not know the
+            UserError: the server has never taken a connection, refuses the key (401, 403), or does not know the
                 address or the model (404).
         """
         pixels_BHWC = to_bytes(images_BCHW).numpy()
@@ -169,8 +171,9 @@ class JudgeReward:
         except multiprocessing.TimeoutError:
             return self._too_late()
 
-    def _too_late(self) -> NoScoreError:
-        return NoScoreError(f"no answer within {self._settings.deadline_s:g} s ({self._settings.key}.deadline_s)")
+    def _too_late(self, last: str = "") -> NoScoreError:
+        limit = f"{self._settings.deadline_s:g} s ({self._settings.key}.deadline_s)"
+        return NoScoreError(f"no answer within {limit}{last}")
 
     def _outcome(self, pixels_HWC: NDArray[np.uint8], prompt: str, end: float) -> float | NoScoreError:
         try:
@@ -203,18 +206,24 @@ class JudgeReward:
 
     def _complete(self, request: bytes, end: float) -> Any:
         """The server's completion, decoded, from as many requests as it takes and there is time for."""
-        attempt = 0
+        attempt, last = 0, ""
         while (left_s := end - time.monotonic()) > 0:
             try:
-                return self._post(request, min(self._settings.timeout_s, left_s))
+                completion = self._post(request, min(self._settings.timeout_s, left_s))
+                self._has_answered = True
+                return completion
             except _RetryError as error:
-                if attempt == self._settings.retries:
+                may_return = self._has_answered and error.final is UnreachableError
+                if attempt >= self._settings.retries and not may_return:
                     raise error.final(str(error)) from None
+                last = f"; last: {error}"
             longest_s = min(self._settings.backoff_s * 2**attempt, LONGEST_BACKOFF_S)
             wait_s = longest_s * _JITTER.uniform(0.5, 1)  # what failed at once must not come back at once
-            time.sleep(min(wait_s, max(0.0, end - time.monotonic())))
+            if time.monotonic() + wait_s >= end:
+                break
+            time.sleep(wait_s)
             attempt += 1
-        raise self._too_late()
+        raise self._too_late(last)
 
     def _post(self, request: bytes, timeout_s: float) -> Any:
         parts = urlsplit(self._url)
@@ -253,7 +262,8 @@ class JudgeReward:
     def _report(self, failures: Sequence[NoScoreError], num_images: int) -> None:
         if not failures:
             return
-        if len(failures) == num_images and all(isinstance(failure, UnreachableError) for failure in failures):
+        is_unreachable = len(failures) == num_images and all(isinstance(each, UnreachableError) for each in failures)
+        if is_unreachable and not self._has_answered:
             raise UserError(
                 f"{self._settings.key}.url: {self._url} takes no connection ({failures[0]}), after "
                 f"{self._settings.retries} retries; is the server running?"

@@ -25,9 +25,9 @@ class Brightness:
 
     MISBEHAVE=CALL:HOW makes its call number CALL, counted from 1, go wrong, or those of a range FIRST-LAST. HOW: nan or
     inf (for the first image), short (a score too few), raise, hang, the name of a signal to this process,
-    SIGTERM-slowly, after which it takes a second, or SIGKILL-in-fsync, when it next makes sure that a file is on the
-    disk. Of several ranks, MISBEHAVING names the one that does. Of several processes, or of one that is started again,
-    only one does, once, where MISBEHAVED names a file, which is there from then on.
+    SIGTERM-slowly, after which it takes a second, or SIGKILL-in-checkpoint, when it next makes sure that a file of one
+    is on the disk. Of several ranks, MISBEHAVING names the one that does. Of several processes, or of one that is
+    started again, only one does, once, where MISBEHAVED names a file, which is there from then on.
     """
 
     def __init__(self) -> None:
@@ -50,8 +50,8 @@ class Brightness:
         return "MISBEHAVED" not in os.environ or is_made_now(os.environ["MISBEHAVED"])
 
     def _misbehave(self, scores: dict[str, list[float]]) -> None:
-        if self.how == "SIGKILL-in-fsync":
-            os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "SIGKILL-in-checkpoint":
+            os.fsync = _killed_in_checkpoint
         elif self.how.startswith("SIG"):
             name, _, slowly = self.how.partition("-")
             os.kill(os.getpid(), signal.Signals[name])
@@ -63,6 +63,11 @@ class Brightness:
         else:
             for values in scores.values():
                 values[:1] = [] if self.how == "short" else [float(self.how)]
+
+
+def _killed_in_checkpoint(descriptor: int) -> None:
+    if "/checkpoints/" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Obedient:

@@ -83,12 +83,12 @@ def says(answer: str, *, delay_s: float = 0.0) -> Reply:
 class Server:
     """A server whose `reply` to a request may depend on how often its prompt came before."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.reply: Callable[[Asked, int], Reply] = lambda asked, before: says("Final Score: 3")
         self.asked: list[Asked] = []
         self.num_working = self.most_working = 0
         self._lock = Lock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
         self._thread = Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02})
         self._thread.start()
@@ -409,8 +409,8 @@ def test_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_server_that_was_lost_for_some_images_only(server: Server) -> None:
-    """No connection is a failed image like any other while others are scored."""
-    reward = judge(server.url, retries=0, concurrency=1)
+    """No connection is a failed image like any other where some were scored before."""
+    reward = judge(server.url, retries=0, concurrency=1, deadline_s=0.6)
 
     def reply(asked: Asked, before: int) -> Reply:
         server._http.shutdown()
@@ -418,8 +418,25 @@ def test_a_server_that_was_lost_for_some_images_only(server: Server) -> None:
         return says("Final Score: 5")
 
     server.reply = reply
-    with pytest.warns(UserWarning, match="3 of 4 images have no score; the first: ConnectionRefusedError"):
+    with pytest.warns(UserWarning, match="3 of 4 images have no score; the first: no answer within 0.6 s .*Refused"):
         assert scores(reward) == pytest.approx([1, math.nan, math.nan, math.nan], nan_ok=True)
+
+
+def test_a_server_that_is_started_again() -> None:
+    """Is asked until the deadline, however few retries there are; one that stays away costs its images, not the run."""
+    port, servers = free_port(), list[Server]()
+    reward = judge(f"http://127.0.0.1:{port}/v1", retries=0, deadline_s=20, backoff_s=0.05)
+    servers.append(Server(port))
+    assert scores(reward) == pytest.approx([0.5] * 4)
+    servers[0].close()
+    timer = Timer(0.5, lambda: servers.append(Server(port)))
+    timer.start()
+    assert scores(reward) == pytest.approx([0.5] * 4)
+    timer.join()
+    servers[1].close()
+    reward._settings = reward._settings.model_copy(update={"deadline_s": 0.5})
+    with pytest.warns(UserWarning, match="4 of 4 images have no score; the first: no answer within 0.5 s .*Refused"):
+        assert all(map(math.isnan, scores(reward)))
 
 
 def test_a_server_that_comes_late() -> None:
