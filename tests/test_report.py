@@ -389,6 +389,18 @@ def test_tiles_are_compared_only_where_prompts_agree(tmp_path: Path) -> None:
     assert page.tags.count("img") == len(PROMPTS) + 1
 
 
+def test_other_pictures_among_the_samples_are_left_alone(tmp_path: Path) -> None:
+    """Such as one that somebody put there; and a step of seven digits comes behind one of six."""
+    run_dir = write_run(tmp_path / "run", num_steps=10)
+    samples = run_dir / "samples"
+    (samples / "step-best.png").write_bytes(b"no grid")
+    (samples / "step-000010.png").rename(samples / "step-1000000.png")
+    (samples / "step-999999.png").write_bytes(b"no grid")
+    run = read_run(run_dir)
+    assert run.first_samples is not None and run.last_samples is not None
+    assert (run.first_samples[0], run.last_samples[0]) == (0, 1_000_000)
+
+
 def test_what_is_no_run_directory_or_a_damaged_one_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is no run directory: it has no config\.yaml"):
         write_report(tmp_path)

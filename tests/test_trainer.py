@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -413,6 +415,24 @@ def test_a_step_of_which_no_group_is_left_is_not_made(
         assert [line[key] is None for line in lines] == [False, True, False, True], key
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     assert (tmp_path / "report.html").exists() and trainer.learner.engine.steps_made() == 2
+
+
+def test_a_report_that_cannot_be_written_does_not_decide_how_a_run_ends(
+    tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A scheduler starts a run again by its exit status."""
+
+    def full(run_dir: Path) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dgpo_fast.run_directory.write_report", full)
+    Trainer(load_recipe("tiny-dgpo", [*quick, "steps=1"]), tmp_path).train()
+    assert f"{tmp_path}: the report was not written: OSError: [Errno 28] No space left" in capfd.readouterr().err
+    trainer = Trainer(load_recipe("tiny-dgpo", [*quick, "steps=2"]), tmp_path, resume=True)
+    trainer.interruption.received = signal.SIGTERM
+    with pytest.raises(SystemExit) as ended:
+        trainer.train()
+    assert ended.value.code == 143
 
 
 @pytest.mark.parametrize("left_out", [False, True])
