@@ -12,6 +12,7 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks.speedup_chart import Curve, draw
+from benchmarks.speedup_tables import Row, seconds_of, times, way_to
 from benchmarks.tables import read_rows, write_rows
 
 CLAIMS = Path(__file__).parent / "results" / "claims.csv"
@@ -20,7 +21,7 @@ PICTURE = Path(__file__).resolve().parents[1] / "docs" / "claims.svg"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """A row of README's table, as it stood there at the end of a day."""
+    """What a day's end said of a method at one of its settings."""
 
     date: str
     commit: str
@@ -36,13 +37,16 @@ class Claim:
         return self.title, self.runs, self.seconds, self.times
 
 
-def claims(table: str, *, date: str, commit: str) -> list[Claim]:
-    """Those of a table that `speedup_report.table_of_speed` made."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+def claims(rows: Sequence[Row], target: float, *, date: str, commit: str) -> list[Claim]:
+    """What is said of each row, DGPO's first."""
     return [
-        Claim(date=date, commit=commit, title=title, runs=runs, seconds=seconds, times=times)
-        for title, runs, seconds, times, *_ in rows
-    ]
+        Claim(
+            date=date, commit=commit, title=row.title, runs=row.those_that_reach(target),
+            seconds=way_to(target, row.of_seeds, seconds_of),
+            times="1" if row is rows[0] else times(row.of_seeds, rows[0].of_seeds, target, seconds_of),
+        )
+        for row in rows
+    ]  # fmt: skip
 
 
 def newest(history: Sequence[Claim]) -> list[Claim]:

@@ -174,7 +174,7 @@ def ablated(runs: Sequence[Run], directory: Path) -> dict[str, list[Result]]:
 
 
 def by_arrival(swept: Sequence[Result]) -> list[Result]:
-    """The soonest at `COMPARED` first; behind them, by their means over time, those that never are."""
+    """The fastest at `COMPARED` first; behind them, by their means over time, those that never are."""
 
     def rank(result: Result) -> tuple[bool, float, float]:
         arrival = result.arrival(COMPARED)
@@ -183,7 +183,7 @@ def by_arrival(swept: Sequence[Result]) -> list[Result]:
     return sorted(swept, key=rank)
 
 
-def soonest(swept: Sequence[Result]) -> Result:
+def fastest(swept: Sequence[Result]) -> Result:
     """Of the setting that answers how long a score takes, whatever it does later."""
     return by_arrival(swept)[0]
 
@@ -202,7 +202,7 @@ class Queue:
 
     sweep: list[Run]
     finals: list[Run]
-    """Of the soonest settings."""
+    """Of the fastest settings."""
     steady: list[Run]
     """Of the steadiest: often the same runs."""
     ablations: list[Run]
@@ -222,14 +222,14 @@ def queue(directory: Path) -> Queue:
         if len(swept) == len(LEARNING_RATES)
     }
     rates = [*tried, *fourth_rates(ordered)]
-    chosen = {method: soonest(swept).run.setting for method, swept in _whole(rates, directory, of=ordered).items()}
+    chosen = {method: fastest(swept).run.setting for method, swept in _whole(rates, directory, of=ordered).items()}
     sweep = [*rates, *changes(chosen)]
     settled = _whole(sweep, directory, of=chosen)
     return Queue(
         sweep=sweep,
-        finals=finals({method: soonest(swept).run.setting for method, swept in settled.items()}),
+        finals=finals({method: fastest(swept).run.setting for method, swept in settled.items()}),
         steady=finals({method: steadiest(swept).run.setting for method, swept in settled.items()}),
-        ablations=ablations(soonest(settled[OURS]).run.setting) if OURS in settled else [],
+        ablations=ablations(fastest(settled[OURS]).run.setting) if OURS in settled else [],
     )
 
 

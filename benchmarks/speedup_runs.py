@@ -111,7 +111,7 @@ Draws = Literal["ode", "sde", "base"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ablation:
-    """DGPO at the setting with which it is soonest, but for one thing."""
+    """DGPO at the setting with which it is fastest, but for one thing."""
 
     title: str
     changes: tuple[str, ...] = ()

@@ -22,14 +22,24 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import claim_history, judge_noise, speedup, speedup_costs, speedup_report, speedup_results, speedup_runs  # noqa: E402
+from benchmarks import (  # noqa: E402
+    claim_history,
+    judge_noise,
+    speedup,
+    speedup_costs,
+    speedup_report,
+    speedup_results,
+    speedup_runs,
+    speedup_tables,
+    speedup_words,
+)
 from benchmarks.ablated_samplers import ablate  # noqa: E402
 from benchmarks.held_out import diversity, held_out, patch_distance  # noqa: E402
 from benchmarks.pages import filled  # noqa: E402
 from benchmarks.speedup_costs import Cost, add_costs, against_known, kind_of, read_costs  # noqa: E402
-from benchmarks.speedup_report import Row  # noqa: E402
 from benchmarks.speedup_results import Point, Result, queue, read, write  # noqa: E402
 from benchmarks.speedup_runs import ABLATIONS, EULER, METHODS, Run, every_kind, short  # noqa: E402
+from benchmarks.speedup_tables import Row  # noqa: E402
 from dgpo_fast import Trainer  # noqa: E402
 from dgpo_fast.config import differences, load_recipe  # noqa: E402
 from dgpo_fast.errors import UserError  # noqa: E402
@@ -118,7 +128,7 @@ def test_the_fourth_learning_rate_lies_where_the_best_may_be(tmp_path: Path) -> 
 
 
 def test_methods_are_tuned_alike(tmp_path: Path) -> None:
-    """Four learning rates, then four changes at the soonest, then three seeds that nothing was chosen by."""
+    """Four learning rates, then four changes at the fastest, then three seeds that nothing was chosen by."""
     first = queue(tmp_path)
     assert len({run.name for run in first.runs}) == len(first.runs) == 3 * len(METHODS)
     assert [run.method for run in first.runs[: len(METHODS)]] == list(METHODS), "they take turns"
@@ -493,7 +503,7 @@ def test_the_soonest_setting_is_first_at_the_target() -> None:
     at_once = result("dgpo", point(0, 0.5), point(20, 0.8), point(60, 0.8))
     nearly, never = (result("dgpo", point(0, 0.5), point(100 * strict, strict)) for strict in (0.79, 0.6))
     assert speedup_results.by_arrival([never, nearly, stays, falls, at_once]) == [at_once, falls, stays, nearly, never]
-    assert speedup_results.soonest([nearly, stays]) is stays
+    assert speedup_results.fastest([nearly, stays]) is stays
 
 
 def test_one_evaluation_is_not_enough() -> None:
@@ -522,8 +532,8 @@ def test_what_is_reached_before_anything_was_evaluated_is_sooner_than_is_known()
     at_once, later = (
         result("dgpo", point(0, 0.5), *between, point(60, 0.8), point(80, 0.8)) for between in ([], [point(50, 0.6)])
     )
-    assert speedup_report.way_to(0.8, [at_once], speedup_report.seconds_of) == "< 60"
-    assert speedup_report.way_to(0.8, [later], speedup_report.seconds_of) == "60"
+    assert speedup_tables.way_to(0.8, [at_once], speedup_tables.seconds_of) == "< 60"
+    assert speedup_tables.way_to(0.8, [later], speedup_tables.seconds_of) == "60"
 
 
 def test_what_is_not_reached_is_longer_than_is_known() -> None:
@@ -533,7 +543,7 @@ def test_what_is_not_reached_is_longer_than_is_known() -> None:
     never = result("dgpo", point(0, 0.5), point(95, 0.7), point(100, 0.85))
 
     def way(*of_seeds: Result) -> str:
-        return speedup_report.way_to(0.8, of_seeds, speedup_report.seconds_of)
+        return speedup_tables.way_to(0.8, of_seeds, speedup_tables.seconds_of)
 
     assert way(quick) == "40"
     assert way(quick, never, slow) == "90 (40 to > 95)"
@@ -543,7 +553,7 @@ def test_what_is_not_reached_is_longer_than_is_known() -> None:
     assert not quick.arrival(inf).is_reached
 
 
-def test_factors_multiply_to_the_time(tmp_path: Path) -> None:
+def test_factors_multiply_to_the_time() -> None:
     """Also where the target lies within an iteration: after 7.5 of ours and 11.5 of theirs."""
 
     def at(seconds: float, strict: float, iteration: int, of_each: float) -> Point:
@@ -553,13 +563,14 @@ def test_factors_multiply_to_the_time(tmp_path: Path) -> None:
         "dgpo", point(0, 0.5), at(10, 0.7, 5, 1e9), at(20, 0.9, 10, 1e9), at(40, 0.8, 20, 1e9)
     )  # fmt: skip
     theirs = result("awm", point(0, 0.5), at(42, 0.7, 7, 2e9), at(96, 0.9, 16, 2e9), at(102, 0.8, 17, 2e9))
-    table = speedup_report.table_of_factors([Row("DGPO", [ours]), Row("AWM", [theirs])], 0.8, tmp_path)
+    rows = [Row("DGPO", [ours]), Row("AWM", [theirs])]
+    table = speedup_tables.table_of_factors(rows, 0.8, known={}, again={})
     time, iterations, work, engine = (float(cell) for cell in table.splitlines()[-1].split("|")[2:6])
     assert (time, iterations, work, engine) == (4.6, 1.5, 2.0, 1.5)
     assert 11.5 / 7.5 * work * engine == pytest.approx(time)
 
 
-def test_a_factor_of_a_run_that_was_stopped_is_a_bound(tmp_path: Path) -> None:
+def test_a_factor_of_a_run_that_was_stopped_is_a_bound() -> None:
     """So is one of a run that was there before anybody looked; two bounds may say nothing."""
     reached = [point(0, 0.5), point(10, 0.5), point(20, 0.8), point(40, 0.8)]
     stopped = [point(0, 0.5), point(100, 0.7), point(120, 0.7)]
@@ -567,32 +578,31 @@ def test_a_factor_of_a_run_that_was_stopped_is_a_bound(tmp_path: Path) -> None:
 
     def row(ours: list[Point], theirs: list[Point]) -> str:
         rows = [Row("DGPO", [result("dgpo", *ours)]), Row("AWM", [result("awm", *theirs)])]
-        return speedup_report.table_of_factors(rows, 0.8, tmp_path).splitlines()[-1]
+        return speedup_tables.table_of_factors(rows, 0.8, known={}, again={}).splitlines()[-1]
 
-    assert row(reached, stopped) == "| AWM | > 5.0 | > 5.0 | 1.00 | 1.00 | ? |"
-    assert row(stopped, reached) == "| AWM | < 0.2 | < 0.2 | 1.00 | 1.00 | ? |"
-    assert row(stopped, stopped) == "| AWM | ? | ? | 1.00 | 1.00 | ? |"
-    assert row(reached, reached) == "| AWM | 1.0 | 1.0 | 1.00 | 1.00 | ? |"
-    assert row(at_once, reached) == "| AWM | > 2.0 | > 2.0 | 1.00 | 1.00 | ? |"
-    assert row(reached, at_once) == "| AWM | < 0.5 | < 0.5 | 1.00 | 1.00 | ? |"
-    assert row(at_once, stopped) == "| AWM | > 10.0 | > 10.0 | 1.00 | 1.00 | ? |"
-    assert row(at_once, at_once) == "| AWM | ? | ? | 1.00 | 1.00 | ? |"
+    assert row(reached, stopped) == "| AWM | > 5.0 | > 5.0 | 1.00 | 1.00 | ? | > 5.0 |"
+    assert row(stopped, reached) == "| AWM | < 0.2 | < 0.2 | 1.00 | 1.00 | ? | < 0.2 |"
+    assert row(stopped, stopped) == "| AWM | ? | ? | 1.00 | 1.00 | ? | ? |"
+    assert row(reached, reached) == "| AWM | 1.0 | 1.0 | 1.00 | 1.00 | ? | 1.0 |"
+    assert row(at_once, reached) == "| AWM | > 2.0 | > 2.0 | 1.00 | 1.00 | ? | > 2.0 |"
+    assert row(reached, at_once) == "| AWM | < 0.5 | < 0.5 | 1.00 | 1.00 | ? | < 0.5 |"
+    assert row(at_once, stopped) == "| AWM | > 10.0 | > 10.0 | 1.00 | 1.00 | ? | > 10.0 |"
+    assert row(at_once, at_once) == "| AWM | ? | ? | 1.00 | 1.00 | ? | ? |"
 
 
-def test_the_time_by_costs_that_were_measured_again(tmp_path: Path) -> None:
+def test_the_time_by_costs_that_were_measured_again() -> None:
     ours, theirs = (
         result(name, point(0, 0.5), point(10, 0.5), point(seconds, 0.8), point(2 * seconds, 0.8))
         for name, seconds in (("dgpo", 20), ("awm", 100))
     )
-    for file, costs in ((speedup_costs.FILE, (2.0, 3.0)), (speedup_costs.AGAIN, (4.0, 3.0))):
+
+    def of(*costs: float) -> dict[speedup_costs.Kind, Cost]:
         kinds = [kind_of(each.run) for each in (ours, theirs)]
-        found = [Cost(kind=kind, seconds=cost, median=cost) for kind, cost in zip(kinds, costs, strict=True)]
-        add_costs(tmp_path, found, {})
-        (tmp_path / speedup_costs.FILE).rename(tmp_path / f"{file}.kept")
-    for kept in tmp_path.glob("*.kept"):
-        kept.rename(kept.with_suffix(""))
-    row = speedup_report.table_of_factors([Row("DGPO", [ours]), Row("AWM", [theirs])], 0.8, tmp_path).splitlines()[-1]
-    assert row.startswith("| AWM | 5.0 |") and row.endswith("| 2.5 |")
+        return {kind: Cost(kind=kind, seconds=cost, median=cost) for kind, cost in zip(kinds, costs, strict=True)}
+
+    rows = [Row("DGPO", [ours]), Row("AWM", [theirs])]
+    row = speedup_tables.table_of_factors(rows, 0.8, known=of(2.0, 3.0), again=of(4.0, 3.0)).splitlines()[-1]
+    assert row == "| AWM | 5.0 | 5.0 | 1.00 | 1.00 | 2.5 | 5.0 |"
 
 
 def test_the_beginning_of_a_run_is_a_shorter_run() -> None:
@@ -606,27 +616,27 @@ def test_the_beginning_of_a_run_is_a_shorter_run() -> None:
 
 def test_what_is_kept_is_shown_of_both_settings() -> None:
     """Over the same beginning, whoever's run was longer."""
-    soon = Run(method="dgpo", setting=("optimizer.lr=3e-3",), seed=1, budget_s=2400.0)
-    falls = Result(run=soon, points=[point(0, 0.5), point(450, 0.9), point(900, 0.9), point(1020, 0.2)])
+    fast = Run(method="dgpo", setting=("optimizer.lr=3e-3",), seed=1, budget_s=2400.0)
+    falls = Result(run=fast, points=[point(0, 0.5), point(450, 0.9), point(900, 0.9), point(1020, 0.2)])
     steady = Result(
-        run=replace(soon, setting=("optimizer.lr=1e-3",)), points=[point(0, 0.5), point(450, 0.7), point(900, 0.8)]
+        run=replace(fast, setting=("optimizer.lr=1e-3",)), points=[point(0, 0.5), point(450, 0.7), point(900, 0.8)]
     )
-    found = speedup_report.table_of_what_is_kept({"dgpo": [falls]}, {"dgpo": [steady]}, 0.8).splitlines()[2:]
+    found = speedup_tables.table_of_what_is_kept({"dgpo": [falls]}, {"dgpo": [steady]}).splitlines()[2:]
     assert found == [
-        "| DGPO | `lr=3e-3` | 1 | < 450 | 80.0% | 90.0% | 90.0% |",
-        "| DGPO | `lr=1e-3` | 1 | > 450 | 67.5% | 80.0% | 80.0% |",
+        "| DGPO | `lr=3e-3` | 1 | 80.0% | 90.0% | 90.0% | 0.0100 | 0.200 |",
+        "| DGPO | `lr=1e-3` | 1 | 67.5% | 80.0% | 80.0% | 0.0100 | 0.200 |",
     ]
-    three, swept = [falls] * 3, replace(falls, run=replace(soon, seed=0))
-    *_, row = speedup_report.table_of_what_is_kept({"dgpo": three}, {"dgpo": [swept]}, 0.8).splitlines()
+    three, swept = [falls] * 3, replace(falls, run=replace(fast, seed=0))
+    *_, row = speedup_tables.table_of_what_is_kept({"dgpo": three}, {"dgpo": [swept]}).splitlines()
     assert row.startswith("| DGPO | `lr=3e-3` | 3 |"), "its final runs, where those of the steadiest are to come"
-    *_, row = speedup_report.table_of_what_is_kept({"dgpo": [swept]}, {"dgpo": [swept]}, 0.8).splitlines()
+    *_, row = speedup_tables.table_of_what_is_kept({"dgpo": [swept]}, {"dgpo": [swept]}).splitlines()
     assert row.startswith("| DGPO | `lr=3e-3` | 1, of the sweep |")
-    assert len(speedup_report.table_of_what_is_kept({"dgpo": [falls]}, {"dgpo": [falls]}, 0.8).splitlines()) == 3
+    assert len(speedup_tables.table_of_what_is_kept({"dgpo": [falls]}, {"dgpo": [falls]}).splitlines()) == 3
 
 
 def test_ablations_are_shown_by_mean_and_range() -> None:
     seeds = [result("dgpo", point(0, 0.5), point(100, end)) for end in (0.7, 0.9)]
-    row = speedup_report.table_of_ablations({"as chosen": seeds, "to come": []}).splitlines()[2:]
+    row = speedup_tables.table_of_ablations({"as chosen": seeds, "to come": []}).splitlines()[2:]
     shown = "| as chosen | 2 | > 0 | 65.0% (60.0% to 70.0%) | 80.0% (70.0% to 90.0%) | "
     assert row == [f"{shown}0.01000 (0.01000 to 0.01000) | 0.2000 (0.2000 to 0.2000) |"]
 
@@ -637,13 +647,13 @@ def test_methods_are_compared_by_as_many_runs_of_each(tmp_path: Path) -> None:
     of_rate = {rate: [run for run in rates if run.setting == (f"optimizer.lr={rate}",)] for rate in ("1e-3", "3e-3")}
     for run in of_rate["1e-3"]:
         pretend(tmp_path, run, 0.5, 0.6)
-    first = speedup_report.tables(tmp_path)["kept"]
+    first = speedup_report.tables(tmp_path)[speedup_report.PAGE]["kept"]
     assert first.count("60.0%") == 2 * len(METHODS)
     pretend(tmp_path, of_rate["3e-3"][0], 0.5, 0.9)
-    assert speedup_report.tables(tmp_path)["kept"] == first
+    assert speedup_report.tables(tmp_path)[speedup_report.PAGE]["kept"] == first
     for run in of_rate["3e-3"][1:]:
         pretend(tmp_path, run, 0.5, 0.7)
-    assert "90.0%" in speedup_report.tables(tmp_path)["kept"]
+    assert "90.0%" in speedup_report.tables(tmp_path)[speedup_report.PAGE]["kept"]
 
 
 def test_as_many_runs_are_shown_as_have_a_median() -> None:
@@ -657,19 +667,28 @@ def test_quality_is_shown_of_those_that_are_known_at_the_target() -> None:
     reached = result("awm", point(0, 0.5), point(10, 0.5), point(90, 0.8, soft=0.75), point(100, 0.8))
     at_once = result("awm", point(0, 0.5), point(10, 0.8), point(40, 0.8))
     never = result("awm", point(0, 0.5), point(100, 0.7), point(120, 0.7))
-    table = speedup_report.table_of_quality([Row("AWM", [reached, at_once, never])], 0.8)
+    table = speedup_tables.table_of_quality([Row("AWM", [reached, at_once, never])], 0.8)
     assert table.splitlines()[3:] == ["| AWM | 1 of 3 | 0.750 | 0.01000 | 0.2000 |"]
 
 
-def test_the_readme_says_how_many_times_longer_others_take() -> None:
-    ours = result("dgpo", point(0, 0.5), point(10, 0.5), point(20, 0.8), point(40, 0.8))
-    reached = result("awm", point(0, 0.5), point(10, 0.5), point(90, 0.8), point(100, 0.8))
-    stopped = result("flow-grpo", point(0, 0.5), point(100, 0.7), point(120, 0.7))
-    rows = [Row("DGPO", [ours]), Row("AWM", [reached]), Row("Flow-GRPO", [stopped, reached, stopped])]
-    assert speedup_report.table_of_speed(rows, 0.8).splitlines()[2:] == [
-        "| DGPO | 1 | 20 | 1 | 1 |",
-        "| AWM | 1 | 90 | 4.5 | 4.5 |",
-        "| Flow-GRPO | 1 of 3 | > 100 (90 to > 100) | > 5.0 (4.5 to > 5.0) | > 5.0 (4.5 to > 5.0) |",
+def test_the_answer_has_a_row_of_each_method() -> None:
+    """Where some of its runs arrive and others do not, it says of how many, and when, and is no factor."""
+    points = {
+        "quick": [point(0, 0.5), point(10, 0.5), point(20, 0.8), point(40, 0.8)],
+        "slow": [point(0, 0.5), point(10, 0.5), point(90, 0.8), point(100, 0.8)],
+        "never": [point(0, 0.5), point(100, 0.7), point(120, 0.7)],
+    }
+
+    def of(name: str, *curves: str, lr: str = "1e-3") -> list[Result]:
+        run = Run(method=name, setting=(f"optimizer.lr={lr}",), seed=1, budget_s=2400.0)
+        return [Result(run=run, points=points[curve]) for curve in curves]
+
+    fast = {"dgpo": of("dgpo", "quick"), "awm": of("awm", "slow"), "flow-grpo": of("flow-grpo", "never", "slow")}
+    steady = {**fast, "awm": of("awm", "quick", lr="3e-4"), "flow-grpo": of("flow-grpo", "never", lr="3e-4")}
+    assert speedup_tables.table_of_answers(fast, steady, 0.8).splitlines()[2:] == [
+        "| DGPO | 20 | 1 | the same |  | 80% |",
+        "| AWM | 90 | 4.5 | 20 | 1.0 | 80% |",
+        "| Flow-GRPO | 1 of 2 runs, after 90 |  | > 100 | > 5.0 | 70% |",
     ]
 
 
@@ -678,24 +697,24 @@ def test_times_are_of_medians_between_those_of_any_two_runs() -> None:
         return result("dgpo", point(0, 0.5), point(seconds / 2, 0.5), point(seconds, 0.8), point(2 * seconds, 0.8))
 
     ours, theirs = ([at(seconds) for seconds in of] for of in ((25, 20, 16), (100, 120, 80)))
-    assert speedup_report.times(theirs, ours, 0.8, speedup_report.seconds_of) == "5.0 (3.2 to 7.5)"
+    assert speedup_tables.times(theirs, ours, 0.8, speedup_tables.seconds_of) == "5.0 (3.2 to 7.5)"
 
 
 def test_a_method_is_compared_at_both_settings() -> None:
     """What is no final run says so."""
     reached = result("dgpo", point(0, 0.5), point(10, 0.5), point(20, 0.8), point(40, 0.8))
     reached = replace(reached, run=replace(reached.run, seed=1))
-    soon = replace(reached, run=replace(reached.run, method="awm"))
-    other = replace(soon, run=replace(soon.run, setting=("optimizer.lr=3e-4",)))
+    fast = replace(reached, run=replace(reached.run, method="awm"))
+    other = replace(fast, run=replace(fast.run, setting=("optimizer.lr=3e-4",)))
     swept = replace(other, run=replace(other.run, seed=0))
 
     def titles(steady: Result) -> list[str]:
-        both = ({"dgpo": [reached], "awm": [of_awm]} for of_awm in (soon, steady))
-        return [row.title for row in speedup_report.compared(*both)]
+        both = ({"dgpo": [reached], "awm": [of_awm]} for of_awm in (fast, steady))
+        return [row.title for row in speedup_tables.compared(*both)]
 
     assert titles(other) == ["DGPO", "AWM", "AWM at its steadiest setting"]
     assert titles(swept)[-1] == "AWM at its steadiest setting (of the sweep)"
-    assert titles(soon) == ["DGPO", "AWM"]
+    assert titles(fast) == ["DGPO", "AWM"]
 
 
 def test_the_engines_share_multiplies_what_a_method_takes() -> None:
@@ -707,10 +726,10 @@ def test_the_engines_share_multiplies_what_a_method_takes() -> None:
         "awm": {"eager": [4.0, 8.0, 8.0], "fused": [2.0, 4.0, 8.0]},
     }
     rows = [Row("DGPO", [ours]), Row("AWM", [theirs]), Row("AWM at its steadiest setting", [theirs])]
-    assert speedup_report.table_of_engine(rows, 0.8, measured).splitlines()[2:] == [
+    assert speedup_tables.table_of_engine(rows, 0.8, measured).splitlines()[2:] == [
         "| DGPO | 3.00 | 2.00 | 1.50 | 1.5 |", "| AWM | 8.00 | 4.00 | 2.00 | 5.0 |",
     ]  # fmt: skip
-    assert len(speedup_report.table_of_engine(rows, 0.8, {}).splitlines()) == 2
+    assert len(speedup_tables.table_of_engine(rows, 0.8, {}).splitlines()) == 2
 
 
 def test_engines_are_written_and_read(tmp_path: Path) -> None:
@@ -733,29 +752,64 @@ def test_both_engines_run_the_same_iteration(name: str) -> None:
     assert (fused.model.engine, eager.model.engine) == ("fused", "eager")
 
 
-def test_the_headline_is_of_the_table() -> None:
+@pytest.fixture
+def two_methods() -> list[Row]:
+    """DGPO after 20 s, Flow-GRPO after 90, of twice the FLOPs an iteration."""
     ours = result("dgpo", point(0, 0.5), point(10, 0.5), point(20, 0.8), point(40, 0.8))
-    theirs = result("awm", point(0, 0.5), point(10, 0.5), point(90, 0.8), point(100, 0.8))
-    theirs = replace(theirs, run=replace(theirs.run, method="flow-grpo"))
-    rows = [Row("DGPO", [ours]), Row("DGPO at another", [ours]), Row("Flow-GRPO", [theirs])]
-    said = "**DGPO is at 80% exact images after 20 seconds of one core, Flow-GRPO after 90: 4.5 times as long, for 4.5 "
-    assert speedup_report.headline(rows, 0.8) == f"{said}times the FLOPs.**"
-    assert speedup_report.others(rows, 0.8) == "Times DGPO's seconds: DGPO at another 1.0; Flow-GRPO 4.5."
+    theirs = [point(0, 0.5), point(10, 0.5), point(90, 0.8), point(100, 0.8)]
+    theirs = [replace(each, flops=2 * each.flops) for each in theirs]
+    return [Row("DGPO", [ours]), Row("Flow-GRPO", [result("flow-grpo", *theirs)])]
+
+
+def test_the_headline_is_of_the_runs(two_methods: list[Row]) -> None:
+    said = "**On the embedded model DGPO reaches 80% exact images in 20 s of one core, Flow-GRPO in 90 s: 4.5 times as "
+    assert speedup_words.headline(two_methods, 0.8) == f"{said}long, for 9.0 times the FLOPs.**"
+    assert speedup_words.headline(two_methods[:1], 0.8) == "To come."
+
+
+def test_the_product_is_of_its_factors(two_methods: list[Row]) -> None:
+    measured = {
+        "dgpo": {"eager": [3.0, 3.0, 6.0], "fused": [2.0, 2.0, 2.0]},
+        "flow-grpo": {"eager": [9.0, 12.0, 18.0], "fused": [6.0, 6.0, 6.0]},
+    }
+    said = speedup_words.product(two_methods, 0.8, measured)
+    assert "**4.5 = 4.5 (iterations) x 2.00 (FLOPs of an iteration) x 0.50 (seconds of a FLOP)**" in said
+    assert "the last is 1.50" in said, "the median of 3, 4 and 3 times, for twice the FLOPs"
+    assert "takes 2.00 times as long" in said and "makes **9.0** beside" in said
+    assert speedup_words.product(two_methods, 0.8, {}) == "To come."
+
+
+def test_sentences_of_the_page(two_methods: list[Row]) -> None:
+    assert "4.5 at 80%" in speedup_words.lead_by_target(two_methods)
+    assert speedup_words.clock(two_methods, 0.8).endswith("DGPO 30, Flow-GRPO 135, 4.5 times as long.")
+    half = [result("dgpo", point(0, 0.5), point(10, 0.5), point(45, 0.8), point(60, 0.85))]
+    never = [result("dgpo", point(0, 0.5), point(50, 0.7), point(60, 0.7))]
+    said = speedup_words.constants(two_methods, {"beta-100": half, "published": never}, 0.8)
+    assert "DGPO takes 45 s, and Flow-GRPO 2.0 times as long" in said and "takes > 50 s, Flow-GRPO 90: no lead" in said
+    assert speedup_words.constants(two_methods, {"beta-100": half, "published": []}, 0.8) == "To come."
+    ends = {"awm": [result("awm", point(0, 0.5), point(9, end)) for end in (0.7, 0.9)], "dgpo": half}
+    assert speedup_words.kept(ends).endswith("setting: DGPO at 85%, AWM at 80% (70% to 90%).")
+    said = speedup_words.load(half, never, [])
+    assert "by +50% to +50% in final runs, +50% to +50% in the sweep, to come in the ablations" in said
 
 
 def test_the_claim_is_kept_by_day() -> None:
     """What a day ends with replaces what it said before; a day that says nothing new has no row."""
-    table = "| | runs | seconds | times | FLOPs |\n|---|---|\n| DGPO | 1 | 20 | 1 | 1 |\n| AWM | 1 | {} | {} | 2 |"
 
-    def said(day: str, seconds: str, times: str) -> list[claim_history.Claim]:
-        return claim_history.claims(table.format(seconds, times), date=day, commit="abc")
+    def said(day: str, *theirs: float) -> list[claim_history.Claim]:
+        def at(method: str, seconds: float) -> Result:
+            curve = point(0, 0.5), point(10, 0.5), point(seconds, 0.8), point(2 * seconds, 0.8 if seconds < 90 else 0.7)
+            return result(method, *curve)
 
-    first = said("2026-11-28", "> 90", "> 4.5")
-    assert [claim.says for claim in first] == [("DGPO", "1", "20", "1"), ("AWM", "1", "> 90", "> 4.5")]
-    history = claim_history.added(first, said("2026-11-29", "> 90", "> 4.5"))
+        rows = [Row("DGPO", [at("dgpo", 20)]), Row("AWM", [at("awm", seconds) for seconds in theirs])]
+        return claim_history.claims(rows, 0.8, date=day, commit="abc")
+
+    first = said("2026-11-28", 90)
+    assert [claim.says for claim in first] == [("DGPO", "1", "20", "1"), ("AWM", "0 of 1", "> 90", "> 4.5")]
+    history = claim_history.added(first, said("2026-11-29", 90))
     assert history == first
-    history = claim_history.added(history, said("2026-11-30", "80", "4.0"))
-    history = claim_history.added(history, said("2026-11-30", "60 (50 to 70)", "3.0 (2.5 to 3.5)"))
+    history = claim_history.added(history, said("2026-11-30", 80))
+    history = claim_history.added(history, said("2026-11-30", 50, 60, 70))
     assert [(claim.date, claim.times) for claim in history if claim.title == "AWM"] == [
         ("2026-11-28", "> 4.5"), ("2026-11-30", "3.0 (2.5 to 3.5)"),
     ]  # fmt: skip
@@ -793,15 +847,12 @@ def test_the_fields_of_a_point_are_read_as_they_are() -> None:
 
 def test_the_page_is_made_of_the_committed_results() -> None:
     """python -m benchmarks.speedup_report --write"""
-    for path, tables in (
-        (speedup_report.PAGE, speedup_report.tables()),
-        (speedup_report.README, speedup_report.readme_tables()),
-    ):
+    for path, tables in speedup_report.tables().items():
         page = path.read_text(encoding="utf-8")
         assert filled(page, tables) == page
     for against, picture in speedup_report.pictures().items():
         assert (speedup_report.DOCS / f"speedup-{against}.svg").read_text(encoding="utf-8") == picture
     history = claim_history.read()
-    said = claim_history.claims(speedup_report.readme_tables()["speed"], date="", commit="")
+    said = speedup_report.claims(speedup_results.RESULTS, date="", commit="")
     assert [claim.says for claim in claim_history.newest(history)] == [claim.says for claim in said]
     assert claim_history.PICTURE.read_text(encoding="utf-8") == claim_history.picture(history)
