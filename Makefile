@@ -97,7 +97,7 @@ bench: setup
 		$(PY) -m benchmarks.$$(basename $$script .py) --out runs/bench || status=1; done; exit $$status
 
 bench-check: setup
-	@echo 'bench-check: the engines against their newest record of this device, interleaved; 5 minutes.'
+	@echo 'bench-check: the engines against the best record of this device, interleaved; 5 minutes.'
 	$(PY) -m benchmarks.speed_check
 
 SANITIZED := build/sanitize

@@ -23,12 +23,13 @@ class Curve:
     values: tuple[float, ...]
 
 
-def draw(curves: Sequence[Curve], *, across: str, up: str, value: str = "{:.0%}") -> str:
+def draw(curves: Sequence[Curve], *, across: str, up: str, value: str = "{:.0%}", target: float | None = None) -> str:
     """An SVG.
 
     Args:
         across, up: what the axes are.
         value: how the vertical one's are written.
+        target: a value to which a dashed line is drawn.
     """
     places = [place for curve in curves for place in curve.places] or [0.0]
     values = [value for curve in curves for value in curve.values] or [0.0]
@@ -52,11 +53,15 @@ def draw(curves: Sequence[Curve], *, across: str, up: str, value: str = "{:.0%}"
         for tick in y_axis.ticks
     )
     columns = Markup().join(
-        Markup('<text x="{x:.1f}" y="{y}" text-anchor="middle">{value:.4g}</text>').format(
-            x=x(tick), y=HEIGHT - BOTTOM + 20, value=tick
+        Markup('<text x="{x:.1f}" y="{y}" text-anchor="middle">{value}</text>').format(
+            x=x(tick), y=HEIGHT - BOTTOM + 20, value=_written(tick)
         )
         for tick in x_axis.ticks
     )
+    if target is not None:
+        rows += Markup(
+            '<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#888" stroke-dasharray="6 4"/>'
+        ).format(left=LEFT, right=right, y=y(target))
     lines = Markup().join(
         Markup('<polyline fill="none" stroke="{color}" stroke-width="2" points="{points}"/>').format(
             color=color_of[curve.title],
@@ -91,3 +96,8 @@ def draw(curves: Sequence[Curve], *, across: str, up: str, value: str = "{:.0%}"
         middle=LEFT + PLOT / 2, bottom=HEIGHT - 8, across=across,
         left=LEFT, top=TOP - 8, up=up,
     )  # fmt: skip
+
+
+def _written(number: float) -> str:
+    """As a person writes it: 20,000 or 1.5e13."""
+    return f"{number:,.10g}" if abs(number) < 1e6 else f"{number:.3g}".replace("e+", "e")

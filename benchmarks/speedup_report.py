@@ -131,6 +131,7 @@ def pictures(directory: Path = RESULTS) -> dict[str, str]:
             ],
             across=across,
             up="exact images of held-out prompts",
+            target=COMPARED,
         )
         for against, across in AXES.items()
     }
