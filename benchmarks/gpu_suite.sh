@@ -203,11 +203,11 @@ if ! $dry_run; then mkdir -p "$out/bench" && rm -f "$out/summary.txt"; fi
 part machine 30 machine
 part build 300 build
 part launches 120 launches
+part trains 150 trains
 part tests 200 tests
 part check 250 check
 for script in $scripts; do part "$script" 60 bench "$script"; done
 if command -v ncu >/dev/null; then part ncu 120 counters; else echo 'ncu: not found, left out'; fi
-part trains 150 trains
 part memcheck 120 sanitizer memcheck
 part racecheck 120 sanitizer racecheck
 if [[ $only != '.*' ]]; then # minutes of their own: where they are asked for

@@ -1,7 +1,7 @@
 """The training loop: prompts, rollout, scores, advantages, gradients, one optimizer step; checkpoints and evaluations.
 
 An iteration is a pure function of (configuration, weights, iteration number): every random draw is named by them. So a
-run that resumes from a checkpoint ends where an uninterrupted one ends, to the bit.
+run that resumes from a checkpoint ends where an uninterrupted one ends, to the bit where kernels repeat theirs.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dgpo_fast.kernels.numbers import reciprocal
+
 # 512 divides the width of the MLPs of SD3.5-M (6144) and SD3.5-L (9728). Four warps with 16 elements a thread: two
 # 16-byte loads of bfloat16 per thread and operand. Chosen from the machine code; not timed on a GPU yet.
 BLOCK_R = 4
@@ -28,7 +30,7 @@ def logistic_parts(u):
     CUBIC: tl.constexpr = 0.044715 * 1.5957691216057307
     square = u * u
     e = tl.exp(-tl.abs(u * (LINEAR + CUBIC * square)))
-    larger = 1 / (1 + e)
+    larger = reciprocal(1 + e)
     return tl.where(u < 0, e * larger, larger), e * larger * larger, LINEAR + 3 * CUBIC * square
 
 

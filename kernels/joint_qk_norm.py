@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dgpo_fast.kernels.numbers import two_parts, whole
+from dgpo_fast.kernels.numbers import quotient, reciprocal_root, two_parts, whole
 
 # Elements of a block, a whole number of rows: 32 of SD3.5's heads of 64. Four warps with 16 elements a thread: two
 # 16-byte accesses for each bfloat16 operand. Chosen from the machine code; not timed on a GPU yet.
@@ -40,7 +40,7 @@ def load_rows(
 
 @triton.jit
 def reciprocal_rms(b_x, eps, eps_rest, D: tl.constexpr):
-    return tl.rsqrt(tl.sum(b_x * b_x, 1, keep_dims=True) / D + whole(eps, eps_rest).to(b_x.dtype))
+    return reciprocal_root(quotient(tl.sum(b_x * b_x, 1, keep_dims=True), D) + whole(eps, eps_rest).to(b_x.dtype))
 
 
 @triton.jit

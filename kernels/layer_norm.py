@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dgpo_fast.kernels.alignment import row_at
-from dgpo_fast.kernels.numbers import quotient
+from dgpo_fast.kernels.numbers import quotient, reciprocal_root
 
 # Eight elements a thread: 16 bytes of bfloat16, so that a row in registers leaves room for others, and for sums over
 # rows. Chosen from the machine code; not timed on a GPU yet.
@@ -39,7 +39,7 @@ def standardise(b_x, m_d, D, EPS: tl.constexpr):
     """The row `b_x`, zero beyond its `D` elements, with mean 0 and variance 1, and what it was multiplied with."""
     mean = quotient(tl.sum(b_x, 0), D)
     b_centred = tl.where(m_d, b_x - mean, 0)
-    rstd = tl.rsqrt(quotient(tl.sum(b_centred * b_centred, 0), D) + EPS)
+    rstd = reciprocal_root(quotient(tl.sum(b_centred * b_centred, 0), D) + EPS)
     return b_centred * rstd, rstd
 
 

@@ -371,7 +371,7 @@ def test_an_iteration_of_the_embedded_pipeline(checkpointing: str, tmp_path: Pat
 @pytest.mark.gpu
 @pytest.mark.parametrize(("engine", "checkpointing"), MODES)
 def test_measured_on_cuda(engine: str, checkpointing: str) -> None:
-    """What the allocator held at most. Twice the tolerance: workspaces of attention are not foreseen."""
+    """What the allocator held at most. Twice the tolerance, or 64 MB: workspaces of attention are not foreseen."""
     model = model_config(engine, checkpointing)
     velocity, inputs = velocity_of(MEDIUM, model, "cuda"), inputs_of(MEDIUM, model, 205, "cuda")
     for _ in range(2):  # the first makes what libraries keep
@@ -380,4 +380,4 @@ def test_measured_on_cuda(engine: str, checkpointing: str) -> None:
         velocity(*inputs).backward(inputs[0])
     measured = (torch.cuda.max_memory_allocated() - before) / NUM_SAMPLES
     foreseen = training_bytes(MEDIUM, MEDIUM.tokens(512, 205), model, ADAPTER)
-    assert foreseen == pytest.approx(measured, rel=2 * TOLERANCE)
+    assert foreseen == pytest.approx(measured, rel=2 * TOLERANCE, abs=64e6 / NUM_SAMPLES)

@@ -27,8 +27,11 @@ def trained(recipe: str, overrides: list[str], device: str, out: Path) -> list[d
     return read_metrics(out / device)  # type: ignore[return-value]
 
 
-def test_dgpo_learns_what_it_learns_on_a_cpu(quick: tuple[str, ...], tmp_path: Path) -> None:
-    """From the same noise, in float32, but for convolutions, which are TF32 unless PyTorch is told otherwise."""
+def test_dgpo_learns_what_it_learns_on_a_cpu(
+    quick: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the same noise, in float32, convolutions too."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     overrides = [*quick, *SAME, "steps=3", "checkpoints.every=3"]
     on_cpu, on_gpu = (trained("tiny-dgpo", overrides, device, tmp_path) for device in ("cpu", "cuda"))
     assert len(on_cpu) == len(on_gpu) == 3
@@ -105,3 +108,27 @@ def test_an_iteration_with_captured_rollouts(tmp_path: Path) -> None:
     assert isinstance(trainer.algorithm, DGPO)
     reports = [trainer.run_iteration()[-1] for _ in range(2)]
     assert all(report.images_seen > 0 and report.failed_samples == 0 for report in reports)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_rank_alone_under_zero(stage: int, quick: tuple[str, ...], tmp_path: Path) -> None:
+    """NCCL, and DeepSpeed's optimizer on the device, learn what is learnt without them."""
+    pytest.importorskip("deepspeed")
+    overrides = [*quick, *SAME, "steps=2", "checkpoints.every=2"]
+    plain = trained("tiny-dgpo", overrides, "cuda", tmp_path / "plain")
+    sharded = trained("tiny-dgpo", [*overrides, f"parallel.zero_stage={stage}"], "cuda", tmp_path / "sharded")
+    for mine, other in zip(sharded, plain, strict=True):
+        for key in ("reward_mean", "grad_norm", "group_weight_mean"):
+            assert mine[key] == pytest.approx(other[key], rel=1e-3), (mine["step"], key)
+
+
+def test_the_fused_engine_learns_what_diffusers_code_does_in_bfloat16(quick: tuple[str, ...], tmp_path: Path) -> None:
+    """Through its own attention, forward and backward; a swapped argument would not be a rounding."""
+    overrides = [*quick, *SAME, "steps=1", "model.dtype=bfloat16", "algorithm.clip=null"]
+    found = {
+        engine: trained("tiny-dgpo", [*overrides, f"model.engine={engine}"], "cuda", tmp_path / engine)
+        for engine in ("fused", "eager")
+    }
+    for mine, other in zip(*found.values(), strict=True):
+        assert mine["reward_mean"] == pytest.approx(other["reward_mean"], abs=0.05)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.1)

@@ -50,7 +50,8 @@ class StableDiffusion3:
         self.dtype = DTYPES[config.dtype]
         for module in (pipeline.transformer, pipeline.vae):
             module.to(device).requires_grad_(False).eval()
-        # Convolutions of tensor cores and of oneDNN want it; else they rearrange every tensor on its way in and out.
+        # Convolutions of tensor cores and of oneDNN want it; else they rearrange every tensor on its way in and out. On
+        # CUDA they do all the same where torch's group norm does not keep it (pytorch#191945); not measured.
         pipeline.vae.to(memory_format=torch.channels_last)
         check_resolution(
             config.resolution, vae_factor=pipeline.vae_scale_factor, patch=pipeline.patch_size,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -248,8 +249,12 @@ def _missing_for_triton() -> str | None:
     """Why Triton launches nothing on CUDA: the first launch compiles a little C."""
     if find_spec("triton") is None:
         return "triton is not installed"
-    has_compiler = "CC" in os.environ or which("gcc") or which("clang")
-    return None if has_compiler else "triton finds no C compiler: install gcc, or set CC"
+    if not ("CC" in os.environ or which("gcc") or which("clang")):
+        return "triton finds no C compiler: install gcc, or set CC"
+    # Where Triton looks for it.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    headers = Path(sysconfig.get_paths(scheme)["include"])
+    return None if (headers / "Python.h").exists() else f"triton finds no Python.h in {headers}: install python3-dev"
 
 
 def _has_native_cpu_kernel(name: str) -> bool:

@@ -140,6 +140,7 @@ class ZeroEngine:
             self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
         if kept_whole := self._optimizer.persistent_parameters:
             kept_whole[0].all_gather(kept_whole)
+        self._world.wait_for_device()  # as `ShardedModule.write`
 
     def _held(self, flats: list[Tensor]) -> Held:
         pieces = [

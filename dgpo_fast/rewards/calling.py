@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from random import SystemRandom
@@ -195,10 +195,16 @@ def call(name: str, reward: Reward, images_BCHW: Tensor, prompts: Sequence[str])
         UserError: the reward says so, or it returns anything but a score for each image.
         Exception: whatever else it raises.
     """
-    with torch.no_grad():  # a graph of the reward's own model would reach the advantages
+    # A graph of the reward's own model would reach the advantages; and to a reward "cuda" is where its images are.
+    with torch.no_grad(), _current(images_BCHW.device):
         output = reward(images_BCHW, prompts)
     named = output if isinstance(output, Mapping) else {name: output}
     return rows(name, {metric: torch.as_tensor(score).detach() for metric, score in named.items()}, len(prompts))
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Threads begin with the first GPU as the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def rows(name: str, scores: Mapping[str, Tensor], count: int) -> list[Metrics]:

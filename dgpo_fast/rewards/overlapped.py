@@ -111,7 +111,7 @@ class OverlappedScoring:
         self._raise_error()
         self._scorer.check_hang()
         given_BCHW = x0_BCHW if self._thread_decodes else self._decode(x0_BCHW)
-        drawn = self._runtime.Event()
+        drawn = self._event()
         drawn.record()
         self._put(_Batch(given_BCHW, prompts, drawn))
 
@@ -181,10 +181,14 @@ class OverlappedScoring:
             with stage("reward"):
                 measured = self._scorer.measure(images_BCHW, batch.prompts)
             # A reward need not look at its images: the latents' memory is free for others only once they are decoded.
-            done = self._runtime.Event()
+            done = self._event()
             done.record()
             done.synchronize()
         return measured
+
+    def _event(self) -> Any:
+        # Who waits for CUDA is to sleep: it would take a core from the thread that launches.
+        return self._runtime.Event(blocking=True) if self._model.device.type == "cuda" else self._runtime.Event()
 
     def _decode(self, x0_BCHW: Tensor) -> Tensor:
         return self._model.decode(x0_BCHW, images_per_forward=self._images_per_decode)

@@ -77,6 +77,17 @@ def test_error_of_gaussian_numbers_is_that_of_uniform_rounding() -> None:
     assert largest / 2 < error < largest
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_its_error_is_the_same_on_cuda(dtype: torch.dtype) -> None:
+    """Whose products are summed up with fewer digits than float32 has, but more than fp8's roundings show."""
+    if (missing := why_unsupported(torch.device("cuda"))) is not None:
+        pytest.skip(missing)
+    x, weight = normal(256, 512, dtype=dtype).cuda(), normal(128, 512, std=0.025, seed=1, dtype=dtype).cuda()
+    exact = x.double() @ weight.double().T
+    assert 2**-3 / 6**0.5 / 2 < relative_error(fp8_linear(x, quantise(weight)), exact) < 2**-3 / 6**0.5
+
+
 def test_a_small_token_keeps_its_digits_beside_a_large_one() -> None:
     x, weight = normal(2, 512), normal(128, 512, std=0.025, seed=1)
     x[0] *= 2.0**-20

@@ -54,7 +54,23 @@ def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize(("num_tokens", "head_dim"), [(37, 16), (1, 64), (130, 64)])
 @pytest.mark.parametrize("name", RUN_HERE)
 def test_it_is_as_exact_as_torchs_attention(name: str, num_tokens: int, head_dim: int, dtype: torch.dtype) -> None:
-    arguments = random_qkvg(dtype=dtype, num_tokens=num_tokens, head_dim=head_dim)
+    check_exactness(name, random_qkvg(dtype=dtype, num_tokens=num_tokens, head_dim=head_dim))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("num_tokens", [1024, 1229])  # of 512 px alone, and with 205 of text
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_it_is_as_exact_on_cuda(name: str, num_tokens: int, dtype: torch.dtype) -> None:
+    device = torch.device("cuda")
+    if (missing := ATTENTIONS[name].missing(device, dtype)) is not None:
+        pytest.skip(f"{name} {missing}")
+    given = random_qkvg(dtype=dtype, num_tokens=num_tokens, head_dim=64)
+    check_exactness(name, [argument.to(device) for argument in given])
+
+
+def check_exactness(name: str, arguments: list[Tensor]) -> None:
+    dtype = arguments[0].dtype
     exact = by_autograd(definition, *(argument.double() for argument in arguments))
     plain = by_autograd(functional.scaled_dot_product_attention, *arguments)
     for result, truth, torchs in zip(run(name, *arguments), exact, plain, strict=True):

@@ -116,7 +116,9 @@ def test_what_serves_cuda_and_why(
     assert registry._choice_for_cuda("step") == expected
 
 
-def test_triton_wants_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_wants_a_compiler_and_pythons_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(registry.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
     monkeypatch.delenv("CC", raising=False)
     compilers = {"clang"}
     monkeypatch.setattr(registry, "which", lambda name: name if name in compilers else None)
@@ -125,6 +127,8 @@ def test_triton_wants_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry._missing_for_triton() == "triton finds no C compiler: install gcc, or set CC"
     monkeypatch.setenv("CC", "cc")
     assert registry._missing_for_triton() is None
+    (tmp_path / "Python.h").unlink()
+    assert registry._missing_for_triton() == f"triton finds no Python.h in {tmp_path}: install python3-dev"
     monkeypatch.setattr(registry, "find_spec", lambda name: None)
     assert registry._missing_for_triton() == "triton is not installed"
 
