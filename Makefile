@@ -33,7 +33,7 @@ help:
 	@echo 'make test-full  the same with the slow sweeps'
 	@echo 'make setup      the environment alone'
 	@echo 'make bench      time the operators and the engines; CSV files in runs/bench'
-	@echo 'make bench-check  whether the engines are as fast as recorded on this device'
+	@echo 'make bench-check  whether engines are as fast as recorded on this device, and DGPO learns as fast'
 	@echo 'make sanitize   the C++ operators and their tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)'
 	@echo 'make lint       style and types'
 	@echo 'make clean      remove what was built, and keep the environment and runs/'
@@ -97,8 +97,8 @@ bench: setup
 		$(PY) -m benchmarks.$$(basename $$script .py) --out runs/bench || status=1; done; exit $$status
 
 bench-check: setup
-	@echo 'bench-check: the engines against the best record of this device, interleaved; 5 minutes.'
-	$(PY) -m benchmarks.speed_check
+	@echo 'bench-check: the engines against the best record of this device, interleaved, 5 minutes; whether DGPO learns as fast, 3.'
+	@status=0; for check in speed_check learning_check; do $(PY) -m benchmarks.$$check || status=1; done; exit $$status
 
 SANITIZED := build/sanitize
 # Python itself is not instrumented, so the runtimes come first into the process, and its leaks are its own.

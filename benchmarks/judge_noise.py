@@ -31,8 +31,8 @@ class Judged(NamedTuple):
     """Standard error of it, were prompts drawn anew: of the means of prompts."""
 
 
-def judge() -> list[Judged]:
-    """The policy from every noise, that of final runs first."""
+def judge(noises: int = NOISES) -> list[Judged]:
+    """The policy from so many noises, that of final runs first."""
     import torch
 
     from benchmarks.held_out import captions_of, verdicts
@@ -46,7 +46,7 @@ def judge() -> list[Judged]:
         trainer = Trainer(load_recipe(METHODS[OURS].recipe, run.overrides), Path(out))
         for _ in range(ITERATIONS):
             trainer.run_iteration()
-        for noise in range(1, 1 + NOISES):
+        for noise in range(1, 1 + noises):
             judge, prompts = judge_of(noise)
             each = judge.evaluation.images_per_prompt
             images = draw_images(trainer.policy, "ema", prompts, judge, images_per_prompt=each)

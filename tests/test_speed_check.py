@@ -14,8 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import speed_check  # noqa: E402
+from benchmarks import learning_check, speed_check  # noqa: E402
 from benchmarks.bench_engines import Timing  # noqa: E402
+from benchmarks.judge_noise import Judged  # noqa: E402
 from benchmarks.speed_check import (  # noqa: E402
     HISTORY,
     Record,
@@ -120,6 +121,18 @@ def test_a_loss_is_not_recorded_unseen(
         speed_check.main()
     assert int(exited.value.code or 0) == status
     assert len(read(history)) == 1 + recorded
+
+
+def test_learning_is_compared_by_the_same_noises() -> None:
+    """A score within what other seeds differ by is as good; what learns half as fast is seen."""
+
+    def judged(*scores: float) -> list[Judged]:
+        return [Judged(noise, score, 0.03) for noise, score in enumerate(scores, start=1)]
+
+    line, is_fine = learning_check.verdict(judged(0.80, 0.76, 0.75), judged(0.86, 0.83, 0.78))
+    assert is_fine and line.startswith("DGPO after 30 iterations: 77.0% exact, 82.3% recorded: as fast")
+    line, is_fine = learning_check.verdict(judged(0.75, 0.73, 0.71), judged(0.86, 0.83, 0.78))
+    assert not is_fine and "73.0% exact, 82.3% recorded: SLOWER" in line
 
 
 def test_a_history_is_written_and_read(tmp_path: Path) -> None:
