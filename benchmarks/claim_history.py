@@ -1,7 +1,7 @@
 """What this repository has said, and when, of how much sooner DGPO is there than others: the claim by day.
 
-`python -m benchmarks.speedup_report --write` adds what it puts into README.md, where that differs from the last day's,
-and draws docs/claims.svg.
+`python -m benchmarks.speedup_report --write` adds the times that it puts into docs/benchmarks.md, where they differ
+from the last day's, and draws docs/claims.svg.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from benchmarks.speedup import judge_of, origin
 from benchmarks.speedup_results import RESULTS, queue
-from benchmarks.speedup_runs import METHODS, OURS
+from benchmarks.speedup_runs import METHODS, OURS, Run
 from benchmarks.tables import read_rows, write_rows
 
 FILE = "judge-noise.csv"
@@ -31,8 +31,13 @@ class Judged(NamedTuple):
     """Standard error of it, were prompts drawn anew: of the means of prompts."""
 
 
+def policy_run() -> Run:
+    """DGPO at the setting that is chosen for it."""
+    return next(run for run in queue(RESULTS).finals if run.method == OURS)
+
+
 def judge(noises: int = NOISES) -> list[Judged]:
-    """The policy from so many noises, that of final runs first."""
+    """The policy, trained from the beginning, from so many noises, that of final runs first."""
     import torch
 
     from benchmarks.held_out import captions_of, verdicts
@@ -40,10 +45,9 @@ def judge(noises: int = NOISES) -> list[Judged]:
     from dgpo_fast.evaluate import draw_images
 
     torch.set_num_threads(1)
-    run = next(run for run in queue(RESULTS).finals if run.method == OURS)
     found = []
     with tempfile.TemporaryDirectory() as out:
-        trainer = Trainer(load_recipe(METHODS[OURS].recipe, run.overrides), Path(out))
+        trainer = Trainer(load_recipe(METHODS[OURS].recipe, policy_run().overrides), Path(out))
         for _ in range(ITERATIONS):
             trainer.run_iteration()
         for noise in range(1, 1 + noises):
@@ -57,11 +61,11 @@ def judge(noises: int = NOISES) -> list[Judged]:
     return found
 
 
-def read(directory: Path = RESULTS) -> list[Judged]:
-    """What was measured; nothing where nothing was."""
+def read(directory: Path = RESULTS, *, overrides: str | None = None) -> list[Judged]:
+    """What was measured, of that setting where one is named; nothing where nothing was."""
     if not (directory / FILE).exists():
         return []
-    rows = read_rows(directory / FILE)
+    rows = [row for row in read_rows(directory / FILE) if overrides in (None, row["overrides"])]
     return [Judged(int(row["noise"]), float(row["strict"]), float(row["error"])) for row in rows]
 
 
@@ -79,7 +83,7 @@ def sentence(found: list[Judged]) -> str:
 
 
 def main() -> None:
-    about = origin()
+    about = {**origin(), "overrides": " ".join(policy_run().overrides)}
     write_rows(RESULTS / FILE, (each._asdict() | about for each in judge()))
 
 

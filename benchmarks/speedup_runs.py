@@ -36,11 +36,11 @@ TARGETS = (0.65, 0.70, 0.75, 0.80, 0.85)
 """Shares of exact images, decided before any run."""
 COMPARED = 0.80
 """The target at which methods are compared, and by the time to which settings are chosen."""
-TO_THE_END = "flow-grpo"
-"""Its final runs do not end before their budget: of it one asks whether DGPO's lead grows with the target."""
 SWEEP_SEED, FINAL_SEEDS = 0, (1, 2, 3)
 """Settings are not judged again by the seed and the noise that they were chosen by."""
-OURS = "dgpo"
+OURS, BASELINE = "dgpo", "flow-grpo"
+"""What is compared, and what papers compare it with. Final runs of the latter do not end before their budget: of it one
+asks whether DGPO's lead grows with the target."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Tables of docs/benchmarks.md and README.md, from the runs of benchmarks/speedup.py.
+"""Tables of pages in docs/ and of README.md, from the runs of benchmarks/speedup.py.
 
 A target is reached where the straight line to the first evaluation at or above it, which the next one confirms, crosses
 it. Nothing is extrapolated: of a run that has not, it is known up to its last evaluation but one, of one that had by
@@ -97,13 +97,13 @@ def table_of_answers(
     """A row of each method: how long it takes at its fastest setting and at its steadiest, and where that ends."""
     lines = [
         f"| reaches {target:.0%} exact images | at its fastest setting, s | times DGPO's | at its steadiest, s "
-        f"| times DGPO's | exact after {HORIZON_S / 60:.0f} minutes |",
+        f"| times DGPO's at its fastest | exact after {HORIZON_S / 60:.0f} minutes, at the steadiest |",
         "|---|---|---|---|---|---|",
     ]
     for name in fast:
         quickly = _answer(fast[name], fast[OURS], target)
         is_same = fast[name][0].run.setting == steady[name][0].run.setting
-        steadily = ("the same", "") if is_same else _answer(steady[name], steady[OURS], target)
+        steadily = ("the same", "") if is_same else _answer(steady[name], fast[OURS], target)
         ends = [result.until(HORIZON_S).points[-1].strict for result in steady[name]]
         cells = " | ".join((*quickly, *steadily, mean_and_range(ends, "{:.0%}")))
         lines.append(f"| {METHODS[name].title} | {cells} |")
@@ -176,7 +176,7 @@ def table_of_factors(
         both = (of_seeds, rows[0].of_seeds)
         time = times(*both, target, seconds_of)
         iterations = times(*both, target, lambda point: point.iteration)
-        work, engine = work_of(*both), engine_of(*both)
+        work, engine = work_of(*both), seconds_of_work(*both)
         other_time = "?"
         if all(kind_of(found[0].run) in again for found in both):
             theirs_then, ours_then = ([_on_clock(result, known, again) for result in found] for found in both)
@@ -192,8 +192,8 @@ def work_of(theirs: Sequence[Result], ours: Sequence[Result]) -> float:
     return (one.flops / one.iteration) / (other.flops / other.iteration)
 
 
-def engine_of(theirs: Sequence[Result], ours: Sequence[Result]) -> float:
-    """How many times as long a FLOP of theirs takes."""
+def seconds_of_work(theirs: Sequence[Result], ours: Sequence[Result]) -> float:
+    """How many times as long a FLOP of theirs takes, in whatever precision it is."""
     one, other = (found[0].points[1] for found in (theirs, ours))
     return (one.seconds / one.flops) / (other.seconds / other.flops)
 

@@ -1,4 +1,4 @@
-"""Sentences of docs/benchmarks.md and README.md whose numbers come from the runs of benchmarks/speedup.py.
+"""Sentences of pages in docs/ and of README.md whose numbers come from the runs of benchmarks/speedup.py.
 
 Each is written for what the runs say now: that it still reads true is for who writes the page to see.
 """
@@ -9,21 +9,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, median
 
 from benchmarks.speedup_results import Result
-from benchmarks.speedup_runs import COMPARED, HORIZON_S, METHODS, OURS, TARGETS
+from benchmarks.speedup_runs import BASELINE, COMPARED, HORIZON_S, METHODS, OURS, TARGETS
 from benchmarks.speedup_tables import (
     Row,
     arrivals,
     engine_factor,
-    engine_of,
     middle,
     ratio,
     seconds_of,
+    seconds_of_work,
     times,
     way_to,
     work_of,
 )
 
-BASELINE = "flow-grpo"
 TO_COME = "To come."
 
 Engines = Mapping[str, Mapping[str, Sequence[float]]]
@@ -59,7 +58,8 @@ def product(rows: Sequence[Row], target: float, measured: Engines) -> str:
     ]
     return (
         f"{theirs.title}: **{ratio(their, our, seconds_of)} = {ratio(their, our, lambda point: point.iteration)} "
-        f"(iterations) x {work_of(*both):.2f} (FLOPs of an iteration) x {engine_of(*both):.2f} (seconds of a FLOP)**. "
+        f"(iterations) x {work_of(*both):.2f} (FLOPs of an iteration) x {seconds_of_work(*both):.2f} (seconds of a "
+        "FLOP)**. "
         f"Where both draw in float32, as on diffusers' code, the last is {median(eager):.2f}. There an iteration of "
         f"{theirs.title} takes {factor:.2f} times as long as on the fused engine, which makes "
         f"**{ratio(their, our, seconds_of, factor=factor)}** beside DGPO on the fused engine."

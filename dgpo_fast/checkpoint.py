@@ -163,8 +163,8 @@ def rotate(run_dir: Path, scores: Mapping[int, float], *, keep_last: int) -> Non
         return
 
     def standing(path: Path) -> tuple[float, int]:
-        score = scores.get(_step_of(path), nan)
-        return (-inf if isnan(score) else score), _step_of(path)
+        score = scores.get(step_of(path), nan)
+        return (-inf if isnan(score) else score), step_of(path)
 
     best, link = max(checkpoints, key=standing), run_dir / "checkpoints" / "best"
     fresh = link.with_name(".best.partial")
@@ -244,7 +244,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     folder = run_dir / "checkpoints"
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=_step_of)
+    return sorted(found, key=step_of)
 
 
 def parse_step(text: str | None) -> Step | None:
@@ -287,13 +287,13 @@ def find_checkpoint(run_dir: Path, step: Step | None) -> Path:
         if not best.exists():
             raise UserError(f"--step best: {best} points to no checkpoint")
         return best.resolve()
-    steps = {_step_of(path): path for path in list_checkpoints(run_dir)}
+    steps = {step_of(path): path for path in list_checkpoints(run_dir)}
     if step not in steps:
         raise UserError(f"--step {step}: {run_dir} has checkpoints of steps {', '.join(map(str, steps)) or 'none'}")
     return steps[step]
 
 
-def _step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 

@@ -138,7 +138,7 @@ class ScoredGroups:
     # Over all ranks, of each optimizer step:
     num_valid: tuple[int, ...]  # samples
     num_advantaged: tuple[int, ...]  # those with an advantage other than 0
-    num_groups: tuple[int, ...]  # those with valid samples; with 0, the step is not made
+    num_groups: tuple[int, ...]  # groups with valid samples; with 0, the step is not made
     group_size_G: Tensor  # float32, valid samples of every group of the iteration, on whatever ranks
     advantage_B: Tensor  # float32; 0 where not valid
 
@@ -213,7 +213,7 @@ class StepReport:
     clamped_advantages: int
     failed_samples: int
     dropped_groups: int
-    loss: float | None  # with `grad_norm` null of a step that was not made because no group was left
+    loss: float | None  # with `grad_norm` null of a step that was not made because there was nothing to learn from
     kl: float | None = None  # where the reference is not asked
     grad_norm: float | None
     lr: float

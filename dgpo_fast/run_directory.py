@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dgpo_fast.checkpoint import list_checkpoints, remove_left_overs
+from dgpo_fast.checkpoint import list_checkpoints, remove_left_overs, step_of
 from dgpo_fast.config import Config, dump_config, load_recipe, resume_conflicts
 from dgpo_fast.environment import describe_environment
 from dgpo_fast.errors import UserError
@@ -72,6 +72,7 @@ class RunDirectory:
                     resume_step=start_step if resumed else None,
                 )  # fmt: skip
                 opened.callback(self._log.close)
+                _refuse_newer(out, start_step)
                 remove_left_overs(out)
                 write_atomically(out / "config.yaml", dump_config(config).encode())  # without it no run can be resumed
                 (out / "environment.json").write_text(json.dumps(describe_environment(), indent=2) + "\n")
@@ -93,10 +94,13 @@ class RunDirectory:
             return
         try:
             self._log.close()
+        except Exception as failed:  # whatever Weights & Biases may raise
+            self.say(f"{self.out}: a log was not closed: {type(failed).__name__}: {failed}")
+        try:
             seconds = {"/".join(path): round(value, 3) for path, value in sorted(self.clock.seconds.items())}
             (self.out / "stages.json").write_text(json.dumps(seconds, indent=2) + "\n")
             write_report(self.out)
-        except Exception as failed:  # all that was learnt is saved: the run ends as it would have, and says so itself
+        except (OSError, UserError) as failed:  # all that was learnt is saved: the run ends as it would have
             self.say(f"{self.out}: the report was not written: {type(failed).__name__}: {failed}")
 
     def log_step(self, report: StepReport) -> None:
@@ -165,6 +169,13 @@ class RunDirectory:
                 f"cannot write to the run directory {self.out}: {error.strerror or error}; checkpoints are intact, and "
                 "--resume goes on from the last of them"
             ) from error
+
+
+def _refuse_newer(out: Path, start_step: int) -> None:
+    """Makes sure that nobody went on while this process loaded, and perhaps waited for the lock."""
+    checkpoints = list_checkpoints(out)
+    if checkpoints and step_of(checkpoints[-1]) > start_step:
+        raise UserError(f"{out}: another process has saved {checkpoints[-1].name} meanwhile; start again")
 
 
 def begun_with(out: Path, wanted: Config) -> str | None:

@@ -240,14 +240,10 @@ class Trainer:
     def _learn(self, scored: ScoredGroups, update: int) -> dict[str, Any]:
         """The gradient of all micro-batches of a step on all ranks, then the step: number `update` of the iteration.
 
-        One whose groups were all left out, on every rank alike, is only counted.
+        One whose groups were all left out, or that the algorithm has nothing for, on every rank alike, is only counted.
         """
-        if scored.num_groups[update] == 0:
-            made = self.learner.leave_out(self.step, lr_factor=self.guard.lr_factor)
-            self.step += 1
-            return {**made, "loss": None}
         outputs: list[LossOutput] = []
-        for batches in self.algorithm.batches(scored, update=update):
+        for batches in self.algorithm.batches(scored, update=update) if scored.num_groups[update] else ():
             weights = self.algorithm.group_weights(self.policy, batches) or [None] * len(batches)
             for batch, weight in zip(batches, weights, strict=True):
                 outputs.append(self.algorithm.loss(self.policy, batch, weight))
@@ -255,6 +251,10 @@ class Trainer:
                     self.learner.backward(outputs[-1].loss)
             if update == 0:  # behind a step the iteration is finished first: runs go on between iterations alone
                 self.interruption.check_alone()
+        if not outputs:
+            made = self.learner.leave_out(self.step, lr_factor=self.guard.lr_factor)
+            self.step += 1
+            return {**made, "loss": None}
         with stage("optimizer"):
             made = self.learner.step(self.step, lr_factor=self.guard.lr_factor)
         self.step += 1

@@ -417,6 +417,30 @@ def test_a_step_of_which_no_group_is_left_is_not_made(
     assert (tmp_path / "report.html").exists() and trainer.learner.engine.steps_made() == 2
 
 
+@pytest.mark.parametrize("algorithm", ["tiny-flow-grpo", "tiny-diffusion-dpo"])
+def test_a_step_that_has_nothing_to_learn_from_is_not_made(
+    algorithm: str, tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All groups are tied, behind a step whose momentum would move weights."""
+    own = [key for key in quick if not key.startswith(("algorithm.", "model.sampling"))]
+    own += ["optimizer.steps_per_iteration=1", "optimizer.weight_decay=0.1"]
+    own += ["algorithm.trained_steps=2"] if algorithm == "tiny-flow-grpo" else []
+    trainer = Trainer(load_recipe(algorithm, own), tmp_path)
+    (made,) = trainer.run_iteration()
+    assert made.grad_norm > 0 and made.skipped_steps == 0
+    score, before = trainer._score, trainer.policy.trainable.detach().clone()
+    monkeypatch.setattr(trainer, "_score", lambda rollout, scores: score(rollout, tied(scores)))
+    (left_out,) = trainer.run_iteration()
+    assert (left_out.loss, left_out.grad_norm, left_out.skipped_steps) == (None, None, 1)
+    assert left_out.zero_std_groups == trainer.config.groups.per_iteration
+    assert torch.equal(trainer.policy.trainable, before) and trainer.learner.engine.steps_made() == 1
+
+
+def tied(scores: Scores) -> Scores:
+    scores.reward_B.fill_(0.5)
+    return scores
+
+
 def test_a_report_that_cannot_be_written_does_not_decide_how_a_run_ends(
     tmp_path: Path, quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,7 +43,7 @@ class Algorithm(Protocol[BatchT, WeightsT]):
 
     def batches(self, scored: ScoredGroups, *, update: int = 0) -> Iterator[Sequence[BatchT]]:
         """This rank's micro-batches for one of the iteration's optimizer steps, in rounds: no group that has to be seen
-        whole reaches beyond its round, on whatever ranks it lies."""
+        whole reaches beyond its round, on whatever ranks it lies. A step that no rank has any for is not made."""
         ...
 
     def group_weights(self, policy: Policy, batches: Sequence[BatchT]) -> Sequence[WeightsT] | None:

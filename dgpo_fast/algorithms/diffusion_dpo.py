@@ -57,7 +57,9 @@ class DiffusionDPO:
         return self.groups.draw(policy, view, prompts, deliver=deliver, check=check)
 
     def batches(self, scored: ScoredGroups, *, update: int = 0) -> Iterator[list[NoisedBatch]]:
-        """Micro-batches of pairs, the best sample before the worst, one to a round."""
+        """Micro-batches of pairs, the best sample before the worst, one to a round. None, where all groups are tied."""
+        if scored.num_advantaged[update] == 0:
+            return
         prompts, updates = scored.rollout.prompts, self.config.optimizer.steps_per_iteration
         chosen_P2, teaches_P = pairs(scored.reward_B.view(-1, prompts.group_size))
         share = 1 / (scored.num_groups[update] * self.settings.passes)
@@ -97,8 +99,9 @@ class DiffusionDPO:
         return LossOutput.of(loss, **metrics)
 
     def after_iteration(self, policy: Policy, step: int) -> None:
-        """Every `refresh_every` steps the reference becomes the policy."""
-        if self.settings.refresh_every is not None and (step + 1) % self.settings.refresh_every == 0:
+        """Every `refresh_every` steps, once their iteration is over, the reference becomes the policy."""
+        every, updates = self.settings.refresh_every, self.config.optimizer.steps_per_iteration
+        if every is not None and (step + 1) % every < updates:
             policy.average_into("old", decay=0.0)
 
     @property

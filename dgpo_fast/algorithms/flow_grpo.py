@@ -16,8 +16,9 @@ and s the noise's deviation. The first fast form of their code drew the ODE's st
 here, as in its later one, each sample has them of its own.
 
 Departures from that code: it shuffles the samples before it shares them out to the optimizer steps of an iteration,
-here each step has whole groups; it does not compute samples without an advantage, here they keep their place, with
-weight zero; it guides in the model's precision, here in float32. As there, the velocity without the prompt gets no
+here each step has whole groups; it does not compute samples without an advantage, but for some that fill up a batch,
+and its mean is over equal batches of each process; here they keep their place, with weight zero, and the mean is over
+all ranks; it guides in the model's precision, here in float32. As there, the velocity without the prompt gets no
 gradient.
 
 Shape letters: B samples of this rank, M of a micro-batch, S trained steps, C H W latents.
@@ -50,7 +51,7 @@ from dgpo_fast.records import Conditioning, LossOutput, PromptBatch, Rollout, Sc
 class FlowGRPO:
     def __init__(self, config: Config, world: World = ALONE) -> None:
         assert isinstance(config.algorithm, FlowGRPOConfig)
-        self.config, self.settings = config, config.algorithm
+        self.config, self.settings, self.world = config, config.algorithm, world
         self.sampler = SDESampler.from_config(
             config.rollout,
             noise_level=self.settings.noise_level,
@@ -65,7 +66,8 @@ class FlowGRPO:
             UserError: it is so far from 1 that what has not changed would be clipped.
         """
         policy.check_trained()
-        return describe_drift(self.drift(policy), clip=self.settings.clip, engine=self.config.model.engine)
+        drift = max(self.world.gather_objects(self.drift(policy)))  # devices may be unlike
+        return describe_drift(drift, clip=self.settings.clip, engine=self.config.model.engine)
 
     def rollout(
         self, policy: Policy, view: View, prompts: PromptBatch, *, deliver: Deliver = nobody, check: Check = nobody
@@ -85,7 +87,9 @@ class FlowGRPO:
         return Rollout(prompts=prompts, x0_BCHW=torch.cat(drawn), trajectory=Trajectory.of_parts(trajectories))
 
     def batches(self, scored: ScoredGroups, *, update: int = 0) -> Iterator[list[TrajectoryBatch]]:
-        """Micro-batches of one step each, one to a round: no loss asks for whole groups."""
+        """Micro-batches of one step each, one to a round: no loss asks for whole groups. None, where all are tied."""
+        if scored.num_advantaged[update] == 0:
+            return
         prompts, trajectory = scored.rollout.prompts, scored.rollout.trajectory
         assert trajectory is not None
         num_steps = len(trajectory.log_prob_SB)
@@ -99,7 +103,7 @@ class FlowGRPO:
                     old_log_prob_M=trajectory.log_prob_SB[place, mine], step=trajectory.first_B[mine.start] + place,
                     conditioning=prompts.conditioning[prompts.group_B[mine]], unconditional=prompts.unconditional,
                     advantage_M=advantage_M, counts_M=advantage_M != 0,
-                    sample_share=1 / (max(1, scored.num_advantaged[update]) * num_steps),
+                    sample_share=1 / (scored.num_advantaged[update] * num_steps),
                 )]  # fmt: skip
 
     def group_weights(self, policy: Policy, batches: object) -> None:

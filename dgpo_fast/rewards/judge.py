@@ -32,6 +32,8 @@ from dgpo_fast.rewards.preprocessing import to_bytes
 
 KEY_VARIABLE = "DGPO_FAST_JUDGE_KEY"
 LONGEST_BACKOFF_S = 30.0
+AWAY_S = 0.2
+"""The least wait for a server that takes no connection any more: there is no limit to how often it is asked."""
 
 _JITTER = random.SystemRandom()  # its draws are no part of the run
 
@@ -150,8 +152,8 @@ class JudgeReward:
             images_BCHW: float in [0, 1], RGB.
 
         Raises:
-            UserError: the server has never taken a connection, refuses the key (401, 403), or does not know the
-                address or the model (404).
+            UserError: the server has never answered and takes no connection, refuses the key (401, 403), or does not
+                know the address or the model (404).
         """
         pixels_BHWC = to_bytes(images_BCHW).numpy()
         num_threads = max(1, min(self._settings.concurrency, len(prompts)))
@@ -206,18 +208,20 @@ class JudgeReward:
 
     def _complete(self, request: bytes, end: float) -> Any:
         """The server's completion, decoded, from as many requests as it takes and there is time for."""
-        attempt, last = 0, ""
+        attempt, failures, last = 0, 0, ""
         while (left_s := end - time.monotonic()) > 0:
             try:
                 completion = self._post(request, min(self._settings.timeout_s, left_s))
                 self._has_answered = True
                 return completion
             except _RetryError as error:
-                may_return = self._has_answered and error.final is UnreachableError
-                if attempt >= self._settings.retries and not may_return:
+                is_away = self._has_answered and error.final is UnreachableError
+                if failures == self._settings.retries and not is_away:
                     raise error.final(str(error)) from None
+                failures += not is_away
                 last = f"; last: {error}"
-            longest_s = min(self._settings.backoff_s * 2**attempt, LONGEST_BACKOFF_S)
+            longest_s = min(self._settings.backoff_s * 2.0 ** min(attempt, 16), LONGEST_BACKOFF_S)
+            longest_s = max(longest_s, AWAY_S if is_away else 0.0)
             wait_s = longest_s * _JITTER.uniform(0.5, 1)  # what failed at once must not come back at once
             if time.monotonic() + wait_s >= end:
                 break

@@ -20,7 +20,7 @@ class HardReset(DGPO):
     settings: HardResetConfig
 
     def after_iteration(self, policy: Policy, step: int) -> None:
-        if (step + 1) % self.settings.reset_every == 0:
+        if (step + 1) % self.settings.reset_every < self.config.optimizer.steps_per_iteration:
             policy.average_into("old", decay=0.0)
 
     def loss(self, policy: Policy, batch: NoisedBatch, weights: GroupWeights | None) -> LossOutput:

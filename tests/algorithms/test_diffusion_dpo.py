@@ -132,12 +132,11 @@ def test_sigmas_are_logit_normal_and_shifted(make_policy: MakePolicy, tiny: Tiny
 def test_ties_and_failures_teach_nothing(
     make_policy: MakePolicy, tiny: Tiny, scored_noise: ScoredNoise, learn: Learn
 ) -> None:
-    """A group of equal rewards has no gradient, whatever its latents are; the others' is what it is without it."""
+    """A group of equal rewards has no gradient, whatever its latents are; the others' is what it is without it. Where
+    all are tied there is nothing to make a step of."""
     config = tiny("tiny-diffusion-dpo", *SIGMAS)
     policy = make_policy(config, spread=SPREAD)
-    tied, report = learn(policy, config, scored_noise(policy, config, rewards=[0.5] * 8))
-    assert not tied.any()
-    assert report["loss"] == pytest.approx(math.log(2), rel=4 * EPS) and report["kl"] == 0
+    assert [*DiffusionDPO(config).batches(scored_noise(policy, config, rewards=[0.5] * 8))] == []
     scored = scored_noise(policy, config, rewards=REWARDS[:4] + [0.5] * 4)
     expected, _ = learn(policy, config, scored)
     assert expected.any()
@@ -174,6 +173,22 @@ def test_the_reference_becomes_the_policy_now_and_then(make_policy: MakePolicy, 
     for step in range(4):
         DiffusionDPO(tiny("tiny-diffusion-dpo", *SIGMAS)).after_iteration(policy, step)
     assert torch.equal(policy.views["old"].master, before)
+
+
+@pytest.mark.parametrize(
+    ("updates", "every", "refreshed"), [(2, 3, [3, 5, 9, 11]), (4, 5, [7, 11]), (2, 4, [3, 7, 11])]
+)
+def test_a_refresh_within_an_iteration_comes_behind_it(
+    make_policy: MakePolicy, tiny: Tiny, updates: int, every: int, refreshed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of them is passed over because another step is the iteration's last."""
+    overrides = (f"optimizer.steps_per_iteration={updates}", f"algorithm.refresh_every={every}")
+    config = tiny("tiny-diffusion-dpo", *SIGMAS, *overrides, groups=4)
+    policy, found = make_policy(config), list[int]()
+    for step in range(updates - 1, 12, updates):
+        monkeypatch.setattr(policy, "average_into", lambda view, *, decay, step=step: found.append(step))
+        DiffusionDPO(config).after_iteration(policy, step)
+    assert found == refreshed
 
 
 def test_pairs_are_not_cut(tiny: Tiny) -> None:

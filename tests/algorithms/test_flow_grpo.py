@@ -150,8 +150,7 @@ def test_samples_of_a_tied_group_are_no_part_of_either_term(
     assert found["kl"] > 0.001
     expected = gradient_of(policy, torch.stack([part["loss"] for part in parts]).sum())
     assert (gradient - expected).norm() < 64 * EPS * expected.norm()
-    gradient, found = learn(policy, config, score(rollout, config, rewards=[0.7] * 8))
-    assert not gradient.any() and found["loss"] == found["kl"] == 0
+    assert [*FlowGRPO(config).batches(score(rollout, config, rewards=[0.7] * 8))] == [], "then no step is made"
 
 
 def test_without_a_kl_term_no_distance_is_reported(
@@ -265,11 +264,15 @@ def test_optimizer_steps_share_out_the_groups(
     scored, seen = score(rollout, config, invalid=[0, 1, 2]), list[Tensor]()
     for update in range(updates):
         batches = [batch for (batch,) in FlowGRPO(config).batches(scored, update=update)]
-        assert len(batches) == 3 * 8 // updates
         num_kept = 16 // updates - (4 if update == 0 else 0)
-        assert {batch.sample_share for batch in batches} == {1 / (max(1, num_kept) * 3)}
+        if num_kept == 0:
+            assert batches == []
+            seen.append(torch.zeros(4))
+            continue
+        assert len(batches) == 3 * 8 // updates
+        assert {batch.sample_share for batch in batches} == {1 / (num_kept * 3)}
         share = sum(batch.sample_share * int(batch.counts_M.sum()) for batch in batches)
-        assert share == pytest.approx(min(1, num_kept))
+        assert share == pytest.approx(1)
         for step in range(3):
             old_M = torch.cat([batch.old_log_prob_M for batch in batches if batch.step == step])
             mine = slice(update * 16 // updates, (update + 1) * 16 // updates)

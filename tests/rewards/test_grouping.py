@@ -32,13 +32,14 @@ def rewards() -> torch.Tensor:
     return random * torch.tensor([1.5, 0.02]) + torch.tensor([22.0, 0.3])
 
 
-def grouped(term_BT: torch.Tensor, config: Config) -> Grouped:
+def grouped(term_BT: torch.Tensor, config: Config, *, samples_of_ranks: list[tuple[int, ...]] | None = None) -> Grouped:
     scores = Scores(
         reward_B=(term_BT * torch.tensor(WEIGHTS)).sum(1), term_BT=term_BT, metrics={}, failed={}, retried={}
     )
     rollout = cast("Rollout", SimpleNamespace(prompts=SimpleNamespace(group_size=SIZE)))
     world = World.from_environment(config)
-    return scored_groups(rollout, scores, config, world=world, samples_of_ranks=[tuple(range(GROUPS * SIZE))])
+    order = [tuple(range(GROUPS * SIZE))] if samples_of_ranks is None else samples_of_ranks
+    return scored_groups(rollout, scores, config, world=world, samples_of_ranks=order)
 
 
 def test_each_reward_is_normalised_by_itself() -> None:
@@ -71,6 +72,21 @@ def test_groups_without_spread_and_clamped_advantages_are_counted() -> None:
     assert metrics["zero_std_groups"] == 1
     unclamped = grouped(term_BT, recipe()).scored.advantage_B
     assert metrics["clamped_advantages"] == (unclamped.abs() > 0.5).sum()
+
+
+def test_samples_are_counted_over_all_ranks_for_each_optimizer_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps of a group each: one whole, one tied, one of which a sample failed and one has the group's mean."""
+    term_BT = torch.zeros(GROUPS * SIZE, 2)
+    term_BT[:, 0] = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 5.0, 5.0, 5.0, 1.0, 2.0, 3.0, torch.nan])
+    of_ranks = [(0, 1, 4, 5, 8, 9), (2, 3, 6, 7, 10, 11)]
+    monkeypatch.setattr(World, "gather", lambda self, mine: torch.cat([mine, theirs]))
+    monkeypatch.setattr(World, "gather_objects", lambda self, mine: [mine])
+    config = recipe("optimizer.steps_per_iteration=3", "optimizer.images_per_micro_batch=2", "steps=3")
+    both = [term_BT[list(mine)] for mine in of_ranks]
+    theirs = torch.cat([(both[1] * torch.tensor(WEIGHTS)).sum(1, keepdim=True), both[1]], dim=1)
+    found = grouped(both[0], config, samples_of_ranks=of_ranks).scored
+    assert (found.num_valid, found.num_advantaged, found.num_groups) == ((4, 4, 3), (4, 0, 2), (1, 1, 1))
+    assert found.advantage_B.tolist() == pytest.approx([-1.34, -0.45, 0, 0, -1.22, 0], abs=0.01)
 
 
 def test_pairs_are_picked_by_the_sum() -> None:

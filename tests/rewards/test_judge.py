@@ -439,6 +439,25 @@ def test_a_server_that_is_started_again() -> None:
         assert all(map(math.isnan, scores(reward)))
 
 
+def test_a_server_that_is_started_again_may_need_a_moment() -> None:
+    """Connections that it did not take are none of the retries, however many they were, and no wait is none."""
+    port, servers = free_port(), list[Server]()
+    reward = judge(f"http://127.0.0.1:{port}/v1", retries=1, deadline_s=20, backoff_s=0)
+    servers.append(Server(port))
+    assert scores(reward) == pytest.approx([0.5] * 4)
+    servers[0].close()
+
+    def restart() -> None:
+        servers.append(Server(port))
+        servers[1].reply = lambda asked, before: says("Final Score: 3") if before else Reply(503, b"loading")
+
+    timer = Timer(1.0, restart)
+    timer.start()
+    assert scores(reward) == pytest.approx([0.5] * 4)
+    timer.join()
+    servers[1].close()
+
+
 def test_a_server_that_comes_late() -> None:
     late = Server()
     url = late.url
