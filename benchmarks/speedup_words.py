@@ -14,6 +14,7 @@ from benchmarks.speedup_tables import (
     Row,
     arrivals,
     engine_factor,
+    mean_and_range,
     middle,
     ratio,
     seconds_of,
@@ -73,6 +74,21 @@ def lead_by_target(rows: Sequence[Row]) -> str:
     both = (_baseline(rows).of_seeds, rows[0].of_seeds)
     told = ", ".join(f"{times(*both, target, seconds_of)} at {target:.0%}" for target in TARGETS[1:])
     return f"{METHODS[BASELINE].title} takes, times DGPO's seconds: {told}."
+
+
+def plateau(rows: Sequence[Row]) -> str:
+    """Where the baseline's runs come to, over all of their budget."""
+    if len(rows) < 2:
+        return TO_COME
+    of_seeds = _baseline(rows).of_seeds
+    peaks = mean_and_range([max(point.strict for point in result.points) for result in of_seeds], "{:.0%}")
+    ends = mean_and_range([result.points[-1].strict for result in of_seeds], "{:.0%}")
+    minutes = min(result.points[-1].seconds for result in of_seeds) / 60
+    return (
+        f"{METHODS[BASELINE].title}'s runs last {minutes:.0f} minutes. They peak at {peaks}, end at {ends}, and are "
+        "about 80 % for most of that time: when they pass it is a matter of how evaluations scatter, more than of any "
+        "other method."
+    )
 
 
 def constants(rows: Sequence[Row], ablated: Mapping[str, Sequence[Result]], target: float) -> str:
@@ -143,6 +159,7 @@ def sentences(
         "headline": headline(rows, COMPARED),
         "product": product(rows, COMPARED, measured),
         "lead": lead_by_target(rows),
+        "plateau": plateau(rows),
         "constants": constants(rows, ablated, COMPARED),
         "clock": clock(rows, COMPARED),
         "ends": kept(steady),

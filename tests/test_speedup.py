@@ -781,6 +781,7 @@ def test_the_product_is_of_its_factors(two_methods: list[Row]) -> None:
 
 def test_sentences_of_the_page(two_methods: list[Row]) -> None:
     assert "4.5 at 80%" in speedup_words.lead_by_target(two_methods)
+    assert "last 2 minutes. They peak at 80%, end at 80%" in speedup_words.plateau(two_methods)
     assert speedup_words.clock(two_methods, 0.8).endswith("DGPO 30, Flow-GRPO 135, 4.5 times as long.")
     half = [result("dgpo", point(0, 0.5), point(10, 0.5), point(45, 0.8), point(60, 0.85))]
     never = [result("dgpo", point(0, 0.5), point(50, 0.7), point(60, 0.7))]
