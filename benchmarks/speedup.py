@@ -39,7 +39,7 @@ from benchmarks.speedup_costs import (
     write_engines,
 )
 from benchmarks.speedup_results import Point, Result, queue, read, results_here, write
-from benchmarks.speedup_runs import BASELINE, HORIZON_S, METHODS, SWEEP_S, Run, every_kind
+from benchmarks.speedup_runs import HORIZON_S, METHODS, SWEEP_S, Run, every_kind
 from benchmarks.tables import stamp
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def measure(run: Run, results: Path) -> None:
         points.append(point)
         write(partial, points, about)
         print(f"{run.name}: {point.seconds:.0f} s, step {point.step}, strict {point.strict:.3f}", flush=True)
-        if run.method != BASELINE and Result(run=run, points=points).is_enough:
+        if not run.takes_its_budget and Result(run=run, points=points).is_enough:
             break
     partial.rename(results / f"{run.name}.csv")
 

@@ -83,14 +83,16 @@ def plateau(rows: Sequence[Row]) -> str:
     """Where the baseline's runs come to, over all of their budget."""
     if len(rows) < 2:
         return TO_COME
-    of_seeds = _baseline(rows).of_seeds
+    of_seeds = [result for result in _baseline(rows).of_seeds if result.run.takes_its_budget]
+    if not of_seeds:
+        return TO_COME
     peaks = mean_and_range([max(point.strict for point in result.points) for result in of_seeds], "{:.0%}")
     ends = mean_and_range([result.points[-1].strict for result in of_seeds], "{:.0%}")
     minutes = min(result.points[-1].seconds for result in of_seeds) / 60
     return (
-        f"{METHODS[BASELINE].title}'s runs last {minutes:.0f} minutes. They peak at {peaks}, end at {ends}, and are "
-        "about 80 % for most of that time: when they pass it is a matter of how evaluations scatter, more than of any "
-        "other method."
+        f"{len(of_seeds)} of {METHODS[BASELINE].title}'s runs took all of their {minutes:.0f} minutes. They peak at "
+        f"{peaks}, end at {ends}, and are about 80 % for most of that time: when they pass it is a matter of how "
+        "evaluations scatter, more than of any other method."
     )
 
 
