@@ -100,7 +100,9 @@ class RunDirectory:
             seconds = {"/".join(path): round(value, 3) for path, value in sorted(self.clock.seconds.items())}
             (self.out / "stages.json").write_text(json.dumps(seconds, indent=2) + "\n")
             write_report(self.out)
-        except (OSError, UserError) as failed:  # all that was learnt is saved: the run ends as it would have
+        except Exception as failed:  # all that was learnt is saved: the run ends as it would have, and says why it does
+            if kind is None and not isinstance(failed, OSError | UserError):
+                raise
             self.say(f"{self.out}: the report was not written: {type(failed).__name__}: {failed}")
 
     def log_step(self, report: StepReport) -> None:
