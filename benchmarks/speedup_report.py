@@ -30,7 +30,7 @@ from benchmarks.speedup_tables import (
     table_of_targets,
     table_of_what_is_kept,
 )
-from benchmarks.speedup_words import headline, load, sentences
+from benchmarks.speedup_words import load, sentences
 from benchmarks.tables import stamp
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -46,9 +46,8 @@ def tables(directory: Path = RESULTS) -> dict[Path, dict[str, str]]:
     of_finals = [*_all(seeds), *_all(results(runs.steady, directory))]
     begun = {name: [result.until(SWEEP_S) for result in of_seeds] for name, of_seeds in seeds.items()}
     changed, measured = ablated(runs.ablations, directory), read_engines(directory)
-    answers = table_of_answers(chosen.fast, chosen.steady, COMPARED)
     page = {
-        "answers": answers,
+        "answers": table_of_answers(chosen.fast, chosen.steady, COMPARED),
         "targets": table_of_targets(rows),
         "factors": table_of_factors(
             rows, COMPARED, known=read_costs(directory), again=read_costs(directory, AGAIN)
@@ -68,7 +67,7 @@ def tables(directory: Path = RESULTS) -> dict[Path, dict[str, str]]:
         "noise": judge_noise.sentence(judge_noise.read(directory)),
         "sweep": table_of_sweep(swept),
     }
-    return {PAGE: page, PROTOCOL: protocol, README: {"answers": answers, "headline": headline(rows, COMPARED)}}
+    return {PAGE: page, PROTOCOL: protocol, README: {name: page[name] for name in ("answers", "headline")}}
 
 
 def claims(directory: Path, /, **origin: str) -> list[claim_history.Claim]:

@@ -422,18 +422,24 @@ def test_a_server_that_was_lost_for_some_images_only(server: Server) -> None:
         assert scores(reward) == pytest.approx([1, math.nan, math.nan, math.nan], nan_ok=True)
 
 
+def answered_once(**settings: Any) -> tuple[JudgeReward, int]:
+    """A reward whose server has answered, and is gone, and the port where it was."""
+    port = free_port()
+    reward, server = judge(f"http://127.0.0.1:{port}/v1", deadline_s=20, **settings), Server(port)
+    assert scores(reward) == pytest.approx([0.5] * 4)
+    server.close()
+    return reward, port
+
+
 def test_a_server_that_is_started_again() -> None:
     """Is asked until the deadline, however few retries there are; one that stays away costs its images, not the run."""
-    port, servers = free_port(), list[Server]()
-    reward = judge(f"http://127.0.0.1:{port}/v1", retries=0, deadline_s=20, backoff_s=0.05)
-    servers.append(Server(port))
-    assert scores(reward) == pytest.approx([0.5] * 4)
-    servers[0].close()
+    reward, port = answered_once(retries=0, backoff_s=0.05)
+    servers = list[Server]()
     timer = Timer(0.5, lambda: servers.append(Server(port)))
     timer.start()
     assert scores(reward) == pytest.approx([0.5] * 4)
     timer.join()
-    servers[1].close()
+    servers[0].close()
     reward._settings = reward._settings.model_copy(update={"deadline_s": 0.5})
     with pytest.warns(UserWarning, match="4 of 4 images have no score; the first: no answer within 0.5 s .*Refused"):
         assert all(map(math.isnan, scores(reward)))
@@ -441,21 +447,18 @@ def test_a_server_that_is_started_again() -> None:
 
 def test_a_server_that_is_started_again_may_need_a_moment() -> None:
     """Connections that it did not take are none of the retries, however many they were, and no wait is none."""
-    port, servers = free_port(), list[Server]()
-    reward = judge(f"http://127.0.0.1:{port}/v1", retries=1, deadline_s=20, backoff_s=0)
-    servers.append(Server(port))
-    assert scores(reward) == pytest.approx([0.5] * 4)
-    servers[0].close()
+    reward, port = answered_once(retries=1, backoff_s=0)
+    servers = list[Server]()
 
     def restart() -> None:
         servers.append(Server(port))
-        servers[1].reply = lambda asked, before: says("Final Score: 3") if before else Reply(503, b"loading")
+        servers[0].reply = lambda asked, before: says("Final Score: 3") if before else Reply(503, b"loading")
 
     timer = Timer(1.0, restart)
     timer.start()
     assert scores(reward) == pytest.approx([0.5] * 4)
     timer.join()
-    servers[1].close()
+    servers[0].close()
 
 
 def test_a_server_that_comes_late() -> None:
